@@ -1,0 +1,1066 @@
+/*
+rmig.h - move a running VM's memory to another host by RDMA
+
+    Do this
+        #define RMIG_IMPLEMENTATION
+    before including this file in exactly *one* C or C++ file, and nothing
+    special in all others. Then pick a fabric:
+        #include "rmig_fabric_ofi.h"      libfabric: tcp, verbs, EFA, ...
+
+    The core needs a 64-bit host and libc, nothing else. C11 or C++17.
+
+QUICK START
+
+    The source, in the hypervisor that owns the running guest:
+
+        struct rmig_error err;
+        struct rmig_config cfg = {0};                   // all defaults
+        rmig_set_param(&cfg, "chunk-size", "2M", &err);
+        struct rmig_fabric *fabric = rmig_ofi_open(NULL, &err);
+        struct rmig_source *src;
+        rmig_source_open(fabric, &cfg, &src, &err);
+        struct rmig_block_desc ram = {0};
+        ram.name = "ram"; ram.host = mem; ram.length = size;
+        uint32_t block;
+        rmig_source_add_block(src, &ram, &block);
+        rmig_source_connect(src, "10.0.0.2:4444");
+        rmig_source_begin_round(src);
+        rmig_source_save_range(src, block, 0, size);    // first everything,
+        rmig_source_end_round(src);                     // then what KVM's dirty log says:
+        rmig_source_begin_round(src);                   //   again and again, at last with the guest stopped
+        rmig_source_save_bitmap(src, block, dirty_log, 0, pages);
+        rmig_source_end_round(src);
+        rmig_source_put(src, &device_state, sizeof device_state);
+        if (rmig_source_finish(src) == RMIG_OK) the_guest_now_runs_there();
+        else fprintf(stderr, "%s\n", rmig_source_error(src)->text);
+        rmig_source_close(src);
+        rmig_fabric_close(fabric);
+
+    The sink:
+
+        struct rmig_sink *sink;
+        rmig_sink_open(fabric, &cfg, &sink, &err);
+        rmig_sink_listen(sink, "0.0.0.0:4444");
+        struct rmig_sink_event ev;
+        while (rmig_sink_wait(sink, &ev, RMIG_FOREVER) == RMIG_OK && ev.type != RMIG_SINK_FINISHED) {
+            if (ev.type == RMIG_SINK_BLOCKS) {          // ev.block_count, rmig_sink_peer_block()
+                rmig_sink_add_block(sink, &ram, &block);
+                rmig_sink_accept_blocks(sink);
+            }
+            if (ev.type == RMIG_SINK_STREAM)
+                n += rmig_sink_get(sink, state + n, sizeof state - n);
+        }
+
+    examples/minimal.c is that, whole. docs/embedding.md has the event loop,
+    the convergence loop and what to do about errors.
+
+MACROS TO OVERRIDE, before the include (the implementation and all users alike)
+
+    RMIG_CHUNK_SIZE     default of the parameter chunk-size, bytes (1 MiB).
+                        A power of two from 1 MiB to 1 GiB, checked by the compiler.
+    RMIG_MALLOC(n)      allocation, default malloc/realloc/free of <stdlib.h>.
+    RMIG_REALLOC(p,n)   Define all three or none. rmig copes with NULL.
+    RMIG_FREE(p)
+    RMIG_LOG(text)      called with a line of text for each session error. Default: nothing.
+    RMIG_ASSERT(c)      internal invariants, default assert() of <assert.h>.
+                        Never fed by a peer, a parameter or an argument.
+    RMIG_STATIC         everything static: a private copy inside one file.
+    RMIG_NAMESPACE      e.g. acme_: public functions become acme_rmig_..., so that
+                        two vendored copies live in one program.
+
+THREADS
+
+    There are no globals. A fabric, with its sources and sinks, is used by one
+    thread at a time; different fabrics by different threads at once. Nothing
+    starts a thread. The guest may go on writing its RAM at any time.
+
+ERRORS
+
+    Functions return RMIG_OK (0), RMIG_PENDING (1: not finished yet) or a negative
+    enum rmig_status. Statuses above RMIG_SESSION_ERRORS (-1 ... -99) say that this call
+    was refused and nothing changed. Those below (-100 ...) end the session: call close.
+    rmig_source_error() and rmig_sink_error() say what happened, in words.
+
+MEMORY
+
+    A session allocates when it is opened, when blocks are added and when the
+    session is set up; never in a round after the first. A source needs one bit a
+    page (1/32768 of RAM), both ends about 84 bytes a chunk, and 3 MiB of control buffers.
+    Guest RAM stays the embedder's and must stay mapped until close.
+
+VERSIONING
+
+    RMIG_VERSION is major * 10000 + minor * 100 + patch. Before 1.0 a minor step may change the API;
+    the wire is protocol version 1 of QEMU's RDMA migration, and its extension is negotiated.
+
+LICENCE
+
+    MIT, see the end of this file.
+*/
+#ifndef RMIG_H
+#define RMIG_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#define RMIG_VERSION_MAJOR 0
+#define RMIG_VERSION_MINOR 1
+#define RMIG_VERSION_PATCH 0
+#define RMIG_VERSION (RMIG_VERSION_MAJOR * 10000 + RMIG_VERSION_MINOR * 100 + RMIG_VERSION_PATCH)
+
+// >>config
+
+#define RMIG_KIB ((uint64_t)1 << 10)
+#define RMIG_MIB ((uint64_t)1 << 20)
+#define RMIG_GIB ((uint64_t)1 << 30)
+
+#define RMIG_CHUNK_SIZE_MIN 0x100000 // 1 MiB
+#define RMIG_CHUNK_SIZE_MAX 0x40000000 // 1 GiB
+
+#ifndef RMIG_CHUNK_SIZE
+#define RMIG_CHUNK_SIZE RMIG_CHUNK_SIZE_MIN
+#endif
+
+#ifdef __cplusplus
+#define RMIG__STATIC_ASSERT(c, text) static_assert(c, text)
+#else
+#define RMIG__STATIC_ASSERT(c, text) _Static_assert(c, text)
+#endif
+
+RMIG__STATIC_ASSERT((RMIG_CHUNK_SIZE) >= RMIG_CHUNK_SIZE_MIN && (RMIG_CHUNK_SIZE) <= RMIG_CHUNK_SIZE_MAX &&
+                        ((RMIG_CHUNK_SIZE) & ((RMIG_CHUNK_SIZE) - 1)) == 0,
+                    "RMIG_CHUNK_SIZE must be a power of two from 1 MiB (1048576) to 1 GiB (1073741824)");
+RMIG__STATIC_ASSERT(sizeof(size_t) >= 8, "rmig needs a 64-bit host");
+
+#define RMIG_NAME_MAX 255 // bytes in a block's name, without the final NUL
+#define RMIG_FOREVER UINT64_MAX // as a timeout or a deadline: none
+
+#ifdef RMIG_STATIC
+#define RMIG_API static __attribute__((unused))
+#else
+#define RMIG_API extern
+#endif
+
+#ifdef RMIG_NAMESPACE
+#define RMIG__PASTE2(a, b) a##b
+#define RMIG__PASTE(a, b) RMIG__PASTE2(a, b)
+#define RMIG__NAME(x) RMIG__PASTE(RMIG_NAMESPACE, x)
+#define rmig_status_text RMIG__NAME(rmig_status_text)
+#define rmig_status_hint RMIG__NAME(rmig_status_hint)
+#define rmig_status_name RMIG__NAME(rmig_status_name)
+#define rmig_fail RMIG__NAME(rmig_fail)
+#define rmig_size_parse RMIG__NAME(rmig_size_parse)
+#define rmig_size_format RMIG__NAME(rmig_size_format)
+#define rmig_param_list RMIG__NAME(rmig_param_list)
+#define rmig_set_param RMIG__NAME(rmig_set_param)
+#define rmig_get_param RMIG__NAME(rmig_get_param)
+#define rmig_set RMIG__NAME(rmig_set)
+#define rmig_get RMIG__NAME(rmig_get)
+#define rmig_blocks_init RMIG__NAME(rmig_blocks_init)
+#define rmig_blocks_free RMIG__NAME(rmig_blocks_free)
+#define rmig_blocks_add RMIG__NAME(rmig_blocks_add)
+#define rmig_blocks_by_name RMIG__NAME(rmig_blocks_by_name)
+#define rmig_blocks_by_offset RMIG__NAME(rmig_blocks_by_offset)
+#define rmig_is_zero RMIG__NAME(rmig_is_zero)
+#define rmig_is_zero_portable RMIG__NAME(rmig_is_zero_portable)
+#define rmig_holes_open RMIG__NAME(rmig_holes_open)
+#define rmig_holes_close RMIG__NAME(rmig_holes_close)
+#define rmig_holes_next_data RMIG__NAME(rmig_holes_next_data)
+#define rmig_encode_private_data RMIG__NAME(rmig_encode_private_data)
+#define rmig_decode_private_data RMIG__NAME(rmig_decode_private_data)
+#define rmig_encode_header RMIG__NAME(rmig_encode_header)
+#define rmig_decode_header RMIG__NAME(rmig_decode_header)
+#define rmig_encode_ram_block RMIG__NAME(rmig_encode_ram_block)
+#define rmig_decode_ram_block RMIG__NAME(rmig_decode_ram_block)
+#define rmig_encode_compress RMIG__NAME(rmig_encode_compress)
+#define rmig_decode_compress RMIG__NAME(rmig_decode_compress)
+#define rmig_encode_register RMIG__NAME(rmig_encode_register)
+#define rmig_decode_register RMIG__NAME(rmig_decode_register)
+#define rmig_encode_register_result RMIG__NAME(rmig_encode_register_result)
+#define rmig_decode_register_result RMIG__NAME(rmig_decode_register_result)
+#define rmig_encode_hello RMIG__NAME(rmig_encode_hello)
+#define rmig_decode_hello RMIG__NAME(rmig_decode_hello)
+#define rmig_encode_block_entry RMIG__NAME(rmig_encode_block_entry)
+#define rmig_decode_block_entry RMIG__NAME(rmig_decode_block_entry)
+#define rmig_encode_batch RMIG__NAME(rmig_encode_batch)
+#define rmig_decode_batch RMIG__NAME(rmig_decode_batch)
+#define rmig_encode_batch_result RMIG__NAME(rmig_encode_batch_result)
+#define rmig_decode_batch_result RMIG__NAME(rmig_decode_batch_result)
+#define rmig_message_name RMIG__NAME(rmig_message_name)
+#define rmig_split_address RMIG__NAME(rmig_split_address)
+#define rmig_fabric_close RMIG__NAME(rmig_fabric_close)
+#define rmig_source_open RMIG__NAME(rmig_source_open)
+#define rmig_source_close RMIG__NAME(rmig_source_close)
+#define rmig_source_add_block RMIG__NAME(rmig_source_add_block)
+#define rmig_source_connect_start RMIG__NAME(rmig_source_connect_start)
+#define rmig_source_connect RMIG__NAME(rmig_source_connect)
+#define rmig_source_begin_round RMIG__NAME(rmig_source_begin_round)
+#define rmig_source_save_page RMIG__NAME(rmig_source_save_page)
+#define rmig_source_save_range RMIG__NAME(rmig_source_save_range)
+#define rmig_source_save_bitmap RMIG__NAME(rmig_source_save_bitmap)
+#define rmig_source_end_round_start RMIG__NAME(rmig_source_end_round_start)
+#define rmig_source_end_round RMIG__NAME(rmig_source_end_round)
+#define rmig_source_put_some RMIG__NAME(rmig_source_put_some)
+#define rmig_source_put RMIG__NAME(rmig_source_put)
+#define rmig_source_flush_start RMIG__NAME(rmig_source_flush_start)
+#define rmig_source_flush RMIG__NAME(rmig_source_flush)
+#define rmig_source_finish_start RMIG__NAME(rmig_source_finish_start)
+#define rmig_source_finish RMIG__NAME(rmig_source_finish)
+#define rmig_source_process RMIG__NAME(rmig_source_process)
+#define rmig_source_fds RMIG__NAME(rmig_source_fds)
+#define rmig_source_next_deadline RMIG__NAME(rmig_source_next_deadline)
+#define rmig_source_cancel RMIG__NAME(rmig_source_cancel)
+#define rmig_source_error RMIG__NAME(rmig_source_error)
+#define rmig_source_stats RMIG__NAME(rmig_source_stats)
+#define rmig_source_extended RMIG__NAME(rmig_source_extended)
+#define rmig_sink_open RMIG__NAME(rmig_sink_open)
+#define rmig_sink_close RMIG__NAME(rmig_sink_close)
+#define rmig_sink_listen RMIG__NAME(rmig_sink_listen)
+#define rmig_sink_address RMIG__NAME(rmig_sink_address)
+#define rmig_sink_add_block RMIG__NAME(rmig_sink_add_block)
+#define rmig_sink_peer_block RMIG__NAME(rmig_sink_peer_block)
+#define rmig_sink_accept_blocks RMIG__NAME(rmig_sink_accept_blocks)
+#define rmig_sink_refuse RMIG__NAME(rmig_sink_refuse)
+#define rmig_sink_get RMIG__NAME(rmig_sink_get)
+#define rmig_sink_complete RMIG__NAME(rmig_sink_complete)
+#define rmig_sink_process RMIG__NAME(rmig_sink_process)
+#define rmig_sink_wait RMIG__NAME(rmig_sink_wait)
+#define rmig_sink_fds RMIG__NAME(rmig_sink_fds)
+#define rmig_sink_next_deadline RMIG__NAME(rmig_sink_next_deadline)
+#define rmig_sink_cancel RMIG__NAME(rmig_sink_cancel)
+#define rmig_sink_error RMIG__NAME(rmig_sink_error)
+#define rmig_sink_stats RMIG__NAME(rmig_sink_stats)
+#define rmig_sink_extended RMIG__NAME(rmig_sink_extended)
+#define rmig_expected_downtime_ns RMIG__NAME(rmig_expected_downtime_ns)
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// >>status
+
+/* Every status: name, value, what it means, what to do. -1 ... -99: this call was refused and nothing changed.
+   -100 ...: the session is over. */
+#define RMIG_STATUS_LIST(X)                                                                                            \
+    X(OK, 0, "ok", "")                                                                                                 \
+    X(PENDING, 1, "not finished yet", "call process again when a descriptor is ready or the deadline has come")        \
+    X(ERR_ARGUMENT, -1, "bad argument", "see the text: it names the argument, its value and what would be right")      \
+    X(ERR_PARAM, -2, "bad parameter", "list the parameters with rmig_param_list")                                      \
+    X(ERR_STATE, -3, "call out of order", "see the text for what has to come first")                                   \
+    X(ERR_FULL, -4, "no room now", "let the session make progress and call again")                                     \
+    X(ERR_NO_MEMORY, -5, "out of memory", "free memory, or use larger chunks: tables grow with the chunk count")       \
+    X(ERR_WIRE, -6, "malformed message", "the bytes do not follow the protocol")                                       \
+    X(ERR_TIMEOUT, -100, "the peer is silent", "check the network, or raise io-timeout or connect-timeout")            \
+    X(ERR_PEER_GONE, -101, "the peer went away", "look at the other end for the reason")                               \
+    X(ERR_PROTOCOL, -102, "the peer broke the protocol", "the other end is not a healthy rmig or QEMU")                \
+    X(ERR_REFUSED, -103, "the peer refused", "see the text for its reason")                                            \
+    X(ERR_FABRIC, -104, "the fabric failed", "see the text for the provider's own words")                              \
+    X(ERR_REGISTRATION, -105, "memory could not be registered",                                                        \
+      "raise RLIMIT_MEMLOCK, lower register-ahead, or leave pin-all off")                                              \
+    X(ERR_UNREACHABLE, -106, "the address cannot be reached", "check that the sink listens there")                     \
+    X(ERR_CANCELLED, -107, "cancelled", "")                                                                            \
+    X(ERR_SETUP, -108, "the session could not be set up", "see the text")                                              \
+    X(ERR_HANDOVER, -109, "the link broke during the handover",                                                        \
+      "the peer may or may not own the guest now: ask it before running the guest here")
+
+enum rmig_status {
+#define RMIG__X(name, value, text, hint) RMIG_##name = value,
+    RMIG_STATUS_LIST(RMIG__X)
+#undef RMIG__X
+};
+#define RMIG_SESSION_ERRORS (-100) // a status <= this one has ended the session
+
+/* What went wrong, in words. The text is complete: it names the thing, the value and what would be right. */
+struct rmig_error {
+    int status; // enum rmig_status
+    int provider_code; // the fabric's own number (errno, wc.status, prov_errno), 0 if none
+    char text[320];
+};
+
+/* Text, hint and C name of a status; never NULL, also for a number that is no status. Any thread. */
+RMIG_API const char *rmig_status_text(int status);
+RMIG_API const char *rmig_status_hint(int status);
+RMIG_API const char *rmig_status_name(int status);
+
+/* Fills *err (which may be NULL) and returns status, so that a failure is one return statement. For fabrics and
+   embedders too. format as printf; a longer text is cut. Any thread. */
+#if defined(__GNUC__)
+__attribute__((format(printf, 4, 5)))
+#endif
+RMIG_API int
+rmig_fail(struct rmig_error *err, int status, int provider_code, const char *format, ...);
+
+// >>size
+
+/* Parameters. Each is a row of one table: set by typed value or by text, read back, listed. */
+enum rmig_param {
+    RMIG_PARAM_CHUNK_SIZE, // unit of registration, bytes; both ends agree on the source's
+    RMIG_PARAM_MERGE_MAX, // longest write made of merged pages, bytes; default 2 x chunk size
+    RMIG_PARAM_PIN_ALL, // register all blocks whole before the first round
+    RMIG_PARAM_SIGNAL_EVERY, // ask for a completion every so many writes
+    RMIG_PARAM_WRITE_DEPTH, // writes outstanding at most
+    RMIG_PARAM_REGISTER_AHEAD, // bytes registered ahead of the wire; 0: one chunk at a time, as stock QEMU
+    RMIG_PARAM_ZERO_DETECT, // do not send or pin what is zero
+    RMIG_PARAM_MAX_BANDWIDTH, // bytes per second, 0: unlimited
+    RMIG_PARAM_CONNECT_TIMEOUT, // ns for resolving, connecting and the first messages
+    RMIG_PARAM_IO_TIMEOUT, // ns without any progress
+    RMIG_PARAM_PAGE_SIZE, // of the guest: unit of save_page and of dirty bitmaps, bytes
+    RMIG_PARAM_PEER_CHUNK_SIZE, // of a plain version 1 peer, 0: unknown
+    RMIG_PARAM_EXTENSION, // offer (source) or grant (sink) the rmig extension
+    RMIG_PARAM_COUNT
+};
+
+enum rmig_unit { RMIG_UNIT_BYTES, RMIG_UNIT_BYTES_PER_SECOND, RMIG_UNIT_COUNT, RMIG_UNIT_SWITCH, RMIG_UNIT_NS };
+
+/* Zero-initialise it: then every parameter has its default. */
+struct rmig_config {
+    uint64_t value_[RMIG_PARAM_COUNT]; // private: use rmig_set, rmig_get
+    uint32_t set_; // private: bit p: parameter p was set
+
+    /* One line per event of the session (no newline), or NULL. Called from inside calls on the session; must not
+       call back into it. */
+    void (*trace)(void *trace_user, const char *line);
+    void *trace_user;
+};
+
+struct rmig_param_info {
+    enum rmig_param param;
+    const char *name; // as in rmig_set_param
+    enum rmig_unit unit;
+    uint64_t min, max; // range, in the unit
+    bool zero_allowed; // 0 is allowed beside min ... max
+    bool power_of_two;
+    char default_text[32]; // default, as text that rmig_set_param takes
+    char range_text[80]; // range in words
+    const char *help; // one line
+};
+
+/* Text to bytes: a decimal number, with an optional fraction, and an optional suffix B K M G T (1024-based, either case, as
+   hypervisor monitors take them). The product must be whole. Returns RMIG_OK, or RMIG_ERR_ARGUMENT with a text in *err that
+   quotes the input. Any thread. */
+RMIG_API int rmig_size_parse(const char *text, uint64_t *bytes, struct rmig_error *err);
+/* Bytes to the shortest exact text ("64M", "1536K", "4097"). Returns buf. Any thread. */
+RMIG_API const char *rmig_size_format(uint64_t bytes, char *buf, size_t buf_size);
+
+/* Sets a parameter. Checked now: a value out of range is refused with RMIG_ERR_PARAM, *err (may be NULL) names
+   parameter, value and range, and the old value stays. Sizes in bytes, times in ns, switches 0 or 1. */
+RMIG_API int rmig_set(struct rmig_config *cfg, enum rmig_param param, uint64_t value, struct rmig_error *err);
+/* The value in force: what was set, or the default. 0 for a number that is no parameter. */
+RMIG_API uint64_t rmig_get(const struct rmig_config *cfg, enum rmig_param param);
+/* The same by name and text: sizes as rmig_size_parse, switches on/off, times "500ms", "10s" (ns us ms s; a bare
+   number is milliseconds). Unknown names and values are refused with RMIG_ERR_PARAM. */
+RMIG_API int rmig_set_param(struct rmig_config *cfg, const char *name, const char *text, struct rmig_error *err);
+/* Writes the value in force as text that rmig_set_param takes. */
+RMIG_API int rmig_get_param(const struct rmig_config *cfg, const char *name, char *buf, size_t buf_size,
+                            struct rmig_error *err);
+/* Fills out[0 ... n-1] with the parameters in the order of enum rmig_param; returns how many there are. */
+RMIG_API size_t rmig_param_list(struct rmig_param_info *out, size_t n);
+
+/* Typed setters and getters, one pair a parameter: rmig_set_chunk_size(&cfg, bytes, &err), rmig_chunk_size(&cfg). */
+#define RMIG__TYPED(name, PARAM)                                                                                       \
+    static inline int rmig_set_##name(struct rmig_config *cfg, uint64_t value, struct rmig_error *err) {               \
+        return rmig_set(cfg, RMIG_PARAM_##PARAM, value, err);                                                          \
+    }                                                                                                                  \
+    static inline uint64_t rmig_##name(const struct rmig_config *cfg) { return rmig_get(cfg, RMIG_PARAM_##PARAM); }
+RMIG__TYPED(chunk_size, CHUNK_SIZE)
+RMIG__TYPED(merge_max, MERGE_MAX)
+RMIG__TYPED(pin_all, PIN_ALL)
+RMIG__TYPED(signal_every, SIGNAL_EVERY)
+RMIG__TYPED(write_depth, WRITE_DEPTH)
+RMIG__TYPED(register_ahead, REGISTER_AHEAD)
+RMIG__TYPED(zero_detect, ZERO_DETECT)
+RMIG__TYPED(max_bandwidth, MAX_BANDWIDTH)
+RMIG__TYPED(connect_timeout, CONNECT_TIMEOUT)
+RMIG__TYPED(io_timeout, IO_TIMEOUT)
+RMIG__TYPED(page_size, PAGE_SIZE)
+RMIG__TYPED(peer_chunk_size, PEER_CHUNK_SIZE)
+RMIG__TYPED(extension, EXTENSION)
+#undef RMIG__TYPED
+
+// >>chunk
+
+/* Chunk arithmetic (protocol version 1, section "Chunks"): chunks are relative to their block; the last may be short. Pure.
+   length: of the block, bytes. chunk: chunk size, a power of two. offset < length. */
+static inline uint64_t rmig_chunk_index(uint64_t offset, uint64_t chunk) { return offset / chunk; }
+static inline uint64_t rmig_chunk_start(uint64_t index, uint64_t chunk) { return index * chunk; }
+static inline uint64_t rmig_chunk_end(uint64_t index, uint64_t chunk, uint64_t length) {
+    uint64_t last = length == 0 ? 0 : (length - 1) / chunk;
+    return index >= last ? length : (index + 1) * chunk;
+}
+/* Chunks that hold data. */
+static inline uint64_t rmig_chunk_count(uint64_t length, uint64_t chunk) {
+    return length / chunk + (length % chunk != 0);
+}
+/* Chunks as a stock QEMU counts them: length / chunk + 1, one more than hold data if length is a multiple. */
+static inline uint64_t rmig_chunk_count_v1(uint64_t length, uint64_t chunk) { return length / chunk + 1; }
+/* The `chunks` field of a registration request for bytes that begin on a chunk's start: chunks after the first. */
+static inline uint64_t rmig_chunk_further(uint64_t bytes, uint64_t chunk) {
+    return bytes == 0 ? 0 : (bytes - 1) / chunk;
+}
+
+// >>block
+
+/* What a block's memory is backed with: decides how holes are found. Reading a never-touched page of a shared memory
+   file allocates it, so rmig looks for holes before it looks for zeros. */
+enum rmig_backing {
+    RMIG_BACKING_UNKNOWN, // read everything
+    RMIG_BACKING_ANONYMOUS, // private anonymous mapping: holes by /proc/self/pagemap
+    RMIG_BACKING_SHARED_FD, // MAP_SHARED mapping of fd (memfd, tmpfs, hugetlbfs, file): holes by SEEK_DATA
+};
+
+/* A RAM block. Zero-initialise, then fill in; name is copied. */
+struct rmig_block_desc {
+    const char *name; // 1 ... 255 bytes, unique among the session's blocks
+    void *host; // where the block is mapped in this process
+    uint64_t length; // bytes, more than 0; both ends must agree
+    uint64_t guest_offset; // where the block begins in the guest's RAM address space; ranges must not overlap
+    enum rmig_backing backing;
+    int fd; // RMIG_BACKING_SHARED_FD: the file; must stay open until close
+    uint64_t fd_offset; // RMIG_BACKING_SHARED_FD: file offset of the block's first byte
+};
+
+struct rmig_block {
+    char *name;
+    uint8_t *host;
+    uint64_t length;
+    uint64_t guest_offset;
+    enum rmig_backing backing;
+    int fd;
+    uint64_t fd_offset;
+};
+
+/* The table of RAM blocks: index = order of addition, search by guest offset and by name in O(log n) once built. Zero-initialised
+   works. Adding n blocks in any order costs O(n log n) in all: the orders are sorted at the first search after an addition. */
+struct rmig_blocks {
+    struct rmig_block *block; // by index
+    uint32_t *by_offset, *by_name; // indexes, sorted
+    uint32_t count, capacity;
+    uint32_t sorted; // how many of count are in the sorted orders
+    uint32_t last; // where the last search by offset hit
+};
+
+RMIG_API void rmig_blocks_init(struct rmig_blocks *t);
+RMIG_API void rmig_blocks_free(struct rmig_blocks *t);
+/* Adds a block. Returns RMIG_OK and the index (0, 1, 2 ...), or RMIG_ERR_ARGUMENT (empty or long name, NULL host, length 0,
+   wrap-around of host or guest range, duplicate name, overlap of guest ranges: the text names both blocks), or RMIG_ERR_NO_MEMORY. */
+RMIG_API int rmig_blocks_add(struct rmig_blocks *t, const struct rmig_block_desc *desc, uint32_t *index,
+                             struct rmig_error *err);
+/* RMIG_OK and the index, or RMIG_ERR_ARGUMENT if there is none (a hole, an unknown name). */
+RMIG_API int rmig_blocks_by_name(struct rmig_blocks *t, const char *name, uint32_t *index);
+RMIG_API int rmig_blocks_by_offset(struct rmig_blocks *t, uint64_t guest_offset, uint32_t *index);
+
+// >>zero
+
+/* Is the range all zero? Reads no further than the first byte that is not. Any alignment, any length. Any thread. */
+RMIG_API bool rmig_is_zero(const void *p, size_t n);
+RMIG_API bool rmig_is_zero_portable(const void *p, size_t n); // without SIMD: the fallback, and the tests' second method
+
+/* Finds data without making the memory grow. */
+struct rmig_holes {
+    int pagemap_fd; // -1: not opened
+    uint64_t page; // of the host, bytes
+};
+RMIG_API void rmig_holes_open(struct rmig_holes *h);
+RMIG_API void rmig_holes_close(struct rmig_holes *h);
+/* The next run in [from, to) of the block that may hold something other than zero: [*data, *end). *data == to: none left, all of
+   it is holes and reads as zero. Where the backing cannot say, it is all data. Blocking: a system call or two. */
+RMIG_API void rmig_holes_next_data(struct rmig_holes *h, const struct rmig_block *b, uint64_t from, uint64_t to,
+                                   uint64_t *data, uint64_t *end);
+
+// >>merge
+
+/* Page writes in, maximal contiguous extents out. A set of pages (a bit each); pages may be added in any order and
+   more than once, extents come out in ascending order. Pure: the caller owns the bits ((pages + 63) / 64 words). */
+struct rmig_merge {
+    uint64_t *bits;
+    uint64_t pages; // size of the set
+    uint64_t pending; // pages now in it
+};
+
+/* Bits of words [first / 64, ...) that belong to pages first ... first + n - 1, n in 1 ... 64 - first % 64. */
+static inline uint64_t rmig__word_mask(uint64_t first, uint64_t n) {
+    return (n >= 64 ? ~(uint64_t)0 : ((uint64_t)1 << n) - 1) << (first % 64);
+}
+
+static inline uint64_t rmig__popcount(uint64_t x) {
+#if defined(__GNUC__) && (defined(__POPCNT__) || !defined(__x86_64__))
+    return (uint64_t)__builtin_popcountll(x);
+#else
+    x = x - ((x >> 1) & 0x5555555555555555u);
+    x = (x & 0x3333333333333333u) + ((x >> 2) & 0x3333333333333333u);
+    x = (x + (x >> 4)) & 0x0f0f0f0f0f0f0f0fu;
+    return (x * 0x0101010101010101u) >> 56;
+#endif
+}
+
+static inline uint64_t rmig__ctz(uint64_t x) { // x != 0
+#if defined(__GNUC__)
+    return (uint64_t)__builtin_ctzll(x);
+#else
+    return rmig__popcount((x & (~x + 1)) - 1);
+#endif
+}
+
+static inline void rmig__merge_word(struct rmig_merge *m, uint64_t word, uint64_t bits) {
+    uint64_t fresh = bits & ~m->bits[word];
+    if (fresh == 0)
+        return;
+    m->bits[word] |= fresh;
+    m->pending += fresh == ~(uint64_t)0 ? 64 : rmig__popcount(fresh);
+}
+
+/* Adds pages first ... first + n - 1, all inside the set. */
+static inline void rmig_merge_add(struct rmig_merge *m, uint64_t first, uint64_t n) {
+    while (n > 0) {
+        uint64_t here = 64 - first % 64 < n ? 64 - first % 64 : n;
+        rmig__merge_word(m, first / 64, rmig__word_mask(first, here));
+        first += here;
+        n -= here;
+    }
+}
+
+/* Adds the pages whose bit is set in a dirty bitmap of KVM's layout: bit i (of word i / 64) is page first + i, i < n. Bits at or
+   above n in the last word are ignored. */
+static inline void rmig_merge_add_bitmap(struct rmig_merge *m, uint64_t first, const uint64_t *bitmap, uint64_t n) {
+    uint64_t shift = first % 64, word = first / 64;
+    for (uint64_t i = 0; i < n; i += 64, word++) {
+        uint64_t bits = bitmap[i / 64];
+        if (n - i < 64)
+            bits &= rmig__word_mask(0, n - i);
+        if (bits == 0)
+            continue;
+        rmig__merge_word(m, word, bits << shift);
+        if (shift != 0 && bits >> (64 - shift) != 0)
+            rmig__merge_word(m, word + 1, bits >> (64 - shift));
+    }
+}
+
+/* The first extent at or after page `from` and below `to` (<= pages): true, and its first page and length, at most
+   max pages (> 0). Does not take it out. */
+static inline bool rmig_merge_next(const struct rmig_merge *m, uint64_t from, uint64_t to, uint64_t max,
+                                   uint64_t *first, uint64_t *n) {
+    if (from >= to)
+        return false;
+    uint64_t word = from / 64, bits = m->bits[word] >> (from % 64);
+    if (bits != 0) {
+        from += rmig__ctz(bits);
+    } else {
+        do {
+            word++;
+            if (word * 64 >= to)
+                return false;
+        } while (m->bits[word] == 0);
+        from = word * 64 + rmig__ctz(m->bits[word]);
+    }
+    if (from >= to)
+        return false;
+    uint64_t end = to - from < max ? to : from + max;
+    uint64_t at = from;
+    while (at < end) {
+        uint64_t clear = ~(m->bits[at / 64] >> (at % 64));
+        uint64_t run = 64 - at % 64;
+        if (clear != 0 && rmig__ctz(clear) < run) {
+            at += rmig__ctz(clear);
+            break;
+        }
+        at += run;
+    }
+    if (at > end)
+        at = end;
+    *first = from;
+    *n = at - from;
+    return true;
+}
+
+/* Takes pages first ... first + n - 1 out; all of them are in the set. */
+static inline void rmig_merge_take(struct rmig_merge *m, uint64_t first, uint64_t n) {
+    m->pending -= n;
+    while (n > 0) {
+        uint64_t here = 64 - first % 64 < n ? 64 - first % 64 : n;
+        m->bits[first / 64] &= ~rmig__word_mask(first, here);
+        first += here;
+        n -= here;
+    }
+}
+
+// >>wire
+
+/* Messages: types 0 ... 11 are QEMU's protocol version 1, from 64 on rmig's extension (docs/protocol.md). */
+#define RMIG_MESSAGE_LIST(X)                                                                                           \
+    X(NONE, 0)                                                                                                         \
+    X(ERROR, 1)                                                                                                        \
+    X(READY, 2)                                                                                                        \
+    X(QEMU_FILE, 3)                                                                                                    \
+    X(RAM_BLOCKS_REQUEST, 4)                                                                                           \
+    X(RAM_BLOCKS_RESULT, 5)                                                                                            \
+    X(COMPRESS, 6)                                                                                                     \
+    X(REGISTER_REQUEST, 7)                                                                                             \
+    X(REGISTER_RESULT, 8)                                                                                              \
+    X(REGISTER_FINISHED, 9)                                                                                            \
+    X(UNREGISTER_REQUEST, 10)                                                                                          \
+    X(UNREGISTER_FINISHED, 11)                                                                                         \
+    X(HELLO, 64)                                                                                                       \
+    X(HELLO_RESULT, 65)                                                                                                \
+    X(BLOCKS, 66)                                                                                                      \
+    X(BLOCKS_RESULT, 67)                                                                                               \
+    X(REGISTER_BATCH, 68)                                                                                              \
+    X(REGISTER_BATCH_RESULT, 69)                                                                                       \
+    X(CLEAR_BATCH, 70)                                                                                                 \
+    X(KEEPALIVE, 71)                                                                                                   \
+    X(FINISH, 72)                                                                                                      \
+    X(FINISH_RESULT, 73)                                                                                               \
+    X(GOODBYE, 74)
+
+enum rmig_message {
+#define RMIG__X(name, value) RMIG_MSG_##name = value,
+    RMIG_MESSAGE_LIST(RMIG__X)
+#undef RMIG__X
+};
+RMIG_API const char *rmig_message_name(uint32_t type); // "READY" ..., "unknown"
+
+#define RMIG_HEADER_SIZE 16
+#define RMIG_CONTROL_SIZE 524288 // header and payload, at most: QEMU's control buffer
+#define RMIG_PAYLOAD_MAX (RMIG_CONTROL_SIZE - RMIG_HEADER_SIZE)
+#define RMIG_REPEAT_MAX 4096 // commands in one message, at most
+#define RMIG_PRIVATE_DATA_SIZE 8
+#define RMIG_PROTOCOL_VERSION 1
+#define RMIG_FLAG_PIN_ALL 0x00000001u
+#define RMIG_FLAG_EXTENSION 0x00010000u // rmig's capability bit; a stock QEMU sink clears it
+#define RMIG_STREAM_MESSAGE_MAX 32768 // payload of a QEMU_FILE that a stock source sends, at most
+
+/* Encoders write into out[0 ... cap-1] and return the bytes written; decoders read p[0 ... n-1] and return the bytes consumed. All return
+   a negative status (RMIG_ERR_WIRE, RMIG_ERR_FULL when cap is too small) and then leave *out alone. No allocation, no
+   state; any thread. Numbers on the wire are big-endian; padding is written as 0 and never read. */
+
+struct rmig_private_data { // 8 bytes: u32 version, u32 flags
+    uint32_t version, flags;
+};
+RMIG_API int rmig_encode_private_data(uint8_t *out, size_t cap, const struct rmig_private_data *in);
+RMIG_API int rmig_decode_private_data(const uint8_t *p, size_t n, struct rmig_private_data *out);
+
+struct rmig_header { // 16 bytes: u32 len, u32 type, u32 repeat, u32 padding
+    uint32_t len, type, repeat;
+};
+RMIG_API int rmig_encode_header(uint8_t *out, size_t cap, const struct rmig_header *in);
+/* n: bytes of the whole message as received; must be exactly 16 + len, len at most RMIG_PAYLOAD_MAX. Consumes 16. */
+RMIG_API int rmig_decode_header(const uint8_t *p, size_t n, struct rmig_header *out);
+
+#define RMIG_RAM_BLOCK_SIZE 32
+struct rmig_ram_block { // RAM_BLOCKS_RESULT: u64 base, u64 offset, u64 length, u32 rkey, u32 padding
+    uint64_t base, offset, length;
+    uint32_t rkey;
+};
+RMIG_API int rmig_encode_ram_block(uint8_t *out, size_t cap, const struct rmig_ram_block *in);
+RMIG_API int rmig_decode_ram_block(const uint8_t *p, size_t n, struct rmig_ram_block *out);
+
+#define RMIG_COMPRESS_SIZE 24
+struct rmig_compress { // COMPRESS, and each entry of CLEAR_BATCH: u32 value, u32 block, u64 start, u64 length
+    uint32_t value, block;
+    uint64_t start, length;
+};
+RMIG_API int rmig_encode_compress(uint8_t *out, size_t cap, const struct rmig_compress *in);
+RMIG_API int rmig_decode_compress(const uint8_t *p, size_t n, struct rmig_compress *out);
+
+#define RMIG_REGISTER_SIZE 24
+struct rmig_register { // REGISTER_REQUEST, UNREGISTER_REQUEST: u64 key, u32 block, u32 padding, u64 chunks
+    uint64_t key; // address in the sink's RAM address space; UNREGISTER: chunk number
+    uint32_t block;
+    uint64_t chunks; // after the first
+};
+RMIG_API int rmig_encode_register(uint8_t *out, size_t cap, const struct rmig_register *in);
+RMIG_API int rmig_decode_register(const uint8_t *p, size_t n, struct rmig_register *out);
+
+#define RMIG_REGISTER_RESULT_SIZE 16
+struct rmig_register_result { // REGISTER_RESULT: u32 rkey, u32 padding, u64 base of the block
+    uint32_t rkey;
+    uint64_t base;
+};
+RMIG_API int rmig_encode_register_result(uint8_t *out, size_t cap, const struct rmig_register_result *in);
+RMIG_API int rmig_decode_register_result(const uint8_t *p, size_t n, struct rmig_register_result *out);
+
+/* HELLO and HELLO_RESULT: entries of u16 tag, u16 length, value. Unknown tags are skipped; a tag that comes twice, or with a wrong
+   length, is an error. */
+#define RMIG_HELLO_LIST(X)                                                                                             \
+    X(1, chunk_size) /* bytes; the source proposes, the sink repeats what holds */                                     \
+    X(2, page_size) /* bytes */                                                                                        \
+    X(3, key_bits) /* 32 ... 64: width of the sender's keys */                                                         \
+    X(4, payload_max) /* bytes after the header that the sender can receive */                                         \
+    X(5, batch_max) /* entries of a batch that the sender takes */                                                     \
+    X(6, registration_max) /* bytes of one registration at the sender */                                               \
+    X(7, idle_max) /* ns without a message after which the sender gives up; 0: never */                                \
+    X(8, status) /* HELLO_RESULT: 0, or 1: refused, with a reason */
+#define RMIG_HELLO_REASON_TAG 9 // text, not NUL-terminated
+struct rmig_hello {
+#define RMIG__X(tag, name) uint64_t name;
+    RMIG_HELLO_LIST(RMIG__X)
+#undef RMIG__X
+    char reason[200];
+};
+RMIG_API int rmig_encode_hello(uint8_t *out, size_t cap, const struct rmig_hello *in);
+RMIG_API int rmig_decode_hello(const uint8_t *p, size_t n, struct rmig_hello *out); // consumes all of p, n
+
+struct rmig_block_entry { // BLOCKS: after u32 total, u32 first: u64 length, u64 guest offset, u8 n, n bytes name
+    uint64_t length, guest_offset;
+    char name[RMIG_NAME_MAX + 1];
+};
+RMIG_API int rmig_encode_block_entry(uint8_t *out, size_t cap, const struct rmig_block_entry *in);
+RMIG_API int rmig_decode_block_entry(const uint8_t *p, size_t n, struct rmig_block_entry *out);
+
+#define RMIG_BATCH_SIZE 24
+struct rmig_batch { // REGISTER_BATCH: u32 block, u32 padding, u64 offset in the block, u64 length
+    uint32_t block;
+    uint64_t offset, length; // offset a multiple of the chunk size; length too, or to the block's end
+};
+RMIG_API int rmig_encode_batch(uint8_t *out, size_t cap, const struct rmig_batch *in);
+RMIG_API int rmig_decode_batch(const uint8_t *p, size_t n, struct rmig_batch *out);
+
+#define RMIG_BATCH_RESULT_SIZE 16
+struct rmig_batch_result { // REGISTER_BATCH_RESULT: u64 key, u64 remote address of the range's first byte
+    uint64_t key, address;
+};
+RMIG_API int rmig_encode_batch_result(uint8_t *out, size_t cap, const struct rmig_batch_result *in);
+RMIG_API int rmig_decode_batch_result(const uint8_t *p, size_t n, struct rmig_batch_result *out);
+
+// >>fabric
+
+/*
+The contract between the core and a fabric. Whoever writes a fabric needs nothing else; tests/fabric_conformance.c holds it to this.
+
+A fabric is a table of functions and an object that begins with struct rmig_fabric. It makes endpoints: objects of its own that
+begin with struct rmig_ep. An endpoint is a listener or a connection. No function blocks, except wait (and reg and dereg, for as long as
+the system call lasts); all are called by one thread at a time. A fabric never calls into the core.
+
+The life of a connection on the active side:
+    open                resolve the address; poll then yields RMIG_FEV_RESOLVED, or RMIG_FEV_ERROR
+    caps, reg, recv     from RESOLVED on
+    connect             with private data; poll then yields ESTABLISHED (with the peer's private data), REJECTED or ERROR
+    send, write, ...    from ESTABLISHED on; completions come from poll
+    disconnect          optional, orderly: what was posted before is delivered if the peer lives; never waits
+    close               any time; frees everything of the endpoint. The core has deregistered its regions before.
+On the passive side:
+    listen              poll on the listener yields REQUEST with the source's private data, and again for each request
+    reject              refuses a request, or
+    open_request        makes the connection's endpoint; caps, reg and recv work at once
+    accept              with private data; poll on the new endpoint yields ESTABLISHED or ERROR. A request is used up by either.
+Closing a listener leaves accepted connections alone; requests neither opened nor rejected go with it.
+
+Order and delivery. Sends arrive in the order of posting, each in the buffer of the oldest receive. A completion of a SEND or a RECV
+means that the buffer is the caller's again. What differs between fabrics is in struct rmig_fabric_caps; at least one of
+sends_after_writes and completion_is_delivery must hold. A write with an id is complete at the latest when its completion comes;
+with writes_in_order, a completion covers all writes posted before it, signalled or not. A fabric may deliver
+completions that were not asked for.
+
+Failure. A function that fails returns a negative status and fills *err with text and the provider's code. After RMIG_FEV_ERROR or
+RMIG_FEV_DISCONNECTED no further completion is promised; events that arrived before it come before it. A receive whose data arrived
+before the peer disconnected is delivered before DISCONNECTED. A write to a bad key or outside its region never
+touches the target's memory; the connection fails at one end at least.
+A peer that vanishes without a word may stay unnoticed: the core keeps the time.
+*/
+
+struct rmig_fabric_ops;
+struct rmig_fabric {
+    const struct rmig_fabric_ops *ops;
+};
+struct rmig_ep {
+    struct rmig_fabric *fabric;
+};
+
+enum rmig_access { RMIG_ACCESS_LOCAL_READ = 1, RMIG_ACCESS_LOCAL_WRITE = 2, RMIG_ACCESS_REMOTE_WRITE = 4 };
+
+struct rmig_mr { // a registered region
+    void *handle; // the fabric's
+    void *desc; // the fabric's, for use in sends, receives and writes
+    uint64_t key; // for the peer: never 0
+    uint64_t remote_address; // for the peer: what addresses the region's first byte
+};
+
+struct rmig_write {
+    const void *local;
+    const struct rmig_mr *mr; // covers local; NULL if caps.local_mr is false
+    uint64_t length; // 1 ... caps.write_max
+    uint64_t remote_address, key;
+    uint64_t id; // comes back in the completion
+    bool signal; // a completion is wanted
+};
+
+struct rmig_ep_config { // wanted; caps says what was granted, which may be less or more
+    uint32_t write_depth, send_depth, recv_depth;
+    uint64_t connect_timeout_ns; // for resolving and connecting, each
+};
+
+struct rmig_fabric_caps {
+    uint64_t write_max; // bytes in one write
+    uint64_t registration_max; // bytes in one registration
+    uint32_t write_depth, send_depth, recv_depth; // outstanding at most, each at least 1 (recv: 2)
+    uint32_t private_data_request, private_data_reply; // bytes, at least 8
+    uint32_t key_bits; // 32 ... 64
+    bool sends_after_writes; // a send is delivered after all writes posted before it
+    bool completion_is_delivery; // a write's completion means that the data is in the target's memory
+    bool writes_in_order; // overlapping writes land in order, and completions come in order
+    bool local_mr; // local buffers must be registered
+    bool offset_addressing; // remote addresses count from each region's start, not from the block's host address
+    bool target_must_poll; // data only arrives while the target polls
+};
+
+enum rmig_fabric_event_type {
+    RMIG_FEV_REQUEST = 1, // listener: request, private_data
+    RMIG_FEV_RESOLVED,
+    RMIG_FEV_ESTABLISHED, // private_data (active side)
+    RMIG_FEV_REJECTED, // private_data if any, text
+    RMIG_FEV_DISCONNECTED, // text
+    RMIG_FEV_SEND, // id
+    RMIG_FEV_RECV, // id, length
+    RMIG_FEV_WRITE, // id
+    RMIG_FEV_ERROR // a completion or the connection failed: text, provider_code
+};
+
+struct rmig_fabric_event {
+    enum rmig_fabric_event_type type;
+    uint64_t id;
+    uint64_t length; // RECV: bytes received
+    const uint8_t *private_data; // valid until the next call on the endpoint
+    size_t private_data_length; // as received: may be padded or short
+    void *request; // REQUEST: for open_request or reject
+    const char *text; // REJECTED, DISCONNECTED, ERROR: in words, never NULL; valid until the next call on the endpoint
+    int provider_code;
+};
+
+struct rmig_fd { // a descriptor to wait on: readable, or also writable
+    int fd;
+    bool write;
+};
+
+struct rmig_fabric_ops {
+    size_t size; // sizeof(struct rmig_fabric_ops) of the header that the fabric was compiled with
+    const char *name; // "ofi", "verbs", "sim" ...
+
+    void (*close_fabric)(struct rmig_fabric *f); // after all its endpoints
+
+    /* The clock of this fabric's world, ns, never going back. */
+    uint64_t (*now)(struct rmig_fabric *f);
+    /* Sleeps until poll on one of the n endpoints may yield something, or the deadline has come. Early return is allowed. */
+    int (*wait)(struct rmig_fabric *f, struct rmig_ep *const *eps, size_t n, uint64_t deadline, struct rmig_error *err);
+
+    int (*listen)(struct rmig_fabric *f, const char *address, struct rmig_ep **ep, struct rmig_error *err);
+    /* The listener's address as the peer would name it ("127.0.0.1:4444": the port that was really bound), NUL-terminated. */
+    int (*address)(struct rmig_ep *listener, char *buf, size_t buf_size, struct rmig_error *err);
+    int (*open)(struct rmig_fabric *f, const char *address, const struct rmig_ep_config *cfg, struct rmig_ep **ep,
+                struct rmig_error *err);
+    int (*open_request)(struct rmig_ep *listener, void *request, const struct rmig_ep_config *cfg, struct rmig_ep **ep,
+                        struct rmig_error *err);
+    int (*reject)(struct rmig_ep *listener, void *request, const uint8_t *private_data, size_t n, struct rmig_error *err);
+    int (*connect)(struct rmig_ep *ep, const uint8_t *private_data, size_t n, struct rmig_error *err);
+    int (*accept)(struct rmig_ep *ep, const uint8_t *private_data, size_t n, struct rmig_error *err);
+    void (*disconnect)(struct rmig_ep *ep);
+    void (*close)(struct rmig_ep *ep);
+    int (*caps)(struct rmig_ep *ep, struct rmig_fabric_caps *caps, struct rmig_error *err);
+
+    int (*reg)(struct rmig_ep *ep, void *address, uint64_t length, unsigned access, struct rmig_mr *mr,
+               struct rmig_error *err);
+    int (*dereg)(struct rmig_ep *ep, struct rmig_mr *mr, struct rmig_error *err);
+
+    /* Posting. recv and send: RMIG_OK, RMIG_ERR_FULL (not posted), or an error. mr covers the buffer. */
+    int (*recv)(struct rmig_ep *ep, void *buf, uint64_t n, const struct rmig_mr *mr, uint64_t id, struct rmig_error *err);
+    int (*send)(struct rmig_ep *ep, const void *buf, uint64_t n, const struct rmig_mr *mr, uint64_t id,
+                struct rmig_error *err);
+    /* Posts writes in order, as one batch where the hardware can; returns how many were taken, 0 ... n (the queue was full), or an error. */
+    int (*write)(struct rmig_ep *ep, const struct rmig_write *writes, size_t n, struct rmig_error *err);
+
+    /* Up to n events in the order in which they happened; returns how many, or an error of the endpoint itself. */
+    int (*poll)(struct rmig_ep *ep, struct rmig_fabric_event *events, size_t n, struct rmig_error *err);
+    /* The descriptors to wait on, armed: returns how many were written to fds[0 ... n-1] (at most 4), 0 if the fabric has none and wants
+       polling. *ready: poll has something already, do not sleep. */
+    int (*fds)(struct rmig_ep *ep, struct rmig_fd *fds, size_t n, bool *ready, struct rmig_error *err);
+};
+
+/* Closes a fabric, whatever kind it is, after its sources and sinks. NULL is allowed. */
+RMIG_API void rmig_fabric_close(struct rmig_fabric *f);
+
+/* "host:port", "[v6]:port", "host" (port then becomes ""), ":port" (host then becomes ""). For fabrics. RMIG_ERR_ARGUMENT when it is none of these
+   or the port is not 0 ... 65535. Each buffer holds at least 2 bytes. */
+RMIG_API int rmig_split_address(const char *address, char *host, size_t host_size, char *port, size_t port_size,
+                                struct rmig_error *err);
+
+// >>source
+
+struct rmig_source;
+struct rmig_stats;
+
+/* Makes a source. cfg is copied; NULL means all defaults. Checks the parameters against each other: RMIG_ERR_PARAM. *err may be NULL. */
+RMIG_API int rmig_source_open(struct rmig_fabric *fabric, const struct rmig_config *cfg, struct rmig_source **out,
+                              struct rmig_error *err);
+/* Frees everything, from any state; NULL is allowed. A connection still up is cut: the sink sees a failure unless finish succeeded. */
+RMIG_API void rmig_source_close(struct rmig_source *s);
+
+/* Before connect. Indexes count from 0 in the order of addition. Errors as rmig_blocks_add; RMIG_ERR_STATE after connect. */
+RMIG_API int rmig_source_add_block(struct rmig_source *s, const struct rmig_block_desc *desc, uint32_t *index);
+
+/* Non-blocking calls start an operation; drive it with rmig_source_process until that returns RMIG_OK. The call of the same name
+   without _start is the same, waiting. One operation at a time: RMIG_ERR_STATE otherwise.
+   connect resolves, connects and agrees on the protocol, within connect-timeout. address: "host:port". */
+RMIG_API int rmig_source_connect_start(struct rmig_source *s, const char *address);
+RMIG_API int rmig_source_connect(struct rmig_source *s, const char *address);
+
+/* A round: begin, save what is dirty, end. Never blocks. In the first round the blocks are exchanged with the sink. */
+RMIG_API int rmig_source_begin_round(struct rmig_source *s);
+
+/* What to send, between begin and end of a round. Never blocks and never fails for lack of room: pages are noted in a set (a page
+   noted twice before it was sent is sent once), and sending begins at once as far as the fabric takes it. What is sent is the
+   memory's content at some time after the call; the embedder's dirty log must catch what the guest writes after the call.
+   Offsets and lengths in bytes are widened to whole pages; outside the block: RMIG_ERR_ARGUMENT. */
+RMIG_API int rmig_source_save_page(struct rmig_source *s, uint32_t block, uint64_t offset);
+RMIG_API int rmig_source_save_range(struct rmig_source *s, uint32_t block, uint64_t offset, uint64_t length);
+/* A dirty bitmap as KVM_GET_DIRTY_LOG writes it: bit i of word i / 64 is page first_page + i of the block, i < pages. Read before the call
+   returns. The fast path. */
+RMIG_API int rmig_source_save_bitmap(struct rmig_source *s, uint32_t block, const uint64_t *bitmap, uint64_t first_page,
+                                     uint64_t pages);
+
+/* Ends the round: all that was saved is in the sink's memory, and the sink knows it. */
+RMIG_API int rmig_source_end_round_start(struct rmig_source *s);
+RMIG_API int rmig_source_end_round(struct rmig_source *s);
+
+/* The byte stream for device state: bytes arrive in order, after all pages saved before them. put_some takes what fits now and returns how
+   many bytes (0 ... n), or an error; put waits until it has taken all. flush sends what is buffered; end_round and finish flush too. */
+RMIG_API int64_t rmig_source_put_some(struct rmig_source *s, const void *data, size_t n);
+RMIG_API int rmig_source_put(struct rmig_source *s, const void *data, size_t n);
+RMIG_API int rmig_source_flush_start(struct rmig_source *s);
+RMIG_API int rmig_source_flush(struct rmig_source *s);
+
+/* The handover: RMIG_OK means that the sink has everything, has deregistered all memory, and owns the guest. Any other result: the guest
+   is still this side's, except RMIG_ERR_HANDOVER (the link broke in the last microseconds: nobody can know).
+   With a plain version 1 sink there is no answer: RMIG_OK means that everything was delivered. */
+RMIG_API int rmig_source_finish_start(struct rmig_source *s);
+RMIG_API int rmig_source_finish(struct rmig_source *s);
+
+/* Makes all progress possible without waiting. RMIG_PENDING: the operation goes on. RMIG_OK: no operation is under way (saved pages
+   may still be). Negative: the session's error. Call it when a descriptor is ready and when the deadline has come, also between rounds (it keeps
+   the connection alive). */
+RMIG_API int rmig_source_process(struct rmig_source *s);
+/* Descriptors for the caller's poll/epoll, armed; returns how many (n >= 4 always suffices). Call it right before sleeping, and
+   then next_deadline. */
+RMIG_API int rmig_source_fds(struct rmig_source *s, struct rmig_fd *fds, size_t n);
+/* When to call process at the latest, in the fabric's ns; 0: at once; RMIG_FOREVER: no time. */
+RMIG_API uint64_t rmig_source_next_deadline(struct rmig_source *s);
+
+/* Ends the session from any state; the peer is told if it can be. The next process returns RMIG_ERR_CANCELLED. Not from another thread. */
+RMIG_API void rmig_source_cancel(struct rmig_source *s);
+/* The last error of a call or of the session; status RMIG_OK if none. Valid until close. */
+RMIG_API const struct rmig_error *rmig_source_error(const struct rmig_source *s);
+RMIG_API void rmig_source_stats(const struct rmig_source *s, struct rmig_stats *out);
+/* True once the peer has agreed to the rmig extension; false: plain version 1. */
+RMIG_API bool rmig_source_extended(const struct rmig_source *s);
+
+// >>sink
+
+struct rmig_sink;
+
+enum rmig_sink_event_type {
+    RMIG_SINK_NONE,
+    RMIG_SINK_CONNECTED, // a source is there
+    RMIG_SINK_BLOCKS, // the source asks for the blocks: add those missing, then rmig_sink_accept_blocks or rmig_sink_refuse
+    RMIG_SINK_ROUND, // a round ended: memory is as it was at the source at some time in that round
+    RMIG_SINK_STREAM, // stream bytes are there: rmig_sink_get until it returns 0; the source waits meanwhile
+    RMIG_SINK_DISCONNECTED, // a plain version 1 source has left: rmig_sink_complete if the stream was whole, else close
+    RMIG_SINK_FINISHED // all is there, nothing is registered any more, the guest is this side's
+};
+
+struct rmig_sink_event {
+    enum rmig_sink_event_type type;
+    uint32_t block_count; // BLOCKS: blocks that the source named; 0 from a plain version 1 source, which names them in the stream
+    uint64_t round; // ROUND: 1, 2, ...
+    size_t stream_bytes; // STREAM: bytes there now
+};
+
+RMIG_API int rmig_sink_open(struct rmig_fabric *fabric, const struct rmig_config *cfg, struct rmig_sink **out,
+                            struct rmig_error *err);
+RMIG_API void rmig_sink_close(struct rmig_sink *s);
+/* Listens on "host:port" (port 0: any free one). Requests that are not a migration are rejected, and listening goes on. */
+RMIG_API int rmig_sink_listen(struct rmig_sink *s, const char *address);
+RMIG_API int rmig_sink_address(struct rmig_sink *s, char *buf, size_t n); // as really bound
+
+/* Any time before accept_blocks. With an extended source blocks are matched by name; with a plain version 1 source by order of addition. */
+RMIG_API int rmig_sink_add_block(struct rmig_sink *s, const struct rmig_block_desc *desc, uint32_t *index);
+/* What the source said of its block i < block_count. Valid until close. */
+RMIG_API int rmig_sink_peer_block(struct rmig_sink *s, uint32_t i, struct rmig_block_entry *out);
+/* After RMIG_SINK_BLOCKS. RMIG_ERR_SETUP if a block of the source is missing or has another length; both ends then say which. */
+RMIG_API int rmig_sink_accept_blocks(struct rmig_sink *s);
+RMIG_API int rmig_sink_refuse(struct rmig_sink *s, const char *reason);
+
+/* Copies up to n stream bytes that have arrived; returns how many, 0: none now. */
+RMIG_API size_t rmig_sink_get(struct rmig_sink *s, void *buf, size_t n);
+
+/* With a plain version 1 source only the reader of the stream knows its end: it says so here. Deregisters everything; RMIG_SINK_FINISHED follows. */
+RMIG_API int rmig_sink_complete(struct rmig_sink *s);
+
+/* Makes progress without waiting and delivers at most one event: RMIG_OK with ev->type (RMIG_SINK_NONE: nothing now), or the session's
+   error. Waiting for a source has no deadline; from its request on, silence of io-timeout is an error. */
+RMIG_API int rmig_sink_process(struct rmig_sink *s, struct rmig_sink_event *ev);
+/* The same, waiting up to timeout_ns (RMIG_FOREVER allowed) for an event; RMIG_SINK_NONE if none came. */
+RMIG_API int rmig_sink_wait(struct rmig_sink *s, struct rmig_sink_event *ev, uint64_t timeout_ns);
+RMIG_API int rmig_sink_fds(struct rmig_sink *s, struct rmig_fd *fds, size_t n); // n >= 8 always suffices
+RMIG_API uint64_t rmig_sink_next_deadline(struct rmig_sink *s);
+RMIG_API void rmig_sink_cancel(struct rmig_sink *s);
+RMIG_API const struct rmig_error *rmig_sink_error(const struct rmig_sink *s);
+RMIG_API void rmig_sink_stats(const struct rmig_sink *s, struct rmig_stats *out);
+RMIG_API bool rmig_sink_extended(const struct rmig_sink *s);
+
+// >>stats
+
+/* Counters of a session, from its opening. Times in ns, sizes in bytes. What a side does not do stays 0. */
+struct rmig_stats {
+    uint64_t bytes_written; // by RDMA WRITE
+    uint64_t pages_written;
+    uint64_t bytes_zero; // not written because zero
+    uint64_t pages_zero;
+    uint64_t bytes_pending; // saved, not yet written
+    uint64_t rounds; // ended
+    uint64_t writes_posted, writes_signalled;
+    uint64_t registrations, deregistrations; // of guest RAM, at this end
+    uint64_t bytes_registered; // now, at this end
+    uint64_t registration_ns; // spent registering
+    uint64_t control_sent, control_received; // messages
+    uint64_t stream_bytes; // device state
+    uint64_t setup_ns; // connect to blocks agreed
+    uint64_t round_bytes, round_ns; // of the round that runs, or else of the last: written and zero; time since begin
+    uint64_t round_saved; // bytes saved in that round
+    uint64_t throughput; // bytes per second in the last round that wrote anything
+    uint64_t dirty_rate; // bytes per second: saved in this round over the time since the round before began
+    uint64_t message_rtt_ns; // shortest request to its reply
+};
+
+/* How long it takes to move `dirty` more bytes at the measured throughput, with the two messages that end a round. RMIG_FOREVER when nothing was
+   measured yet. Pure. */
+RMIG_API uint64_t rmig_expected_downtime_ns(const struct rmig_stats *stats, uint64_t dirty);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif // RMIG_H
+
+/*
+MIT License
+
+Copyright (c) 2026 The rmig authors
+
+Permission is hereby granted, free of charge, to any person obtaining a copy
+of this software and associated documentation files (the "Software"), to deal
+in the Software without restriction, including without limitation the rights
+to use, copy, modify, merge, publish, distribute, sublicense, and/or sell
+copies of the Software, and to permit persons to whom the Software is
+furnished to do so, subject to the following conditions:
+
+The above copyright notice and this permission notice shall be included in all
+copies or substantial portions of the Software.
+
+THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR
+IMPLIED, INCLUDING BUT NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY,
+FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE
+AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER
+LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM,
+OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE
+SOFTWARE.
+*/
