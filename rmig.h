@@ -432,13 +432,11 @@ struct rmig_block {
     uint64_t fd_offset;
 };
 
-/* The table of RAM blocks: index = order of addition, search by guest offset and by name in O(log n) once built. Zero-initialised
-   works. Adding n blocks in any order costs O(n log n) in all: the orders are sorted at the first search after an addition. */
+/* The table of RAM blocks: index = order of addition, search by guest offset and by name in O(log n). Zero-initialised works. */
 struct rmig_blocks {
     struct rmig_block *block; // by index
     uint32_t *by_offset, *by_name; // indexes, sorted
     uint32_t count, capacity;
-    uint32_t sorted; // how many of count are in the sorted orders
     uint32_t last; // where the last search by offset hit
 };
 
@@ -449,7 +447,7 @@ RMIG_API void rmig_blocks_free(struct rmig_blocks *t);
 RMIG_API int rmig_blocks_add(struct rmig_blocks *t, const struct rmig_block_desc *desc, uint32_t *index,
                              struct rmig_error *err);
 /* RMIG_OK and the index, or RMIG_ERR_ARGUMENT if there is none (a hole, an unknown name). */
-RMIG_API int rmig_blocks_by_name(struct rmig_blocks *t, const char *name, uint32_t *index);
+RMIG_API int rmig_blocks_by_name(const struct rmig_blocks *t, const char *name, uint32_t *index);
 RMIG_API int rmig_blocks_by_offset(struct rmig_blocks *t, uint64_t guest_offset, uint32_t *index);
 
 // >>zero
@@ -1040,6 +1038,1089 @@ RMIG_API uint64_t rmig_expected_downtime_ns(const struct rmig_stats *stats, uint
 #endif
 
 #endif // RMIG_H
+
+#if defined(RMIG_IMPLEMENTATION) && !defined(RMIG_IMPLEMENTATION_DONE)
+#define RMIG_IMPLEMENTATION_DONE
+
+// >>config: implementation
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/types.h>
+#include <unistd.h>
+#if (defined(__x86_64__) || defined(__i386__)) && defined(__GNUC__)
+#include <immintrin.h>
+#define RMIG__X86 1
+#endif
+
+#ifndef RMIG_MALLOC
+#define RMIG_MALLOC(n) malloc(n)
+#define RMIG_REALLOC(p, n) realloc(p, n)
+#define RMIG_FREE(p) free(p)
+#endif
+#ifndef RMIG_ASSERT
+#include <assert.h>
+#define RMIG_ASSERT(c) assert(c)
+#endif
+#ifndef RMIG_LOG
+#define RMIG_LOG(text) ((void)(text))
+#endif
+
+#ifdef RMIG_STATIC
+#define RMIG__DEF static __attribute__((unused))
+#else
+#define RMIG__DEF
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+static void *rmig__calloc(uint64_t n, size_t size) {
+    if (n == 0)
+        n = 1;
+    if (n > SIZE_MAX / 2 / size)
+        return NULL;
+    void *p = RMIG_MALLOC((size_t)n * size);
+    if (p != NULL)
+        memset(p, 0, (size_t)n * size);
+    return p;
+}
+
+static void rmig__release(void *p) { // the override need not take NULL
+    if (p != NULL)
+        RMIG_FREE(p);
+}
+
+static uint64_t rmig__min(uint64_t a, uint64_t b) { return a < b ? a : b; }
+static uint64_t rmig__max(uint64_t a, uint64_t b) { return a > b ? a : b; }
+static bool rmig__is_power_of_two(uint64_t x) { return x != 0 && (x & (x - 1)) == 0; }
+
+// >>status: implementation
+
+RMIG__DEF const char *rmig_status_text(int status) {
+    switch (status) {
+#define RMIG__X(name, value, text, hint)                                                                               \
+    case value:                                                                                                        \
+        return text;
+        RMIG_STATUS_LIST(RMIG__X)
+#undef RMIG__X
+    default:
+        return "unknown status";
+    }
+}
+
+RMIG__DEF const char *rmig_status_hint(int status) {
+    switch (status) {
+#define RMIG__X(name, value, text, hint)                                                                               \
+    case value:                                                                                                        \
+        return hint;
+        RMIG_STATUS_LIST(RMIG__X)
+#undef RMIG__X
+    default:
+        return "";
+    }
+}
+
+RMIG__DEF const char *rmig_status_name(int status) {
+    switch (status) {
+#define RMIG__X(name, value, text, hint)                                                                               \
+    case value:                                                                                                        \
+        return "RMIG_" #name;
+        RMIG_STATUS_LIST(RMIG__X)
+#undef RMIG__X
+    default:
+        return "RMIG_UNKNOWN";
+    }
+}
+
+RMIG__DEF int rmig_fail(struct rmig_error *err, int status, int provider_code, const char *format, ...) {
+    if (err == NULL)
+        return status;
+    err->status = status;
+    err->provider_code = provider_code;
+    char text[sizeof err->text]; // an argument may be err->text itself
+    va_list args;
+    va_start(args, format);
+    vsnprintf(text, sizeof text, format, args);
+    va_end(args);
+    memcpy(err->text, text, sizeof text);
+    return status;
+}
+
+// >>size: implementation
+
+/* Digits of text as a number scaled by unit: [digits][.digits]. Stops at the first other character. False if there is no number, it
+   is not whole after scaling, or it does not fit. */
+static bool rmig__number(const char **text, uint64_t *integer, uint64_t *fraction, uint64_t *denominator) {
+    const char *p = *text;
+    bool any = false;
+    *integer = 0;
+    *fraction = 0;
+    *denominator = 1;
+    for (; *p >= '0' && *p <= '9'; p++, any = true) {
+        uint64_t digit = (uint64_t)(*p - '0');
+        if (*integer > (UINT64_MAX - digit) / 10)
+            return false;
+        *integer = *integer * 10 + digit;
+    }
+    if (*p == '.') {
+        for (p++; *p >= '0' && *p <= '9'; p++, any = true) {
+            if (*denominator >= (uint64_t)1000000000000000000u)
+                return false;
+            *fraction = *fraction * 10 + (uint64_t)(*p - '0');
+            *denominator *= 10;
+        }
+    }
+    *text = p;
+    return any;
+}
+
+/* (integer + fraction / denominator) * unit, if that is a whole number that fits. */
+static bool rmig__scale(uint64_t integer, uint64_t fraction, uint64_t denominator, uint64_t unit, uint64_t *out) {
+    while (denominator > 1 && fraction % 10 == 0) {
+        fraction /= 10;
+        denominator /= 10;
+    }
+    if (integer != 0 && unit > UINT64_MAX / integer)
+        return false;
+    /* Remove common factors, so that the product below fits whenever the result is whole. */
+    uint64_t part = unit;
+    for (unsigned prime = 2; prime <= 5; prime += 3)
+        while (denominator % prime == 0 && part % prime == 0) {
+            denominator /= prime;
+            part /= prime;
+        }
+    for (unsigned prime = 2; prime <= 5; prime += 3)
+        while (denominator % prime == 0 && fraction % prime == 0) {
+            denominator /= prime;
+            fraction /= prime;
+        }
+    if (denominator != 1 || (fraction != 0 && part > UINT64_MAX / fraction))
+        return false;
+    uint64_t whole = integer * unit, rest = fraction * part;
+    if (whole > UINT64_MAX - rest)
+        return false;
+    *out = whole + rest;
+    return true;
+}
+
+RMIG__DEF int rmig_size_parse(const char *text, uint64_t *bytes, struct rmig_error *err) {
+    if (text == NULL || bytes == NULL)
+        return rmig_fail(err, RMIG_ERR_ARGUMENT, 0, "size: NULL; give a text such as \"64M\"");
+    const char *p = text;
+    uint64_t integer, fraction, denominator, unit = 1, value;
+    bool ok = rmig__number(&p, &integer, &fraction, &denominator);
+    if (ok && *p != '\0') {
+        static const char suffixes[] = "BKMGT";
+        char upper = (char)(*p >= 'a' && *p <= 'z' ? *p - 'a' + 'A' : *p);
+        const char *at = strchr(suffixes, upper);
+        ok = at != NULL && p[1] == '\0';
+        if (ok)
+            unit = (uint64_t)1 << (10 * (at - suffixes));
+    }
+    if (!ok)
+        return rmig_fail(err, RMIG_ERR_ARGUMENT, 0,
+                         "size \"%.60s\": expected a number of bytes below 2^64, with an optional suffix B K M G T "
+                         "(1024-based), such as 64M",
+                         text);
+    if (!rmig__scale(integer, fraction, denominator, unit, &value))
+        return rmig_fail(err, RMIG_ERR_ARGUMENT, 0, "size \"%.60s\": must be a whole number of bytes below 2^64", text);
+    *bytes = value;
+    return RMIG_OK;
+}
+
+RMIG__DEF const char *rmig_size_format(uint64_t bytes, char *buf, size_t buf_size) {
+    static const char suffixes[] = "\0KMGT";
+    unsigned at = 0;
+    while (bytes != 0 && bytes % 1024 == 0 && at < 4) {
+        bytes /= 1024;
+        at++;
+    }
+    char suffix[2] = {suffixes[at], '\0'};
+    snprintf(buf, buf_size, "%llu%s", (unsigned long long)bytes, suffix);
+    return buf;
+}
+
+struct rmig__param_row {
+    const char *name;
+    enum rmig_unit unit;
+    uint64_t min, max, default_value;
+    bool zero_allowed, power_of_two;
+    const char *help;
+};
+
+#define RMIG__MS ((uint64_t)1000000)
+#define RMIG__SECOND ((uint64_t)1000000000)
+
+/* In the order of enum rmig_param. A default of 0 for merge-max stands for 2 x chunk-size. */
+static const struct rmig__param_row rmig__params[RMIG_PARAM_COUNT] = {
+    {"chunk-size", RMIG_UNIT_BYTES, RMIG_CHUNK_SIZE_MIN, RMIG_CHUNK_SIZE_MAX, RMIG_CHUNK_SIZE, false, true,
+     "unit of registration; the source's holds at both ends"},
+    {"merge-max", RMIG_UNIT_BYTES, 4096, (uint64_t)1 << 40, 0, false, false, "longest write made of merged pages"},
+    {"pin-all", RMIG_UNIT_SWITCH, 0, 1, 0, false, false, "register all RAM before the first round"},
+    {"signal-every", RMIG_UNIT_COUNT, 1, 65536, 64, false, false, "ask for a completion every so many writes"},
+    {"write-depth", RMIG_UNIT_COUNT, 1, 65536, 128, false, false, "writes outstanding at most"},
+    {"register-ahead", RMIG_UNIT_BYTES, RMIG_CHUNK_SIZE_MIN, (uint64_t)1 << 40, 128 * RMIG_MIB, true, false,
+     "bytes registered ahead of the wire; 0: one chunk at a time, as stock QEMU"},
+    {"zero-detect", RMIG_UNIT_SWITCH, 0, 1, 1, false, false, "neither send nor pin what is all zero"},
+    {"max-bandwidth", RMIG_UNIT_BYTES_PER_SECOND, 4096, (uint64_t)1 << 50, 0, true, false,
+     "bytes per second; 0: unlimited"},
+    {"connect-timeout", RMIG_UNIT_NS, RMIG__MS, 3600 * RMIG__SECOND, 10 * RMIG__SECOND, false, false,
+     "for resolving, connecting and agreeing"},
+    {"io-timeout", RMIG_UNIT_NS, RMIG__MS, 3600 * RMIG__SECOND, 30 * RMIG__SECOND, false, false,
+     "without any progress or word from the peer"},
+    {"page-size", RMIG_UNIT_BYTES, 4096, RMIG_CHUNK_SIZE_MIN, 4096, false, true,
+     "of the guest: unit of dirty bitmaps and of saved pages"},
+    {"peer-chunk-size", RMIG_UNIT_BYTES, RMIG_CHUNK_SIZE_MIN, RMIG_CHUNK_SIZE_MAX, 0, true, true,
+     "of a plain version 1 peer; 0: unknown, any is safe"},
+    {"extension", RMIG_UNIT_SWITCH, 0, 1, 1, false, false, "use rmig's extension when the peer has it too"},
+};
+
+static bool rmig__param_valid(enum rmig_param param) {
+    return (unsigned)param < RMIG_PARAM_COUNT; // a negative number becomes a large one
+}
+
+/* A value as text that rmig_set_param takes. */
+static void rmig__param_text(const struct rmig__param_row *row, uint64_t value, char *buf, size_t n) {
+    switch (row->unit) {
+    case RMIG_UNIT_BYTES:
+    case RMIG_UNIT_BYTES_PER_SECOND:
+        rmig_size_format(value, buf, n);
+        break;
+    case RMIG_UNIT_COUNT:
+        snprintf(buf, n, "%llu", (unsigned long long)value);
+        break;
+    case RMIG_UNIT_SWITCH:
+        snprintf(buf, n, "%s", value ? "on" : "off");
+        break;
+    case RMIG_UNIT_NS: {
+        static const char *const suffix[] = {"ns", "us", "ms", "s"};
+        unsigned at = 0;
+        while (value != 0 && value % 1000 == 0 && at < 3) {
+            value /= 1000;
+            at++;
+        }
+        snprintf(buf, n, "%llu%s", (unsigned long long)value, suffix[at]);
+        break;
+    }
+    }
+}
+
+static void rmig__range_text(const struct rmig__param_row *row, char *buf, size_t n) {
+    if (row->unit == RMIG_UNIT_SWITCH) {
+        snprintf(buf, n, "on, off");
+        return;
+    }
+    char low[32], high[32];
+    rmig__param_text(row, row->min, low, sizeof low);
+    rmig__param_text(row, row->max, high, sizeof high);
+    snprintf(buf, n, "%s%s%s to %s", row->zero_allowed ? "0, or " : "", row->power_of_two ? "a power of two from " : "",
+             low, high);
+}
+
+RMIG__DEF uint64_t rmig_get(const struct rmig_config *cfg, enum rmig_param param) {
+    if (!rmig__param_valid(param))
+        return 0;
+    if (cfg != NULL && (cfg->set_ & (1u << param)) != 0)
+        return cfg->value_[param];
+    if (param == RMIG_PARAM_MERGE_MAX)
+        return 2 * rmig_get(cfg, RMIG_PARAM_CHUNK_SIZE);
+    if (param == RMIG_PARAM_SIGNAL_EVERY)
+        return rmig__min(rmig__params[param].default_value, rmig_get(cfg, RMIG_PARAM_WRITE_DEPTH));
+    return rmig__params[param].default_value;
+}
+
+/* What one row cannot say: rules between two parameters. cfg has the value already. */
+static int rmig__param_pairs(const struct rmig_config *cfg, enum rmig_param param, struct rmig_error *err) {
+    uint64_t merge = rmig_get(cfg, RMIG_PARAM_MERGE_MAX), page = rmig_get(cfg, RMIG_PARAM_PAGE_SIZE);
+    uint64_t every = rmig_get(cfg, RMIG_PARAM_SIGNAL_EVERY), depth = rmig_get(cfg, RMIG_PARAM_WRITE_DEPTH);
+    if (merge < page)
+        return rmig_fail(err, RMIG_ERR_PARAM, 0, "%s: merge-max %llu would be below page-size %llu; set %s first",
+                         rmig__params[param].name, (unsigned long long)merge, (unsigned long long)page,
+                         param == RMIG_PARAM_MERGE_MAX ? "a smaller page-size" : "a larger merge-max");
+    if (every > depth)
+        return rmig_fail(err, RMIG_ERR_PARAM, 0,
+                         "%s: signal-every %llu would be above write-depth %llu (range of signal-every: 1 to "
+                         "write-depth); set %s first",
+                         rmig__params[param].name, (unsigned long long)every, (unsigned long long)depth,
+                         param == RMIG_PARAM_SIGNAL_EVERY ? "a larger write-depth" : "a smaller signal-every");
+    return RMIG_OK;
+}
+
+static int rmig__set(struct rmig_config *cfg, enum rmig_param param, uint64_t value, const char *shown,
+                     struct rmig_error *err) {
+    const struct rmig__param_row *row = &rmig__params[param];
+    bool in_range = (value >= row->min && value <= row->max && (!row->power_of_two || rmig__is_power_of_two(value))) ||
+                    (value == 0 && row->zero_allowed);
+    if (!in_range) {
+        char range[80];
+        rmig__range_text(row, range, sizeof range);
+        return rmig_fail(err, RMIG_ERR_PARAM, 0, "%s: %.60s is out of range: must be %s", row->name, shown, range);
+    }
+    struct rmig_config next = *cfg;
+    next.value_[param] = value;
+    next.set_ |= 1u << param;
+    int status = rmig__param_pairs(&next, param, err);
+    if (status == RMIG_OK)
+        *cfg = next;
+    return status;
+}
+
+RMIG__DEF int rmig_set(struct rmig_config *cfg, enum rmig_param param, uint64_t value, struct rmig_error *err) {
+    if (cfg == NULL)
+        return rmig_fail(err, RMIG_ERR_ARGUMENT, 0, "rmig_set: cfg is NULL");
+    if (!rmig__param_valid(param))
+        return rmig_fail(err, RMIG_ERR_PARAM, 0, "rmig_set: %d is no parameter: must be 0 to %d", (int)param,
+                         RMIG_PARAM_COUNT - 1);
+    char shown[32];
+    snprintf(shown, sizeof shown, "%llu", (unsigned long long)value);
+    return rmig__set(cfg, param, value, shown, err);
+}
+
+static int rmig__param_find(const char *name, struct rmig_error *err) {
+    for (int i = 0; name != NULL && i < RMIG_PARAM_COUNT; i++)
+        if (strcmp(rmig__params[i].name, name) == 0)
+            return i;
+    char known[240] = "";
+    for (int i = 0; i < RMIG_PARAM_COUNT; i++) {
+        size_t at = strlen(known);
+        snprintf(known + at, sizeof known - at, "%s%s", i == 0 ? "" : ", ", rmig__params[i].name);
+    }
+    return rmig_fail(err, RMIG_ERR_PARAM, 0, "unknown parameter \"%.40s\": must be one of %s", name == NULL ? "" : name,
+                     known);
+}
+
+static bool rmig__parse_ns(const char *text, uint64_t *ns) {
+    static const struct {
+        const char *suffix;
+        uint64_t unit;
+    } units[] = {{"", 1000000}, {"ns", 1}, {"us", 1000}, {"ms", 1000000}, {"s", 1000000000}};
+    uint64_t integer, fraction, denominator;
+    if (!rmig__number(&text, &integer, &fraction, &denominator))
+        return false;
+    for (size_t i = 0; i < sizeof units / sizeof units[0]; i++)
+        if (strcmp(text, units[i].suffix) == 0)
+            return rmig__scale(integer, fraction, denominator, units[i].unit, ns);
+    return false;
+}
+
+static bool rmig__parse_switch(const char *text, uint64_t *value) {
+    static const char *const words[2][4] = {{"off", "no", "false", "0"}, {"on", "yes", "true", "1"}};
+    for (unsigned v = 0; v < 2; v++)
+        for (unsigned i = 0; i < 4; i++)
+            if (strcmp(text, words[v][i]) == 0) {
+                *value = v;
+                return true;
+            }
+    return false;
+}
+
+static bool rmig__parse_count(const char *text, uint64_t *value) {
+    uint64_t fraction, denominator;
+    return rmig__number(&text, value, &fraction, &denominator) && denominator == 1 && *text == '\0';
+}
+
+RMIG__DEF int rmig_set_param(struct rmig_config *cfg, const char *name, const char *text, struct rmig_error *err) {
+    if (cfg == NULL)
+        return rmig_fail(err, RMIG_ERR_ARGUMENT, 0, "rmig_set_param: cfg is NULL");
+    int found = rmig__param_find(name, err);
+    if (found < 0)
+        return found;
+    const struct rmig__param_row *row = &rmig__params[found];
+    const char *expected = "";
+    uint64_t value = 0;
+    bool ok = text != NULL;
+    switch (row->unit) {
+    case RMIG_UNIT_BYTES:
+    case RMIG_UNIT_BYTES_PER_SECOND:
+        expected = "a whole number of bytes, with an optional suffix B K M G T";
+        ok = ok && rmig_size_parse(text, &value, NULL) == RMIG_OK;
+        break;
+    case RMIG_UNIT_COUNT:
+        expected = "a whole number";
+        ok = ok && rmig__parse_count(text, &value);
+        break;
+    case RMIG_UNIT_SWITCH:
+        expected = "a switch";
+        ok = ok && rmig__parse_switch(text, &value);
+        break;
+    case RMIG_UNIT_NS:
+        expected = "a time such as 500ms or 10s (ns us ms s; a bare number is milliseconds)";
+        ok = ok && rmig__parse_ns(text, &value);
+        break;
+    }
+    if (!ok) {
+        char range[80];
+        rmig__range_text(row, range, sizeof range);
+        return rmig_fail(err, RMIG_ERR_PARAM, 0, "%s: \"%.60s\" is not %s: must be %s", row->name,
+                         text == NULL ? "" : text, expected, range);
+    }
+    return rmig__set(cfg, (enum rmig_param)found, value, text, err);
+}
+
+RMIG__DEF int rmig_get_param(const struct rmig_config *cfg, const char *name, char *buf, size_t buf_size,
+                             struct rmig_error *err) {
+    int found = rmig__param_find(name, err);
+    if (found < 0)
+        return found;
+    char text[32];
+    rmig__param_text(&rmig__params[found], rmig_get(cfg, (enum rmig_param)found), text, sizeof text);
+    if (buf == NULL || strlen(text) >= buf_size)
+        return rmig_fail(err, RMIG_ERR_ARGUMENT, 0, "rmig_get_param: the buffer has %zu bytes, %s needs %zu", buf_size,
+                         rmig__params[found].name, strlen(text) + 1);
+    memcpy(buf, text, strlen(text) + 1);
+    return RMIG_OK;
+}
+
+RMIG__DEF size_t rmig_param_list(struct rmig_param_info *out, size_t n) {
+    for (size_t i = 0; i < n && i < RMIG_PARAM_COUNT; i++) {
+        const struct rmig__param_row *row = &rmig__params[i];
+        struct rmig_param_info *info = &out[i];
+        memset(info, 0, sizeof *info);
+        info->param = (enum rmig_param)i;
+        info->name = row->name;
+        info->unit = row->unit;
+        info->min = row->min;
+        info->max = row->max;
+        info->zero_allowed = row->zero_allowed;
+        info->power_of_two = row->power_of_two;
+        info->help = row->help;
+        rmig__param_text(row, rmig_get(NULL, info->param), info->default_text, sizeof info->default_text);
+        rmig__range_text(row, info->range_text, sizeof info->range_text);
+    }
+    return RMIG_PARAM_COUNT;
+}
+
+// >>block: implementation
+
+RMIG__DEF void rmig_blocks_init(struct rmig_blocks *t) { memset(t, 0, sizeof *t); }
+
+RMIG__DEF void rmig_blocks_free(struct rmig_blocks *t) {
+    for (uint32_t i = 0; i < t->count; i++)
+        rmig__release(t->block[i].name);
+    rmig__release(t->block);
+    rmig__release(t->by_offset);
+    rmig__release(t->by_name);
+    rmig_blocks_init(t);
+}
+
+/* First place in the sorted part of an order whose block is not below: by guest offset, or by name. */
+static uint32_t rmig__lower_offset(const struct rmig_blocks *t, uint64_t offset) {
+    uint32_t low = 0, high = t->count;
+    while (low < high) {
+        uint32_t middle = low + (high - low) / 2;
+        if (t->block[t->by_offset[middle]].guest_offset < offset)
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    return low;
+}
+
+static uint32_t rmig__lower_name(const struct rmig_blocks *t, const char *name) {
+    uint32_t low = 0, high = t->count;
+    while (low < high) {
+        uint32_t middle = low + (high - low) / 2;
+        if (strcmp(t->block[t->by_name[middle]].name, name) < 0)
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    return low;
+}
+
+static int rmig__blocks_check(const struct rmig_block_desc *d, struct rmig_error *err) {
+    if (d->name == NULL || d->name[0] == '\0')
+        return rmig_fail(err, RMIG_ERR_ARGUMENT, 0, "block: the name is empty; must be 1 to %d bytes", RMIG_NAME_MAX);
+    if (strlen(d->name) > RMIG_NAME_MAX)
+        return rmig_fail(err, RMIG_ERR_ARGUMENT, 0, "block \"%.40s...\": the name has %zu bytes; must be 1 to %d",
+                         d->name, strlen(d->name), RMIG_NAME_MAX);
+    if (d->length == 0)
+        return rmig_fail(err, RMIG_ERR_ARGUMENT, 0, "block \"%.100s\": length 0; must be at least 1 byte", d->name);
+    if (d->host == NULL)
+        return rmig_fail(err, RMIG_ERR_ARGUMENT, 0, "block \"%.100s\": host is NULL; must be where it is mapped",
+                         d->name);
+    if ((uint64_t)(uintptr_t)d->host > UINT64_MAX - d->length)
+        return rmig_fail(err, RMIG_ERR_ARGUMENT, 0, "block \"%.100s\": host %p + length %llu wraps around", d->name,
+                         d->host, (unsigned long long)d->length);
+    if (d->guest_offset > UINT64_MAX - d->length)
+        return rmig_fail(err, RMIG_ERR_ARGUMENT, 0,
+                         "block \"%.100s\": guest offset 0x%llx + length 0x%llx wraps around", d->name,
+                         (unsigned long long)d->guest_offset, (unsigned long long)d->length);
+    if ((unsigned)d->backing > RMIG_BACKING_SHARED_FD)
+        return rmig_fail(err, RMIG_ERR_ARGUMENT, 0, "block \"%.100s\": backing %d is none of enum rmig_backing",
+                         d->name, (int)d->backing);
+    return RMIG_OK;
+}
+
+static int rmig__blocks_overlap(const struct rmig_blocks *t, const struct rmig_block_desc *d, uint32_t other,
+                                struct rmig_error *err) {
+    const struct rmig_block *b = &t->block[other];
+    if (d->guest_offset >= b->guest_offset + b->length || b->guest_offset >= d->guest_offset + d->length)
+        return RMIG_OK;
+    return rmig_fail(err, RMIG_ERR_ARGUMENT, 0,
+                     "block \"%.60s\" at guest offset 0x%llx, length 0x%llx, overlaps block \"%.60s\" at 0x%llx, "
+                     "length 0x%llx; ranges must be disjoint",
+                     d->name, (unsigned long long)d->guest_offset, (unsigned long long)d->length, b->name,
+                     (unsigned long long)b->guest_offset, (unsigned long long)b->length);
+}
+
+static bool rmig__blocks_grow(struct rmig_blocks *t) {
+    if (t->count < t->capacity)
+        return true;
+    if (t->capacity > UINT32_MAX / 4)
+        return false;
+    uint32_t capacity = t->capacity == 0 ? 16 : t->capacity * 2;
+    void *block = RMIG_REALLOC(t->block, capacity * sizeof *t->block);
+    if (block != NULL)
+        t->block = (struct rmig_block *)block;
+    void *by_offset = RMIG_REALLOC(t->by_offset, capacity * sizeof *t->by_offset);
+    if (by_offset != NULL)
+        t->by_offset = (uint32_t *)by_offset;
+    void *by_name = RMIG_REALLOC(t->by_name, capacity * sizeof *t->by_name);
+    if (by_name != NULL)
+        t->by_name = (uint32_t *)by_name;
+    if (block == NULL || by_offset == NULL || by_name == NULL)
+        return false;
+    t->capacity = capacity;
+    return true;
+}
+
+static void rmig__order_insert(uint32_t *order, uint32_t count, uint32_t at, uint32_t index) {
+    memmove(order + at + 1, order + at, (count - at) * sizeof *order);
+    order[at] = index;
+}
+
+RMIG__DEF int rmig_blocks_add(struct rmig_blocks *t, const struct rmig_block_desc *desc, uint32_t *index,
+                              struct rmig_error *err) {
+    if (desc == NULL)
+        return rmig_fail(err, RMIG_ERR_ARGUMENT, 0, "block: the description is NULL");
+    int status = rmig__blocks_check(desc, err);
+    if (status != RMIG_OK)
+        return status;
+    uint32_t at_name = rmig__lower_name(t, desc->name);
+    if (at_name < t->count && strcmp(t->block[t->by_name[at_name]].name, desc->name) == 0)
+        return rmig_fail(err, RMIG_ERR_ARGUMENT, 0, "block \"%.100s\": there is a block %u of that name already",
+                         desc->name, t->by_name[at_name]);
+    uint32_t at_offset = rmig__lower_offset(t, desc->guest_offset);
+    if (at_offset < t->count)
+        status = rmig__blocks_overlap(t, desc, t->by_offset[at_offset], err);
+    if (status == RMIG_OK && at_offset > 0)
+        status = rmig__blocks_overlap(t, desc, t->by_offset[at_offset - 1], err);
+    if (status != RMIG_OK)
+        return status;
+    size_t name_size = strlen(desc->name) + 1;
+    char *name = rmig__blocks_grow(t) ? (char *)RMIG_MALLOC(name_size) : NULL;
+    if (name == NULL)
+        return rmig_fail(err, RMIG_ERR_NO_MEMORY, 0, "block \"%.100s\": out of memory for the table", desc->name);
+    memcpy(name, desc->name, name_size);
+    struct rmig_block *b = &t->block[t->count];
+    b->name = name;
+    b->host = (uint8_t *)desc->host;
+    b->length = desc->length;
+    b->guest_offset = desc->guest_offset;
+    b->backing = desc->backing;
+    b->fd = desc->fd;
+    b->fd_offset = desc->fd_offset;
+    rmig__order_insert(t->by_name, t->count, at_name, t->count);
+    rmig__order_insert(t->by_offset, t->count, at_offset, t->count);
+    if (index != NULL)
+        *index = t->count;
+    t->count++;
+    return RMIG_OK;
+}
+
+RMIG__DEF int rmig_blocks_by_name(const struct rmig_blocks *t, const char *name, uint32_t *index) {
+    uint32_t at = rmig__lower_name(t, name);
+    if (at >= t->count || strcmp(t->block[t->by_name[at]].name, name) != 0)
+        return RMIG_ERR_ARGUMENT;
+    *index = t->by_name[at];
+    return RMIG_OK;
+}
+
+RMIG__DEF int rmig_blocks_by_offset(struct rmig_blocks *t, uint64_t guest_offset, uint32_t *index) {
+    if (t->last >= t->count || guest_offset - t->block[t->last].guest_offset >= t->block[t->last].length) {
+        uint32_t at = rmig__lower_offset(t, guest_offset);
+        if (at >= t->count || t->block[t->by_offset[at]].guest_offset != guest_offset) {
+            if (at == 0)
+                return RMIG_ERR_ARGUMENT;
+            at--;
+        }
+        uint32_t found = t->by_offset[at];
+        if (guest_offset - t->block[found].guest_offset >= t->block[found].length)
+            return RMIG_ERR_ARGUMENT;
+        t->last = found;
+    }
+    *index = t->last;
+    return RMIG_OK;
+}
+
+// >>zero: implementation
+
+RMIG__DEF bool rmig_is_zero_portable(const void *p, size_t n) {
+    const uint8_t *at = (const uint8_t *)p, *end = at + n;
+    for (; (size_t)(end - at) >= 64; at += 64) {
+        uint64_t w[8];
+        memcpy(w, at, sizeof w);
+        if ((w[0] | w[1] | w[2] | w[3] | w[4] | w[5] | w[6] | w[7]) != 0)
+            return false;
+    }
+    for (; at < end; at++)
+        if (*at != 0)
+            return false;
+    return true;
+}
+
+#ifdef RMIG__X86
+__attribute__((target("avx2"))) static bool rmig__is_zero_avx2(const uint8_t *p, size_t n) { // n >= 128
+    const uint8_t *end = p + n;
+    for (; (size_t)(end - p) >= 128; p += 128) {
+        __m256i a = _mm256_loadu_si256((const __m256i *)(const void *)p);
+        __m256i b = _mm256_loadu_si256((const __m256i *)(const void *)(p + 32));
+        __m256i c = _mm256_loadu_si256((const __m256i *)(const void *)(p + 64));
+        __m256i d = _mm256_loadu_si256((const __m256i *)(const void *)(p + 96));
+        __m256i all = _mm256_or_si256(_mm256_or_si256(a, b), _mm256_or_si256(c, d));
+        if (!_mm256_testz_si256(all, all))
+            return false;
+    }
+    return rmig_is_zero_portable(p, (size_t)(end - p));
+}
+#endif
+
+RMIG__DEF bool rmig_is_zero(const void *p, size_t n) {
+#ifdef RMIG__X86
+    if (n >= 128 && __builtin_cpu_supports("avx2"))
+        return rmig__is_zero_avx2((const uint8_t *)p, n);
+#endif
+    return rmig_is_zero_portable(p, n);
+}
+
+/* Linux's numbers; <unistd.h> has them only under _GNU_SOURCE, which is the includer's to decide. */
+#define RMIG__SEEK_DATA 3
+#define RMIG__SEEK_HOLE 4
+
+RMIG__DEF void rmig_holes_open(struct rmig_holes *h) {
+    long page = sysconf(_SC_PAGESIZE);
+    h->page = page > 0 ? (uint64_t)page : 4096;
+    h->pagemap_fd = open("/proc/self/pagemap", O_RDONLY);
+    if (h->pagemap_fd >= 0)
+        fcntl(h->pagemap_fd, F_SETFD, FD_CLOEXEC);
+}
+
+RMIG__DEF void rmig_holes_close(struct rmig_holes *h) {
+    if (h->pagemap_fd >= 0)
+        close(h->pagemap_fd);
+    h->pagemap_fd = -1;
+}
+
+/* tmpfs and file systems answer for pages that no process has mapped, too, which mincore and pagemap cannot. */
+static void rmig__holes_file(const struct rmig_block *b, uint64_t from, uint64_t to, uint64_t *data, uint64_t *end) {
+    *data = from;
+    *end = to;
+    if (b->fd_offset > (uint64_t)INT64_MAX || to > (uint64_t)INT64_MAX - b->fd_offset)
+        return;
+    off_t base = (off_t)b->fd_offset;
+    off_t at = lseek(b->fd, base + (off_t)from, RMIG__SEEK_DATA);
+    if (at < 0) {
+        if (errno == ENXIO) // no data up to the end of the file
+            *data = to;
+        return;
+    }
+    if (at >= base + (off_t)to) {
+        *data = to;
+        return;
+    }
+    *data = rmig__max((uint64_t)(at - base), from);
+    off_t hole = lseek(b->fd, at, RMIG__SEEK_HOLE);
+    if (hole >= 0 && hole < base + (off_t)to)
+        *end = (uint64_t)(hole - base);
+}
+
+/* A page of a private anonymous mapping that is neither present nor swapped out was never written. */
+static void rmig__holes_pagemap(const struct rmig_holes *h, const struct rmig_block *b, uint64_t from, uint64_t to,
+                                uint64_t *data, uint64_t *end) {
+    const uint64_t present_or_swapped = (uint64_t)3 << 62;
+    uint64_t address = (uint64_t)(uintptr_t)b->host;
+    uint64_t first = (address + from) / h->page, last = (address + to - 1) / h->page + 1;
+    *data = to;
+    *end = to;
+    uint64_t entries[512];
+    for (uint64_t page = first; page < last;) {
+        uint64_t n = rmig__min(last - page, sizeof entries / sizeof entries[0]);
+        off_t at = (off_t)(page * sizeof entries[0]);
+        ssize_t got = lseek(h->pagemap_fd, at, SEEK_SET) == at
+                          ? read(h->pagemap_fd, entries, (size_t)n * sizeof entries[0])
+                          : -1;
+        bool known = got == (ssize_t)(n * sizeof entries[0]);
+        for (uint64_t i = 0; i < n; i++) {
+            bool filled = !known || (entries[i] & present_or_swapped) != 0;
+            if (filled == (*data != to))
+                continue; // still in the hole before the data, or still in the data
+            uint64_t edge = page + i == first ? from : (page + i) * h->page - address;
+            if (!filled) {
+                *end = edge;
+                return;
+            }
+            *data = edge;
+        }
+        page += n;
+    }
+}
+
+RMIG__DEF void rmig_holes_next_data(struct rmig_holes *h, const struct rmig_block *b, uint64_t from, uint64_t to,
+                                    uint64_t *data, uint64_t *end) {
+    *data = from;
+    *end = to;
+    if (from >= to)
+        *data = to;
+    else if (b->backing == RMIG_BACKING_SHARED_FD)
+        rmig__holes_file(b, from, to, data, end);
+    else if (b->backing == RMIG_BACKING_ANONYMOUS && h->pagemap_fd >= 0)
+        rmig__holes_pagemap(h, b, from, to, data, end);
+}
+
+// >>wire: implementation
+
+static void rmig__put_be32(uint8_t *p, uint32_t v) {
+    for (unsigned i = 0; i < 4; i++)
+        p[i] = (uint8_t)(v >> (24 - 8 * i));
+}
+static void rmig__put_be64(uint8_t *p, uint64_t v) {
+    rmig__put_be32(p, (uint32_t)(v >> 32));
+    rmig__put_be32(p + 4, (uint32_t)v);
+}
+static uint32_t rmig__get_be32(const uint8_t *p) {
+    return (uint32_t)p[0] << 24 | (uint32_t)p[1] << 16 | (uint32_t)p[2] << 8 | (uint32_t)p[3];
+}
+static uint64_t rmig__get_be64(const uint8_t *p) {
+    return (uint64_t)rmig__get_be32(p) << 32 | rmig__get_be32(p + 4);
+}
+
+RMIG__DEF const char *rmig_message_name(uint32_t type) {
+    switch (type) {
+#define RMIG__X(name, value)                                                                                           \
+    case value:                                                                                                        \
+        return #name;
+        RMIG_MESSAGE_LIST(RMIG__X)
+#undef RMIG__X
+    default:
+        return "unknown";
+    }
+}
+
+/*  private data    0 version   4 flags */
+RMIG__DEF int rmig_encode_private_data(uint8_t *out, size_t cap, const struct rmig_private_data *in) {
+    if (cap < RMIG_PRIVATE_DATA_SIZE)
+        return RMIG_ERR_FULL;
+    rmig__put_be32(out, in->version);
+    rmig__put_be32(out + 4, in->flags);
+    return RMIG_PRIVATE_DATA_SIZE;
+}
+RMIG__DEF int rmig_decode_private_data(const uint8_t *p, size_t n, struct rmig_private_data *out) {
+    if (p == NULL || n < RMIG_PRIVATE_DATA_SIZE)
+        return RMIG_ERR_WIRE;
+    out->version = rmig__get_be32(p);
+    out->flags = rmig__get_be32(p + 4);
+    return RMIG_PRIVATE_DATA_SIZE;
+}
+
+/*  header          0 len   4 type   8 repeat   12 padding */
+RMIG__DEF int rmig_encode_header(uint8_t *out, size_t cap, const struct rmig_header *in) {
+    if (cap < RMIG_HEADER_SIZE)
+        return RMIG_ERR_FULL;
+    if (in->len > RMIG_PAYLOAD_MAX)
+        return RMIG_ERR_WIRE;
+    rmig__put_be32(out, in->len);
+    rmig__put_be32(out + 4, in->type);
+    rmig__put_be32(out + 8, in->repeat);
+    rmig__put_be32(out + 12, 0);
+    return RMIG_HEADER_SIZE;
+}
+RMIG__DEF int rmig_decode_header(const uint8_t *p, size_t n, struct rmig_header *out) {
+    if (n < RMIG_HEADER_SIZE)
+        return RMIG_ERR_WIRE;
+    uint32_t len = rmig__get_be32(p);
+    if (len > RMIG_PAYLOAD_MAX || n != RMIG_HEADER_SIZE + (size_t)len)
+        return RMIG_ERR_WIRE;
+    out->len = len;
+    out->type = rmig__get_be32(p + 4);
+    out->repeat = rmig__get_be32(p + 8);
+    return RMIG_HEADER_SIZE;
+}
+
+/*  RAM_BLOCKS_RESULT entry     0 base   8 offset   16 length   24 rkey   28 padding */
+RMIG__DEF int rmig_encode_ram_block(uint8_t *out, size_t cap, const struct rmig_ram_block *in) {
+    if (cap < RMIG_RAM_BLOCK_SIZE)
+        return RMIG_ERR_FULL;
+    rmig__put_be64(out, in->base);
+    rmig__put_be64(out + 8, in->offset);
+    rmig__put_be64(out + 16, in->length);
+    rmig__put_be32(out + 24, in->rkey);
+    rmig__put_be32(out + 28, 0);
+    return RMIG_RAM_BLOCK_SIZE;
+}
+RMIG__DEF int rmig_decode_ram_block(const uint8_t *p, size_t n, struct rmig_ram_block *out) {
+    if (n < RMIG_RAM_BLOCK_SIZE)
+        return RMIG_ERR_WIRE;
+    out->base = rmig__get_be64(p);
+    out->offset = rmig__get_be64(p + 8);
+    out->length = rmig__get_be64(p + 16);
+    out->rkey = rmig__get_be32(p + 24);
+    return RMIG_RAM_BLOCK_SIZE;
+}
+
+/*  COMPRESS        0 value   4 block   8 start   16 length */
+RMIG__DEF int rmig_encode_compress(uint8_t *out, size_t cap, const struct rmig_compress *in) {
+    if (cap < RMIG_COMPRESS_SIZE)
+        return RMIG_ERR_FULL;
+    rmig__put_be32(out, in->value);
+    rmig__put_be32(out + 4, in->block);
+    rmig__put_be64(out + 8, in->start);
+    rmig__put_be64(out + 16, in->length);
+    return RMIG_COMPRESS_SIZE;
+}
+RMIG__DEF int rmig_decode_compress(const uint8_t *p, size_t n, struct rmig_compress *out) {
+    if (n < RMIG_COMPRESS_SIZE)
+        return RMIG_ERR_WIRE;
+    out->value = rmig__get_be32(p);
+    out->block = rmig__get_be32(p + 4);
+    out->start = rmig__get_be64(p + 8);
+    out->length = rmig__get_be64(p + 16);
+    return RMIG_COMPRESS_SIZE;
+}
+
+/*  REGISTER_REQUEST, UNREGISTER_REQUEST    0 key   8 block   12 padding   16 chunks */
+RMIG__DEF int rmig_encode_register(uint8_t *out, size_t cap, const struct rmig_register *in) {
+    if (cap < RMIG_REGISTER_SIZE)
+        return RMIG_ERR_FULL;
+    rmig__put_be64(out, in->key);
+    rmig__put_be32(out + 8, in->block);
+    rmig__put_be32(out + 12, 0);
+    rmig__put_be64(out + 16, in->chunks);
+    return RMIG_REGISTER_SIZE;
+}
+RMIG__DEF int rmig_decode_register(const uint8_t *p, size_t n, struct rmig_register *out) {
+    if (n < RMIG_REGISTER_SIZE)
+        return RMIG_ERR_WIRE;
+    out->key = rmig__get_be64(p);
+    out->block = rmig__get_be32(p + 8);
+    out->chunks = rmig__get_be64(p + 16);
+    return RMIG_REGISTER_SIZE;
+}
+
+/*  REGISTER_RESULT     0 rkey   4 padding   8 base */
+RMIG__DEF int rmig_encode_register_result(uint8_t *out, size_t cap, const struct rmig_register_result *in) {
+    if (cap < RMIG_REGISTER_RESULT_SIZE)
+        return RMIG_ERR_FULL;
+    rmig__put_be32(out, in->rkey);
+    rmig__put_be32(out + 4, 0);
+    rmig__put_be64(out + 8, in->base);
+    return RMIG_REGISTER_RESULT_SIZE;
+}
+RMIG__DEF int rmig_decode_register_result(const uint8_t *p, size_t n, struct rmig_register_result *out) {
+    if (n < RMIG_REGISTER_RESULT_SIZE)
+        return RMIG_ERR_WIRE;
+    out->rkey = rmig__get_be32(p);
+    out->base = rmig__get_be64(p + 8);
+    return RMIG_REGISTER_RESULT_SIZE;
+}
+
+/*  HELLO, HELLO_RESULT: entries of     0 tag (16 bits)   2 length (16 bits)   4 value */
+static size_t rmig__put_tlv(uint8_t *out, uint32_t tag, const void *value, size_t n) {
+    rmig__put_be32(out, tag << 16 | (uint32_t)n);
+    memcpy(out + 4, value, n);
+    return 4 + n;
+}
+RMIG__DEF int rmig_encode_hello(uint8_t *out, size_t cap, const struct rmig_hello *in) {
+    const char *nul = (const char *)memchr(in->reason, '\0', sizeof in->reason);
+    size_t reason = nul == NULL ? sizeof in->reason : (size_t)(nul - in->reason);
+    size_t need = reason == 0 ? 0 : 4 + reason;
+#define RMIG__X(tag, name) need += 4 + 8;
+    RMIG_HELLO_LIST(RMIG__X)
+#undef RMIG__X
+    if (cap < need)
+        return RMIG_ERR_FULL;
+    size_t at = 0;
+    uint8_t value[8];
+#define RMIG__X(tag, name)                                                                                             \
+    rmig__put_be64(value, in->name);                                                                                   \
+    at += rmig__put_tlv(out + at, tag, value, sizeof value);
+    RMIG_HELLO_LIST(RMIG__X)
+#undef RMIG__X
+    if (reason != 0)
+        at += rmig__put_tlv(out + at, RMIG_HELLO_REASON_TAG, in->reason, reason);
+    return (int)at;
+}
+/* Where the value of a tag belongs, or NULL for a tag that this version does not know. */
+static uint64_t *rmig__hello_field(struct rmig_hello *h, uint32_t tag) {
+    switch (tag) {
+#define RMIG__X(number, name)                                                                                          \
+    case number:                                                                                                       \
+        return &h->name;
+        RMIG_HELLO_LIST(RMIG__X)
+#undef RMIG__X
+    default:
+        return NULL;
+    }
+}
+/* Text from the peer goes to terminals and logs: only printable ASCII passes. */
+static void rmig__copy_text(char *out, size_t cap, const uint8_t *p, size_t n) {
+    n = n < cap - 1 ? n : cap - 1;
+    for (size_t i = 0; i < n; i++)
+        out[i] = p[i] >= 0x20 && p[i] < 0x7f ? (char)p[i] : '?';
+    out[n] = '\0';
+}
+RMIG__DEF int rmig_decode_hello(const uint8_t *p, size_t n, struct rmig_hello *out) {
+    struct rmig_hello h;
+    memset(&h, 0, sizeof h);
+    uint32_t seen = 0;
+    if (n > RMIG_PAYLOAD_MAX)
+        return RMIG_ERR_WIRE;
+    for (size_t at = 0; at < n;) {
+        if (n - at < 4)
+            return RMIG_ERR_WIRE;
+        uint32_t tag = rmig__get_be32(p + at) >> 16;
+        size_t len = rmig__get_be32(p + at) & 0xffff;
+        at += 4;
+        if (n - at < len)
+            return RMIG_ERR_WIRE;
+        uint64_t *field = rmig__hello_field(&h, tag);
+        if (field != NULL || tag == RMIG_HELLO_REASON_TAG) {
+            if ((seen & (1u << tag)) != 0)
+                return RMIG_ERR_WIRE;
+            seen |= 1u << tag;
+        }
+        if (field != NULL) {
+            if (len != 8)
+                return RMIG_ERR_WIRE;
+            *field = rmig__get_be64(p + at);
+        } else if (tag == RMIG_HELLO_REASON_TAG) {
+            rmig__copy_text(h.reason, sizeof h.reason, p + at, len);
+        }
+        at += len;
+    }
+    *out = h;
+    return (int)n;
+}
+
+/*  BLOCKS entry    0 length   8 guest offset   16 n (8 bits)   17 name */
+RMIG__DEF int rmig_encode_block_entry(uint8_t *out, size_t cap, const struct rmig_block_entry *in) {
+    const char *nul = (const char *)memchr(in->name, '\0', sizeof in->name);
+    size_t n = nul == NULL ? 0 : (size_t)(nul - in->name);
+    if (n == 0)
+        return RMIG_ERR_WIRE;
+    if (cap < 17 + n)
+        return RMIG_ERR_FULL;
+    rmig__put_be64(out, in->length);
+    rmig__put_be64(out + 8, in->guest_offset);
+    out[16] = (uint8_t)n;
+    memcpy(out + 17, in->name, n);
+    return (int)(17 + n);
+}
+RMIG__DEF int rmig_decode_block_entry(const uint8_t *p, size_t n, struct rmig_block_entry *out) {
+    if (n < 17 || p[16] == 0 || n - 17 < p[16] || memchr(p + 17, '\0', p[16]) != NULL)
+        return RMIG_ERR_WIRE;
+    out->length = rmig__get_be64(p);
+    out->guest_offset = rmig__get_be64(p + 8);
+    memcpy(out->name, p + 17, p[16]);
+    out->name[p[16]] = '\0';
+    return 17 + p[16];
+}
+
+/*  REGISTER_BATCH entry    0 block   4 padding   8 offset   16 length */
+RMIG__DEF int rmig_encode_batch(uint8_t *out, size_t cap, const struct rmig_batch *in) {
+    if (cap < RMIG_BATCH_SIZE)
+        return RMIG_ERR_FULL;
+    rmig__put_be32(out, in->block);
+    rmig__put_be32(out + 4, 0);
+    rmig__put_be64(out + 8, in->offset);
+    rmig__put_be64(out + 16, in->length);
+    return RMIG_BATCH_SIZE;
+}
+RMIG__DEF int rmig_decode_batch(const uint8_t *p, size_t n, struct rmig_batch *out) {
+    if (n < RMIG_BATCH_SIZE)
+        return RMIG_ERR_WIRE;
+    out->block = rmig__get_be32(p);
+    out->offset = rmig__get_be64(p + 8);
+    out->length = rmig__get_be64(p + 16);
+    return RMIG_BATCH_SIZE;
+}
+
+/*  REGISTER_BATCH_RESULT entry     0 key   8 address */
+RMIG__DEF int rmig_encode_batch_result(uint8_t *out, size_t cap, const struct rmig_batch_result *in) {
+    if (cap < RMIG_BATCH_RESULT_SIZE)
+        return RMIG_ERR_FULL;
+    rmig__put_be64(out, in->key);
+    rmig__put_be64(out + 8, in->address);
+    return RMIG_BATCH_RESULT_SIZE;
+}
+RMIG__DEF int rmig_decode_batch_result(const uint8_t *p, size_t n, struct rmig_batch_result *out) {
+    if (n < RMIG_BATCH_RESULT_SIZE)
+        return RMIG_ERR_WIRE;
+    out->key = rmig__get_be64(p);
+    out->address = rmig__get_be64(p + 8);
+    return RMIG_BATCH_RESULT_SIZE;
+}
+
+// >>fabric: implementation
+
+RMIG__DEF void rmig_fabric_close(struct rmig_fabric *f) {
+    if (f != NULL)
+        f->ops->close_fabric(f);
+}
+
+static bool rmig__copy_part(char *out, size_t cap, const char *from, size_t n) {
+    if (n >= cap)
+        return false;
+    memcpy(out, from, n);
+    out[n] = '\0';
+    return true;
+}
+
+static bool rmig__is_port(const char *text) {
+    unsigned value = 0;
+    for (; *text != '\0'; text++) {
+        if (*text < '0' || *text > '9')
+            return false;
+        value = value * 10 + (unsigned)(*text - '0');
+        if (value > 65535)
+            return false;
+    }
+    return true;
+}
+
+RMIG__DEF int rmig_split_address(const char *address, char *host, size_t host_size, char *port, size_t port_size,
+                                 struct rmig_error *err) {
+    const char *text = address == NULL ? "" : address;
+    const char *from = text, *to, *after;
+    if (text[0] == '[') {
+        from = text + 1;
+        to = strchr(from, ']');
+        after = to == NULL ? NULL : to + 1;
+        if (after != NULL && *after != ':' && *after != '\0')
+            after = NULL;
+    } else {
+        to = strchr(text, ':');
+        after = to = to == NULL ? text + strlen(text) : to;
+    }
+    const char *number = after == NULL ? NULL : *after == ':' ? after + 1 : after;
+    if (number == NULL || text[0] == '\0' || !rmig__is_port(number) ||
+        !rmig__copy_part(host, host_size, from, (size_t)(to - from)) ||
+        !rmig__copy_part(port, port_size, number, strlen(number)))
+        return rmig_fail(err, RMIG_ERR_ARGUMENT, 0,
+                         "address \"%.80s\": must be HOST:PORT or [IPV6]:PORT, port 0 to 65535", text);
+    return RMIG_OK;
+}
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif // RMIG_IMPLEMENTATION
 
 /*
 MIT License
