@@ -2116,6 +2116,2708 @@ RMIG__DEF int rmig_split_address(const char *address, char *host, size_t host_si
     return RMIG_OK;
 }
 
+// >>control: implementation
+
+#define RMIG__RECVS 4 // a source meets a reply and the next READY back to back; the rest is room for an ERROR
+#define RMIG__SENDS 4
+#define RMIG__EVENTS 16
+
+/* What completions carry back: the kind of operation above, a buffer's index or a write's number below. */
+#define RMIG__ID_RECV ((uint64_t)1 << 60)
+#define RMIG__ID_SEND ((uint64_t)2 << 60)
+#define RMIG__ID_WRITE ((uint64_t)3 << 60)
+#define RMIG__ID_NUMBER (((uint64_t)1 << 60) - 1)
+
+struct rmig__received {
+    unsigned buffer;
+    struct rmig_header header;
+};
+
+/* What both engines share: the endpoint, the control buffers, time, errors and counters. */
+struct rmig__session {
+    struct rmig_fabric *fabric;
+    struct rmig_ep *ep;
+    struct rmig_config cfg;
+    struct rmig_error error; // of the last call or of the session
+    int failed; // the session's status once it is over
+    struct rmig_fabric_caps caps;
+    struct rmig_stats stats;
+
+    uint8_t *control; // RMIG__RECVS buffers to receive into, then RMIG__SENDS to send from
+    struct rmig_mr control_mr;
+    bool control_registered;
+    unsigned sends_free; // bit i: send buffer i is ours
+    struct rmig__received inbox[RMIG__RECVS]; // received and not yet handled, oldest first
+    unsigned inbox_count;
+
+    bool resolved, established, disconnected, broken;
+    struct rmig_private_data peer;
+    bool peer_data_short; // the peer's private data did not hold the 8 bytes
+    char link_text[160]; // why disconnected or broken
+    int link_code;
+
+    bool extended;
+    uint64_t peer_payload_max, peer_batch_max, peer_registration_max, peer_idle_max;
+
+    uint64_t writes_done; // writes whose completion is known, out of stats.writes_posted
+    uint64_t last_progress; // when the last event came
+    uint64_t last_sent; // when the last control message went out
+    bool ready; // poll has something: do not sleep
+    bool again; // more to do than one call should
+};
+
+static uint64_t rmig__now(const struct rmig__session *ss) { return ss->fabric->ops->now(ss->fabric); }
+
+static uint64_t rmig__after(uint64_t time, uint64_t span) { return span > UINT64_MAX - time ? UINT64_MAX : time + span; }
+
+#if defined(__GNUC__)
+__attribute__((format(printf, 2, 3)))
+#endif
+static void
+rmig__trace(const struct rmig__session *ss, const char *format, ...) {
+    if (ss->cfg.trace == NULL)
+        return;
+    char line[400];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(line, sizeof line, format, args);
+    va_end(args);
+    ss->cfg.trace(ss->cfg.trace_user, line);
+}
+
+static uint8_t *rmig__control_buffer(const struct rmig__session *ss, unsigned i) {
+    return ss->control + (size_t)i * RMIG_CONTROL_SIZE;
+}
+
+/* The payload of a free send buffer to fill in, or NULL if all are on their way. */
+static uint8_t *rmig__payload(const struct rmig__session *ss) {
+    if (ss->control == NULL || ss->sends_free == 0)
+        return NULL;
+    return rmig__control_buffer(ss, RMIG__RECVS + (unsigned)rmig__ctz(ss->sends_free)) + RMIG_HEADER_SIZE;
+}
+
+/* Ends the session with what stands in ss->error, and tells the peer if it can be told. */
+static int rmig__session_end(struct rmig__session *ss);
+
+/* Sends the buffer that rmig__payload returned. */
+static int rmig__send(struct rmig__session *ss, enum rmig_message type, uint32_t repeat, size_t len) {
+    unsigned slot = (unsigned)rmig__ctz(ss->sends_free);
+    uint8_t *buffer = rmig__control_buffer(ss, RMIG__RECVS + slot);
+    struct rmig_header header;
+    header.len = (uint32_t)len;
+    header.type = (uint32_t)type;
+    header.repeat = repeat;
+    rmig_encode_header(buffer, RMIG_HEADER_SIZE, &header);
+    int status = ss->fabric->ops->send(ss->ep, buffer, RMIG_HEADER_SIZE + len, &ss->control_mr, RMIG__ID_SEND | slot,
+                                       &ss->error);
+    if (status != RMIG_OK) {
+        if (status == RMIG_ERR_FULL)
+            rmig_fail(&ss->error, RMIG_ERR_FABRIC, 0, "the send queue is full although only %d sends are outstanding",
+                      RMIG__SENDS);
+        ss->broken = true; // nothing more can be sent, not even an ERROR
+        return rmig__session_end(ss);
+    }
+    ss->sends_free &= ~(1u << slot);
+    ss->stats.control_sent++;
+    ss->last_sent = rmig__now(ss);
+    rmig__trace(ss, "send %s len %zu repeat %u", rmig_message_name((uint32_t)type), len, repeat);
+    return RMIG_OK;
+}
+
+static int rmig__session_end(struct rmig__session *ss) {
+    if (ss->failed != RMIG_OK)
+        return ss->failed;
+    if (ss->error.status > RMIG_SESSION_ERRORS) // a call's error has become the session's
+        ss->error.status = ss->error.status == RMIG_ERR_NO_MEMORY ? RMIG_ERR_SETUP : RMIG_ERR_FABRIC;
+    ss->failed = ss->error.status;
+    RMIG_LOG(ss->error.text);
+    rmig__trace(ss, "failed: %s: %s", rmig_status_name(ss->failed), ss->error.text);
+    uint8_t *payload = ss->established && !ss->disconnected && !ss->broken ? rmig__payload(ss) : NULL;
+    if (payload != NULL) {
+        size_t len = ss->extended ? strlen(ss->error.text) : 0; // version 1: an ERROR is empty
+        memcpy(payload, ss->error.text, len);
+        struct rmig_error first = ss->error;
+        rmig__send(ss, RMIG_MSG_ERROR, 1, len);
+        ss->error = first;
+    }
+    if (ss->ep != NULL && ss->established && !ss->disconnected)
+        ss->fabric->ops->disconnect(ss->ep);
+    return ss->failed;
+}
+
+#define RMIG__END(ss, ...) (rmig_fail(&(ss)->error, __VA_ARGS__), rmig__session_end(ss))
+
+/* A call that was refused: nothing changes but the error text. */
+#define RMIG__REFUSE(ss, ...) rmig_fail(&(ss)->error, __VA_ARGS__)
+
+static int rmig__session_open(struct rmig__session *ss, struct rmig_fabric *fabric, const struct rmig_config *cfg,
+                              struct rmig_error *err) {
+    const struct rmig_fabric_ops *ops = fabric == NULL ? NULL : fabric->ops;
+    if (ops == NULL)
+        return rmig_fail(err, RMIG_ERR_ARGUMENT, 0, "the fabric is NULL; open one first, such as rmig_ofi_open");
+    if (ops->size < sizeof *ops)
+        return rmig_fail(err, RMIG_ERR_ARGUMENT, 0, "fabric %s: its table has %zu bytes, %zu are needed: built with an "
+                         "older rmig.h", ops->name, ops->size, sizeof *ops);
+    ss->fabric = fabric;
+    if (cfg != NULL)
+        ss->cfg = *cfg;
+    return RMIG_OK;
+}
+
+static int rmig__post_recv(struct rmig__session *ss, unsigned buffer) {
+    int status = ss->fabric->ops->recv(ss->ep, rmig__control_buffer(ss, buffer), RMIG_CONTROL_SIZE, &ss->control_mr,
+                                       RMIG__ID_RECV | buffer, &ss->error);
+    return status;
+}
+
+static int rmig__check_caps(struct rmig__session *ss) {
+    const struct rmig_fabric_caps *c = &ss->caps;
+    if (!c->sends_after_writes && !c->completion_is_delivery)
+        return RMIG__END(ss, RMIG_ERR_SETUP, 0, "fabric %s: neither orders sends after writes nor reports delivery",
+                         ss->fabric->ops->name);
+    if (c->recv_depth < RMIG__RECVS || c->send_depth < RMIG__SENDS || c->write_depth < 1 || c->write_max < 1 ||
+        c->private_data_request < RMIG_PRIVATE_DATA_SIZE || c->private_data_reply < RMIG_PRIVATE_DATA_SIZE)
+        return RMIG__END(ss, RMIG_ERR_SETUP, 0,
+                         "fabric %s: too small: receives %u (need %d), sends %u (need %d), writes %u (need 1), private "
+                         "data %u and %u bytes (need %d)",
+                         ss->fabric->ops->name, c->recv_depth, RMIG__RECVS, c->send_depth, RMIG__SENDS, c->write_depth,
+                         c->private_data_request, c->private_data_reply, RMIG_PRIVATE_DATA_SIZE);
+    return RMIG_OK;
+}
+
+/* The endpoint can take work: control buffers are registered and receives posted before the peer can send. */
+static int rmig__session_setup(struct rmig__session *ss) {
+    const struct rmig_fabric_ops *ops = ss->fabric->ops;
+    if (ops->caps(ss->ep, &ss->caps, &ss->error) != RMIG_OK)
+        return rmig__session_end(ss);
+    int status = rmig__check_caps(ss);
+    if (status != RMIG_OK)
+        return status;
+    size_t size = (size_t)(RMIG__RECVS + RMIG__SENDS) * RMIG_CONTROL_SIZE;
+    if (ss->control == NULL)
+        ss->control = (uint8_t *)RMIG_MALLOC(size);
+    if (ss->control == NULL)
+        return RMIG__END(ss, RMIG_ERR_SETUP, 0, "out of memory for %zu bytes of control buffers", size);
+    if (ops->reg(ss->ep, ss->control, size, RMIG_ACCESS_LOCAL_READ | RMIG_ACCESS_LOCAL_WRITE, &ss->control_mr,
+                 &ss->error) != RMIG_OK)
+        return rmig__session_end(ss);
+    ss->control_registered = true;
+    ss->sends_free = (1u << RMIG__SENDS) - 1;
+    for (unsigned i = 0; i < RMIG__RECVS && status == RMIG_OK; i++)
+        status = rmig__post_recv(ss, i);
+    return status == RMIG_OK ? RMIG_OK : rmig__session_end(ss);
+}
+
+/* Gives the endpoint back; the session may set up another. Guest memory has been deregistered before. */
+static void rmig__session_drop(struct rmig__session *ss) {
+    if (ss->control_registered)
+        ss->fabric->ops->dereg(ss->ep, &ss->control_mr, NULL);
+    ss->control_registered = false;
+    if (ss->ep != NULL)
+        ss->fabric->ops->close(ss->ep);
+    ss->ep = NULL;
+    ss->inbox_count = 0;
+    ss->resolved = ss->established = ss->disconnected = ss->broken = ss->extended = false;
+}
+
+static void rmig__session_close(struct rmig__session *ss) {
+    if (ss->ep != NULL && ss->established && !ss->disconnected && !ss->broken)
+        ss->fabric->ops->disconnect(ss->ep);
+    rmig__session_drop(ss);
+    rmig__release(ss->control);
+    ss->control = NULL;
+}
+
+static int rmig__on_recv(struct rmig__session *ss, const struct rmig_fabric_event *e) {
+    unsigned buffer = (unsigned)(e->id & RMIG__ID_NUMBER);
+    RMIG_ASSERT(buffer < RMIG__RECVS && ss->inbox_count < RMIG__RECVS);
+    struct rmig__received *r = &ss->inbox[ss->inbox_count];
+    const uint8_t *p = rmig__control_buffer(ss, buffer);
+    r->buffer = buffer;
+    if (rmig_decode_header(p, (size_t)e->length, &r->header) < 0) {
+        uint32_t len = e->length >= 4 ? rmig__get_be32(p) : 0;
+        return RMIG__END(ss, RMIG_ERR_PROTOCOL, 0,
+                         "a message of %llu bytes says that its payload has %u; must be 16 + len bytes, len at most %d",
+                         (unsigned long long)e->length, len, RMIG_PAYLOAD_MAX);
+    }
+    ss->inbox_count++;
+    ss->stats.control_received++;
+    rmig__trace(ss, "recv %s len %u repeat %u", rmig_message_name(r->header.type), r->header.len, r->header.repeat);
+    return RMIG_OK;
+}
+
+static void rmig__link_down(struct rmig__session *ss, const struct rmig_fabric_event *e) {
+    if (ss->disconnected || ss->broken)
+        return;
+    snprintf(ss->link_text, sizeof ss->link_text, "%s", e->text == NULL ? "" : e->text);
+    ss->link_code = e->provider_code;
+}
+
+static int rmig__on_event(struct rmig__session *ss, const struct rmig_fabric_event *e) {
+    switch (e->type) {
+    case RMIG_FEV_RESOLVED:
+        ss->resolved = true;
+        break;
+    case RMIG_FEV_ESTABLISHED:
+        ss->established = true;
+        ss->peer_data_short = rmig_decode_private_data(e->private_data, e->private_data_length, &ss->peer) < 0;
+        break;
+    case RMIG_FEV_SEND:
+        ss->sends_free |= 1u << (e->id & RMIG__ID_NUMBER);
+        break;
+    case RMIG_FEV_RECV:
+        return rmig__on_recv(ss, e);
+    case RMIG_FEV_WRITE:
+        /* In order, a completion covers all before it; otherwise every write has its own. */
+        if (!ss->caps.writes_in_order)
+            ss->writes_done++;
+        else if ((e->id & RMIG__ID_NUMBER) > ss->writes_done)
+            ss->writes_done = e->id & RMIG__ID_NUMBER;
+        break;
+    case RMIG_FEV_REJECTED:
+        return RMIG__END(ss, RMIG_ERR_REFUSED, e->provider_code, "the sink rejected the connection: %s", e->text);
+    case RMIG_FEV_DISCONNECTED:
+        rmig__link_down(ss, e);
+        ss->disconnected = true;
+        break;
+    case RMIG_FEV_ERROR:
+        rmig__link_down(ss, e);
+        ss->broken = true;
+        break;
+    case RMIG_FEV_REQUEST:
+        break;
+    }
+    return RMIG_OK;
+}
+
+/* Takes in what has happened. Stops while the inbox is full: receives are posted again as messages are handled. */
+static int rmig__session_poll(struct rmig__session *ss) {
+    ss->ready = false;
+    for (;;) {
+        struct rmig_fabric_event events[RMIG__EVENTS];
+        int n = ss->fabric->ops->poll(ss->ep, events, RMIG__EVENTS, &ss->error);
+        if (n < 0) {
+            ss->broken = true;
+            return rmig__session_end(ss);
+        }
+        if (n > 0)
+            ss->last_progress = rmig__now(ss);
+        for (int i = 0; i < n; i++) {
+            int status = rmig__on_event(ss, &events[i]);
+            if (status != RMIG_OK)
+                return status;
+        }
+        if (n < RMIG__EVENTS)
+            return RMIG_OK;
+    }
+}
+
+/* The oldest message has been handled: its buffer may receive again. */
+static void rmig__inbox_pop(struct rmig__session *ss) {
+    unsigned buffer = ss->inbox[0].buffer;
+    ss->inbox_count--;
+    memmove(ss->inbox, ss->inbox + 1, ss->inbox_count * sizeof ss->inbox[0]);
+    if (!ss->disconnected && !ss->broken && rmig__post_recv(ss, buffer) != RMIG_OK) {
+        ss->broken = true; // what arrived before still counts: it may say why
+        ss->link_code = ss->error.provider_code;
+        snprintf(ss->link_text, sizeof ss->link_text, "%.150s", ss->error.text);
+    }
+}
+
+/* The peer's ERROR message, in its own words if it has some. */
+static int rmig__peer_error(struct rmig__session *ss, const char *peer, const struct rmig__received *r) {
+    char text[200];
+    rmig__copy_text(text, sizeof text, rmig__control_buffer(ss, r->buffer) + RMIG_HEADER_SIZE, r->header.len);
+    ss->broken = true; // no ERROR in answer to an ERROR
+    return RMIG__END(ss, RMIG_ERR_REFUSED, 0, "the %s gave up%s%s", peer, text[0] == '\0' ? "" : ": ", text);
+}
+
+/* Once all messages that came before it are handled, a link that went down ends the session. */
+static int rmig__check_link(struct rmig__session *ss, const char *peer, const char *when) {
+    if (ss->broken)
+        return RMIG__END(ss, ss->established ? RMIG_ERR_FABRIC : RMIG_ERR_UNREACHABLE, ss->link_code,
+                         "the connection to the %s failed %s: %s", peer, when, ss->link_text);
+    if (ss->disconnected)
+        return RMIG__END(ss, RMIG_ERR_PEER_GONE, ss->link_code, "the %s went away %s%s%s", peer, when,
+                         ss->link_text[0] == '\0' ? "" : ": ", ss->link_text);
+    return RMIG_OK;
+}
+
+static int rmig__silent(struct rmig__session *ss, const char *peer, uint64_t limit, const char *parameter,
+                        const char *what) {
+    char span[32];
+    rmig__param_text(&rmig__params[RMIG_PARAM_IO_TIMEOUT], limit, span, sizeof span);
+    return RMIG__END(ss, RMIG_ERR_TIMEOUT, 0, "nothing from the %s for %s (%s) while waiting for %s", peer, span,
+                     parameter, what);
+}
+
+static int rmig__session_fds(struct rmig__session *ss, struct rmig_ep *ep, struct rmig_fd *fds, size_t n) {
+    bool ready = false;
+    int got = ss->fabric->ops->fds(ep, fds, n, &ready, &ss->error);
+    if (got < 0)
+        return rmig__session_end(ss);
+    ss->ready = ss->ready || ready;
+    return got;
+}
+
+/* Guest memory at this end. Registration is the costly call, so it is timed and counted in one place. */
+static int rmig__register(struct rmig__session *ss, const struct rmig_block *b, uint64_t offset, uint64_t length,
+                          unsigned access, struct rmig_mr *mr) {
+    uint64_t begin = rmig__now(ss);
+    struct rmig_error err;
+    memset(&err, 0, sizeof err);
+    int status = ss->fabric->ops->reg(ss->ep, b->host + offset, length, access, mr, &err);
+    if (status != RMIG_OK)
+        return RMIG__END(ss, RMIG_ERR_REGISTRATION, err.provider_code,
+                         "block \"%.60s\": %llu bytes at offset 0x%llx cannot be registered, %llu bytes are: %.120s",
+                         b->name, (unsigned long long)length, (unsigned long long)offset,
+                         (unsigned long long)ss->stats.bytes_registered, err.text);
+    ss->stats.registrations++;
+    ss->stats.bytes_registered += length;
+    ss->stats.registration_ns += rmig__now(ss) - begin;
+    rmig__trace(ss, "register %s 0x%llx+0x%llx", b->name, (unsigned long long)offset, (unsigned long long)length);
+    return RMIG_OK;
+}
+
+static int rmig__deregister(struct rmig__session *ss, struct rmig_mr *mr, uint64_t length, struct rmig_error *err) {
+    ss->stats.deregistrations++;
+    ss->stats.bytes_registered -= length;
+    return ss->fabric->ops->dereg(ss->ep, mr, err);
+}
+
+static void rmig__fill_hello(const struct rmig__session *ss, struct rmig_hello *h) {
+    memset(h, 0, sizeof *h);
+    h->chunk_size = rmig_get(&ss->cfg, RMIG_PARAM_CHUNK_SIZE);
+    h->page_size = rmig_get(&ss->cfg, RMIG_PARAM_PAGE_SIZE);
+    h->key_bits = ss->caps.key_bits;
+    h->payload_max = RMIG_PAYLOAD_MAX;
+    h->batch_max = RMIG_REPEAT_MAX;
+    h->registration_max = ss->caps.registration_max;
+    h->idle_max = rmig_get(&ss->cfg, RMIG_PARAM_IO_TIMEOUT);
+}
+
+/* Takes over the peer's limits; false if they leave no room to work. */
+static bool rmig__take_limits(struct rmig__session *ss, const struct rmig_hello *h, uint64_t chunk) {
+    ss->peer_payload_max = rmig__min(h->payload_max, RMIG_PAYLOAD_MAX);
+    ss->peer_batch_max = rmig__min(h->batch_max, RMIG_REPEAT_MAX);
+    ss->peer_registration_max = h->registration_max;
+    ss->peer_idle_max = h->idle_max;
+    return ss->peer_payload_max >= 512 && ss->peer_batch_max >= 1 && ss->peer_registration_max >= chunk;
+}
+
+// >>source: implementation
+
+#define RMIG__WRITE_BATCH 64 // writes handed to the fabric in one call
+#define RMIG__ZERO_RUNS 256 // zero ranges noted before they are sent
+#define RMIG__ZERO_TEST RMIG_MIB // longest range tested in one piece
+#define RMIG__ZERO_BYTES (8 * RMIG_GIB) // in one message: what a sink clears between two READYs
+#define RMIG__STEP_SCAN (64 * RMIG_MIB) // bytes tested for zero before the wire is looked after again
+
+/* Memory registered for writing, at both ends: one or more chunks of a block. */
+struct rmig__region {
+    uint32_t block;
+    bool ready; // the keys are known and the local side is registered
+    bool local; // mr holds a registration
+    uint64_t offset, length; // in the block
+    uint64_t key, address; // at the sink
+    struct rmig_mr mr; // at the source
+};
+
+enum rmig__window_state {
+    RMIG__WINDOW_OPEN, // being filled
+    RMIG__WINDOW_CLOSED, // to be asked for
+    RMIG__WINDOW_REQUESTED, // the sink registers, and this end too
+    RMIG__WINDOW_ANSWERED, // the keys are here
+    RMIG__WINDOW_READY // may be written
+};
+
+/* Regions asked for in one request: a range of the region table. */
+struct rmig__window {
+    uint32_t first, count;
+    uint64_t bytes;
+    enum rmig__window_state state;
+    uint32_t end_block; // where the last region ends: beyond it the window is used up
+    uint64_t end_page;
+};
+
+struct rmig__source_block {
+    struct rmig_merge dirty; // saved and not yet written
+    uint32_t *chunk; // per chunk: 1 + its region's index, 0: none
+    uint64_t chunks, unregistered;
+    uint64_t sink_offset; // of the block in the sink's RAM address space
+};
+
+struct rmig__cursor {
+    uint32_t block;
+    uint64_t page;
+};
+
+enum rmig__source_op { RMIG__OP_NONE, RMIG__OP_CONNECT, RMIG__OP_END_ROUND, RMIG__OP_FLUSH, RMIG__OP_FINISH };
+
+enum rmig__source_state { RMIG__SOURCE_NEW, RMIG__SOURCE_CONNECTING, RMIG__SOURCE_UP, RMIG__SOURCE_DONE };
+enum rmig__exchange { RMIG__BLOCKS_NONE, RMIG__BLOCKS_SENDING, RMIG__BLOCKS_DONE };
+enum rmig__finish { RMIG__FINISH_NONE, RMIG__FINISH_ASKED, RMIG__FINISH_ANSWERED, RMIG__FINISH_SAID };
+
+struct rmig_source {
+    struct rmig__session ss;
+    struct rmig_blocks blocks;
+    struct rmig__source_block *block;
+    uint64_t *bits; // all blocks' dirty sets
+    uint32_t *chunks; // all blocks' chunk tables
+    struct rmig__region *region;
+    uint32_t region_count, region_capacity;
+    struct rmig_holes holes;
+
+    uint64_t chunk_size, page_size, merge_max, window_bytes, window_regions, depth;
+    unsigned window_max;
+    bool lockstep, pin_all, zero_detect;
+
+    enum rmig__source_op op;
+    enum rmig__source_state state;
+    bool hello_sent, connect_posted;
+    enum rmig__exchange exchange;
+    uint32_t blocks_sent;
+    uint64_t connect_began;
+
+    bool credit; // a READY is in hand
+    uint32_t await; // type of the reply that is due, 0: none
+    uint64_t asked, replied; // when the last request went out, and when the last reply came
+
+    bool in_round, prelude; // prelude: stream bytes from before the round go first
+    struct rmig__cursor plan, write; // this pass over the blocks: the planner goes ahead of the writer
+    uint64_t pending; // pages in all dirty sets
+    uint64_t unstepped; // bytes saved since the engine last ran
+    struct rmig__window window[2]; // oldest first
+    unsigned windows;
+    struct rmig__cursor pin; // pin-all: next block and, in bytes, offset to register
+    struct rmig_compress zero[RMIG__ZERO_RUNS];
+    unsigned zero_count;
+    uint64_t zero_bytes;
+    struct { // what was last learned of holes: [from, data) of the block is a hole, [data, end) may hold something
+        uint32_t block;
+        uint64_t from, data, end;
+    } hole;
+
+    struct rmig_write queue[RMIG__WRITE_BATCH]; // prepared, not yet posted
+    unsigned queued;
+    uint64_t unsignalled;
+    uint64_t tokens, tokens_time, pace_until; // pacer
+
+    uint8_t *stream;
+    size_t stream_fill, stream_limit;
+    bool flush, round_flush;
+    enum rmig__finish finish;
+
+    uint64_t round_began, round_before, wrote_began, written_before;
+};
+
+static int rmig__source_step(struct rmig_source *s);
+
+// --- opening and closing
+
+RMIG__DEF int rmig_source_open(struct rmig_fabric *fabric, const struct rmig_config *cfg, struct rmig_source **out,
+                               struct rmig_error *err) {
+    if (out == NULL)
+        return rmig_fail(err, RMIG_ERR_ARGUMENT, 0, "rmig_source_open: out is NULL");
+    *out = NULL;
+    struct rmig_source *s = (struct rmig_source *)rmig__calloc(1, sizeof *s);
+    if (s == NULL)
+        return rmig_fail(err, RMIG_ERR_NO_MEMORY, 0, "out of memory for a source (%zu bytes)", sizeof *s);
+    int status = rmig__session_open(&s->ss, fabric, cfg, err);
+    if (status != RMIG_OK) {
+        RMIG_FREE(s);
+        return status;
+    }
+    rmig_holes_open(&s->holes);
+    *out = s;
+    return RMIG_OK;
+}
+
+RMIG__DEF void rmig_source_close(struct rmig_source *s) {
+    if (s == NULL)
+        return;
+    for (uint32_t i = 0; i < s->region_count; i++)
+        if (s->region[i].local)
+            rmig__deregister(&s->ss, &s->region[i].mr, s->region[i].length, NULL);
+    rmig__session_close(&s->ss);
+    rmig_holes_close(&s->holes);
+    rmig_blocks_free(&s->blocks);
+    rmig__release(s->block);
+    rmig__release(s->bits);
+    rmig__release(s->chunks);
+    rmig__release(s->region);
+    rmig__release(s->stream);
+    RMIG_FREE(s);
+}
+
+RMIG__DEF int rmig_source_add_block(struct rmig_source *s, const struct rmig_block_desc *desc, uint32_t *index) {
+    if (s->state != RMIG__SOURCE_NEW || s->ss.failed)
+        return RMIG__REFUSE(&s->ss, RMIG_ERR_STATE, 0, "rmig_source_add_block: must come before connect");
+    return rmig_blocks_add(&s->blocks, desc, index, &s->ss.error);
+}
+
+/* Everything that grows with the guest is allocated here, once. */
+static int rmig__source_tables(struct rmig_source *s) {
+    uint64_t words = 0, chunks = 0;
+    uint32_t n = s->blocks.count;
+    for (uint32_t i = 0; i < n; i++) {
+        uint64_t length = s->blocks.block[i].length;
+        words += (length / s->page_size + 1) / 64 + 1;
+        chunks += rmig_chunk_count(length, s->chunk_size);
+    }
+    if (chunks >= UINT32_MAX)
+        return RMIG__REFUSE(&s->ss, RMIG_ERR_PARAM, 0, "chunk-size: %llu chunks are too many: raise chunk-size",
+                            (unsigned long long)chunks);
+    s->block = (struct rmig__source_block *)rmig__calloc(n, sizeof *s->block);
+    s->bits = (uint64_t *)rmig__calloc(words, sizeof *s->bits);
+    s->chunks = (uint32_t *)rmig__calloc(chunks, sizeof *s->chunks);
+    s->region = (struct rmig__region *)rmig__calloc(chunks, sizeof *s->region);
+    s->stream = (uint8_t *)RMIG_MALLOC(RMIG_PAYLOAD_MAX);
+    if (s->block == NULL || s->bits == NULL || s->chunks == NULL || s->region == NULL || s->stream == NULL)
+        return RMIG__REFUSE(&s->ss, RMIG_ERR_NO_MEMORY, 0, "out of memory for the tables of %u blocks, %llu chunks", n,
+                            (unsigned long long)chunks);
+    s->region_capacity = (uint32_t)chunks;
+    uint64_t *bits = s->bits;
+    uint32_t *chunk = s->chunks;
+    for (uint32_t i = 0; i < n; i++) {
+        struct rmig__source_block *b = &s->block[i];
+        uint64_t length = s->blocks.block[i].length;
+        b->dirty.bits = bits;
+        b->dirty.pages = length / s->page_size + (length % s->page_size != 0);
+        b->chunk = chunk;
+        b->chunks = b->unregistered = rmig_chunk_count(length, s->chunk_size);
+        bits += (b->dirty.pages + 63) / 64;
+        chunk += b->chunks;
+    }
+    return RMIG_OK;
+}
+
+static void rmig__source_free_tables(struct rmig_source *s) {
+    rmig__release(s->block);
+    rmig__release(s->bits);
+    rmig__release(s->chunks);
+    rmig__release(s->region);
+    rmig__release(s->stream);
+    s->block = NULL;
+    s->bits = NULL;
+    s->chunks = NULL;
+    s->region = NULL;
+    s->stream = NULL;
+}
+
+static void rmig__source_parameters(struct rmig_source *s) {
+    const struct rmig_config *cfg = &s->ss.cfg;
+    uint64_t ahead = rmig_get(cfg, RMIG_PARAM_REGISTER_AHEAD);
+    s->chunk_size = rmig_get(cfg, RMIG_PARAM_CHUNK_SIZE);
+    s->page_size = rmig_get(cfg, RMIG_PARAM_PAGE_SIZE);
+    s->merge_max = rmig_get(cfg, RMIG_PARAM_MERGE_MAX) / s->page_size * s->page_size;
+    s->zero_detect = rmig_get(cfg, RMIG_PARAM_ZERO_DETECT) != 0;
+    s->pin_all = rmig_get(cfg, RMIG_PARAM_PIN_ALL) != 0;
+    s->lockstep = ahead == 0;
+    /* One half of what is registered ahead is on the wire while the other half is being registered. */
+    s->window_max = s->lockstep ? 1 : 2;
+    s->window_bytes = rmig__max(ahead / 2, s->chunk_size);
+    if (s->lockstep)
+        s->window_bytes = s->chunk_size;
+}
+
+RMIG__DEF int rmig_source_connect_start(struct rmig_source *s, const char *address) {
+    struct rmig__session *ss = &s->ss;
+    if (s->state != RMIG__SOURCE_NEW || ss->failed)
+        return RMIG__REFUSE(ss, RMIG_ERR_STATE, 0, "rmig_source_connect: this source has been connected before; open another");
+    if (s->blocks.count == 0)
+        return RMIG__REFUSE(ss, RMIG_ERR_STATE, 0, "rmig_source_connect: add a block first");
+    if (address == NULL)
+        return RMIG__REFUSE(ss, RMIG_ERR_ARGUMENT, 0, "rmig_source_connect: address is NULL; must be \"HOST:PORT\"");
+    rmig__source_parameters(s);
+    int status = rmig__source_tables(s);
+    if (status == RMIG_OK) {
+        struct rmig_ep_config ep;
+        ep.write_depth = (uint32_t)rmig_get(&ss->cfg, RMIG_PARAM_WRITE_DEPTH);
+        ep.send_depth = RMIG__SENDS;
+        ep.recv_depth = RMIG__RECVS;
+        ep.connect_timeout_ns = rmig_get(&ss->cfg, RMIG_PARAM_CONNECT_TIMEOUT);
+        status = ss->fabric->ops->open(ss->fabric, address, &ep, &ss->ep, &ss->error);
+    }
+    if (status != RMIG_OK) {
+        rmig__source_free_tables(s);
+        ss->ep = NULL;
+        return status;
+    }
+    s->state = RMIG__SOURCE_CONNECTING;
+    s->op = RMIG__OP_CONNECT;
+    s->connect_began = ss->last_progress = rmig__now(ss);
+    rmig__trace(ss, "connect %s", address);
+    return RMIG_OK;
+}
+
+// --- connecting
+
+static int rmig__source_connect_step(struct rmig_source *s) {
+    struct rmig__session *ss = &s->ss;
+    if (ss->resolved && !s->connect_posted) {
+        int status = rmig__session_setup(ss);
+        if (status != RMIG_OK)
+            return status;
+        struct rmig_private_data data;
+        data.version = RMIG_PROTOCOL_VERSION;
+        data.flags = (s->pin_all ? RMIG_FLAG_PIN_ALL : 0) |
+                     (rmig_get(&ss->cfg, RMIG_PARAM_EXTENSION) ? RMIG_FLAG_EXTENSION : 0);
+        uint8_t bytes[RMIG_PRIVATE_DATA_SIZE];
+        rmig_encode_private_data(bytes, sizeof bytes, &data);
+        if (ss->fabric->ops->connect(ss->ep, bytes, sizeof bytes, &ss->error) != RMIG_OK)
+            return rmig__session_end(ss);
+        s->connect_posted = true;
+    }
+    if (!ss->established)
+        return RMIG_OK;
+    if (ss->peer_data_short)
+        return RMIG__END(ss, RMIG_ERR_PROTOCOL, 0, "the sink's private data is short; must be %d bytes",
+                         RMIG_PRIVATE_DATA_SIZE);
+    if (ss->caps.write_max < s->page_size)
+        return RMIG__END(ss, RMIG_ERR_SETUP, 0, "fabric %s: its longest write of %llu bytes is below page-size %llu",
+                         ss->fabric->ops->name, (unsigned long long)ss->caps.write_max, (unsigned long long)s->page_size);
+    bool offered = rmig_get(&ss->cfg, RMIG_PARAM_EXTENSION) != 0;
+    ss->extended = offered && (ss->peer.flags & RMIG_FLAG_EXTENSION) != 0;
+    if (!ss->extended)
+        s->pin_all = s->pin_all && (ss->peer.flags & RMIG_FLAG_PIN_ALL) != 0;
+    s->depth = rmig__min(rmig_get(&ss->cfg, RMIG_PARAM_WRITE_DEPTH), ss->caps.write_depth);
+    s->stream_limit = RMIG_STREAM_MESSAGE_MAX;
+    s->window_regions = 1;
+    ss->peer_registration_max = UINT64_MAX;
+    s->state = RMIG__SOURCE_UP;
+    if (!ss->extended)
+        s->op = RMIG__OP_NONE;
+    rmig__trace(ss, "connected, %s", ss->extended ? "extended" : "version 1");
+    return RMIG_OK;
+}
+
+// --- what arrives
+
+static int rmig__source_on_hello_result(struct rmig_source *s, const uint8_t *p, uint32_t len) {
+    struct rmig__session *ss = &s->ss;
+    struct rmig_hello h;
+    if (rmig_decode_hello(p, len, &h) < 0)
+        return RMIG__END(ss, RMIG_ERR_PROTOCOL, 0, "the sink's HELLO_RESULT of %u bytes is malformed", len);
+    if (h.status != 0)
+        return RMIG__END(ss, RMIG_ERR_REFUSED, 0, "the sink refused: %s", h.reason);
+    if (h.chunk_size != s->chunk_size)
+        return RMIG__END(ss, RMIG_ERR_PROTOCOL, 0, "the sink answered chunk-size %llu to %llu",
+                         (unsigned long long)h.chunk_size, (unsigned long long)s->chunk_size);
+    if (!rmig__take_limits(ss, &h, s->chunk_size))
+        return RMIG__END(ss, RMIG_ERR_SETUP, 0,
+                         "the sink's limits are too small: payload %llu (need 512), batch %llu (need 1), registration "
+                         "%llu (need chunk-size, %llu): use a smaller chunk-size",
+                         (unsigned long long)h.payload_max, (unsigned long long)h.batch_max,
+                         (unsigned long long)h.registration_max, (unsigned long long)s->chunk_size);
+    s->stream_limit = (size_t)ss->peer_payload_max;
+    s->window_regions = s->lockstep ? 1 : rmig__min(ss->peer_batch_max, ss->peer_payload_max / RMIG_BATCH_SIZE);
+    if (s->op == RMIG__OP_CONNECT)
+        s->op = RMIG__OP_NONE;
+    return RMIG_OK;
+}
+
+static void rmig__source_blocks_agreed(struct rmig_source *s) {
+    s->exchange = RMIG__BLOCKS_DONE;
+    s->ss.stats.setup_ns = rmig__now(&s->ss) - s->connect_began;
+}
+
+static struct rmig__region *rmig__region_new(struct rmig_source *s, uint32_t block, uint64_t offset, uint64_t length) {
+    RMIG_ASSERT(s->region_count < s->region_capacity);
+    struct rmig__region *r = &s->region[s->region_count++];
+    r->block = block;
+    r->offset = offset;
+    r->length = length;
+    return r;
+}
+
+/* The chunks from the region's end back to `from` now belong to it. */
+static void rmig__region_claim(struct rmig_source *s, const struct rmig__region *r, uint64_t from) {
+    struct rmig__source_block *b = &s->block[r->block];
+    for (uint64_t at = from; at < r->offset + r->length; at += s->chunk_size) {
+        b->chunk[rmig_chunk_index(at, s->chunk_size)] = (uint32_t)(r - s->region) + 1;
+        b->unregistered--;
+    }
+}
+
+static int rmig__region_register(struct rmig_source *s, struct rmig__region *r) {
+    if (!s->ss.caps.local_mr || r->local)
+        return RMIG_OK;
+    int status = rmig__register(&s->ss, &s->blocks.block[r->block], r->offset, r->length, RMIG_ACCESS_LOCAL_READ, &r->mr);
+    r->local = status == RMIG_OK;
+    return status;
+}
+
+/* Longest registration that suits both ends, in whole chunks. */
+static uint64_t rmig__registration_max(const struct rmig_source *s) {
+    uint64_t both = rmig__min(s->ss.caps.registration_max, s->ss.peer_registration_max);
+    return rmig__max(both / s->chunk_size, 1) * s->chunk_size;
+}
+
+/* Version 1, pin-all: the reply has the keys of whole blocks. */
+static int rmig__source_pin_v1(struct rmig_source *s, uint32_t i, const struct rmig_ram_block *remote) {
+    uint64_t length = s->blocks.block[i].length;
+    if (remote->rkey == 0)
+        return RMIG__END(&s->ss, RMIG_ERR_PROTOCOL, 0, "the sink granted pin-all but sent rkey 0 for block \"%.60s\"",
+                         s->blocks.block[i].name);
+    for (uint64_t at = 0; at < length;) {
+        struct rmig__region *r = rmig__region_new(s, i, at, rmig__min(length - at, rmig__registration_max(s)));
+        r->key = remote->rkey;
+        r->address = remote->base + at;
+        int status = rmig__region_register(s, r);
+        if (status != RMIG_OK)
+            return status;
+        r->ready = true;
+        rmig__region_claim(s, r, at);
+        at += r->length;
+    }
+    return RMIG_OK;
+}
+
+static int rmig__source_on_ram_blocks(struct rmig_source *s, const uint8_t *p, uint32_t len) {
+    struct rmig__session *ss = &s->ss;
+    if (len % RMIG_RAM_BLOCK_SIZE != 0 || len / RMIG_RAM_BLOCK_SIZE < s->blocks.count)
+        return RMIG__END(ss, RMIG_ERR_PROTOCOL, 0,
+                         "the sink's RAM_BLOCKS_RESULT has %u bytes; must be a multiple of %d for at least %u blocks", len,
+                         RMIG_RAM_BLOCK_SIZE, s->blocks.count);
+    for (uint32_t i = 0; i < s->blocks.count; i++) {
+        struct rmig_ram_block remote;
+        rmig_decode_ram_block(p + (size_t)i * RMIG_RAM_BLOCK_SIZE, RMIG_RAM_BLOCK_SIZE, &remote);
+        const struct rmig_block *b = &s->blocks.block[i];
+        if (remote.length != b->length)
+            return RMIG__END(ss, RMIG_ERR_SETUP, 0, "block %u \"%.60s\" has %llu bytes here and %llu at the sink", i,
+                             b->name, (unsigned long long)b->length, (unsigned long long)remote.length);
+        s->block[i].sink_offset = remote.offset;
+        int status = s->pin_all ? rmig__source_pin_v1(s, i, &remote) : RMIG_OK;
+        if (status != RMIG_OK)
+            return status;
+    }
+    s->pin.block = s->blocks.count;
+    rmig__source_blocks_agreed(s);
+    return RMIG_OK;
+}
+
+static struct rmig__window *rmig__requested_window(struct rmig_source *s) {
+    unsigned i = 0;
+    while (i + 1 < s->windows && s->window[i].state != RMIG__WINDOW_REQUESTED)
+        i++;
+    RMIG_ASSERT(s->window[i].state == RMIG__WINDOW_REQUESTED); // a registration reply is awaited only then
+    return &s->window[i];
+}
+
+static int rmig__source_on_register_result(struct rmig_source *s, const uint8_t *p, uint32_t len) {
+    struct rmig_register_result result;
+    struct rmig__window *w = rmig__requested_window(s);
+    struct rmig__region *r = &s->region[w->first];
+    if (len != RMIG_REGISTER_RESULT_SIZE || rmig_decode_register_result(p, len, &result) < 0 || result.rkey == 0)
+        return RMIG__END(&s->ss, RMIG_ERR_PROTOCOL, 0,
+                         "the sink's REGISTER_RESULT of %u bytes has no key; must be %d bytes and an rkey other than 0", len,
+                         RMIG_REGISTER_RESULT_SIZE);
+    r->key = result.rkey;
+    r->address = result.base + r->offset;
+    w->state = RMIG__WINDOW_ANSWERED;
+    return RMIG_OK;
+}
+
+static int rmig__source_on_batch_result(struct rmig_source *s, const uint8_t *p, const struct rmig_header *h) {
+    struct rmig__window *w = rmig__requested_window(s);
+    if (h->repeat != w->count || h->len != w->count * RMIG_BATCH_RESULT_SIZE)
+        return RMIG__END(&s->ss, RMIG_ERR_PROTOCOL, 0,
+                         "the sink's REGISTER_BATCH_RESULT has %u results in %u bytes; must be %u in %u", h->repeat, h->len,
+                         w->count, w->count * RMIG_BATCH_RESULT_SIZE);
+    for (uint32_t i = 0; i < w->count; i++) {
+        struct rmig_batch_result result;
+        rmig_decode_batch_result(p + (size_t)i * RMIG_BATCH_RESULT_SIZE, RMIG_BATCH_RESULT_SIZE, &result);
+        if (result.key == 0)
+            return RMIG__END(&s->ss, RMIG_ERR_PROTOCOL, 0, "the sink's REGISTER_BATCH_RESULT has key 0 as result %u", i);
+        s->region[w->first + i].key = result.key;
+        s->region[w->first + i].address = result.address;
+    }
+    w->state = RMIG__WINDOW_ANSWERED;
+    return RMIG_OK;
+}
+
+static int rmig__source_on_reply(struct rmig_source *s, const uint8_t *p, const struct rmig_header *h) {
+    s->replied = rmig__now(&s->ss);
+    uint64_t rtt = s->replied - s->asked;
+    if (s->ss.stats.message_rtt_ns == 0 || rtt < s->ss.stats.message_rtt_ns)
+        s->ss.stats.message_rtt_ns = rtt;
+    s->await = 0;
+    switch (h->type) {
+    case RMIG_MSG_HELLO_RESULT:
+        return rmig__source_on_hello_result(s, p, h->len);
+    case RMIG_MSG_RAM_BLOCKS_RESULT:
+        return rmig__source_on_ram_blocks(s, p, h->len);
+    case RMIG_MSG_BLOCKS_RESULT:
+        rmig__source_blocks_agreed(s);
+        if (!s->pin_all)
+            s->pin.block = s->blocks.count;
+        return RMIG_OK;
+    case RMIG_MSG_REGISTER_RESULT:
+        return rmig__source_on_register_result(s, p, h->len);
+    case RMIG_MSG_REGISTER_BATCH_RESULT:
+        return rmig__source_on_batch_result(s, p, h);
+    default: // FINISH_RESULT, the only one left that is ever awaited
+        s->finish = RMIG__FINISH_ANSWERED;
+        return RMIG_OK;
+    }
+}
+
+static int rmig__source_on_message(struct rmig_source *s, const struct rmig__received *r) {
+    const struct rmig_header *h = &r->header;
+    if (h->type == RMIG_MSG_ERROR)
+        return rmig__peer_error(&s->ss, "sink", r);
+    if (h->type == RMIG_MSG_READY && h->len == 0 && !s->credit && s->await == 0) {
+        s->credit = true;
+        return RMIG_OK;
+    }
+    if (s->await != 0 && h->type == s->await)
+        return rmig__source_on_reply(s, rmig__control_buffer(&s->ss, r->buffer) + RMIG_HEADER_SIZE, h);
+    return RMIG__END(&s->ss, RMIG_ERR_PROTOCOL, 0, "the sink sent %s (type %u, len %u) where %s was due",
+                     rmig_message_name(h->type), h->type, h->len,
+                     s->await != 0 ? rmig_message_name(s->await) : s->credit ? "nothing" : "READY");
+}
+
+static int rmig__source_inbox(struct rmig_source *s) {
+    while (s->ss.inbox_count > 0) {
+        int status = rmig__source_on_message(s, &s->ss.inbox[0]);
+        if (status != RMIG_OK)
+            return status;
+        rmig__inbox_pop(&s->ss);
+    }
+    return RMIG_OK;
+}
+
+// --- planning: which chunks need keys, and what is zero
+
+static uint64_t rmig__pages_offset(const struct rmig_source *s, uint32_t block, uint64_t page) {
+    return rmig__min(page * s->page_size, s->blocks.block[block].length);
+}
+
+static bool rmig__cursor_before(struct rmig__cursor a, struct rmig__cursor b) {
+    return a.block < b.block || (a.block == b.block && a.page < b.page);
+}
+
+static bool rmig__hole_known(const struct rmig_source *s, uint32_t block, uint64_t at) {
+    return s->hole.block == block && s->hole.from <= at && at < s->hole.end;
+}
+
+/* All zero? Never reads a hole, because reading would allocate it. *scanned: bytes read. */
+static bool rmig__range_is_zero(struct rmig_source *s, uint32_t block, uint64_t from, uint64_t to, uint64_t *scanned) {
+    const struct rmig_block *b = &s->blocks.block[block];
+    /* Most ranges that are not zero show it in the first page: look there before paying for the whole map of holes. */
+    uint64_t peek = rmig__min(from + s->page_size, to);
+    if (!rmig__hole_known(s, block, from)) {
+        uint64_t data, end;
+        rmig_holes_next_data(&s->holes, b, from, peek, &data, &end);
+        if (data == from && !rmig_is_zero(b->host + from, (size_t)(peek - from))) {
+            *scanned += peek - from;
+            return false;
+        }
+    }
+    while (from < to) {
+        if (!rmig__hole_known(s, block, from)) {
+            uint64_t reach = rmig__min(b->length, rmig__after(from, RMIG_GIB));
+            rmig_holes_next_data(&s->holes, b, from, reach, &s->hole.data, &s->hole.end);
+            s->hole.block = block;
+            s->hole.from = from;
+        }
+        from = rmig__min(rmig__max(from, s->hole.data), to);
+        uint64_t stop = rmig__min(s->hole.end, to);
+        if (from < stop) {
+            *scanned += stop - from;
+            if (!rmig_is_zero(b->host + from, (size_t)(stop - from)))
+                return false;
+        }
+        from = stop;
+    }
+    return true;
+}
+
+/* Notes a zero range as one run with its predecessor if it follows it. False if there is no room. */
+static bool rmig__zero_add(struct rmig_source *s, uint32_t block, uint64_t offset, uint64_t length) {
+    if (s->zero_bytes + length > RMIG__ZERO_BYTES)
+        return false;
+    struct rmig_compress *last = s->zero_count > 0 ? &s->zero[s->zero_count - 1] : NULL;
+    if (last != NULL && last->block == block && last->start + last->length == offset) {
+        last->length += length;
+    } else {
+        if (s->zero_count == (s->ss.extended ? RMIG__ZERO_RUNS : 1))
+            return false;
+        struct rmig_compress *run = &s->zero[s->zero_count++];
+        run->value = 0;
+        run->block = block;
+        run->start = offset;
+        run->length = length;
+    }
+    s->zero_bytes += length;
+    return true;
+}
+
+static void rmig__take_pages(struct rmig_source *s, uint32_t block, uint64_t page, uint64_t n) {
+    rmig_merge_take(&s->block[block].dirty, page, n);
+    s->pending -= n;
+}
+
+/* The chunk at offset joins the window, in the region before it if that ends there. False if the window is full. */
+static bool rmig__window_add(struct rmig_source *s, struct rmig__window *w, uint32_t block, uint64_t offset) {
+    uint64_t index = rmig_chunk_index(offset, s->chunk_size);
+    uint64_t start = rmig_chunk_start(index, s->chunk_size);
+    uint64_t length = rmig_chunk_end(index, s->chunk_size, s->blocks.block[block].length) - start;
+    struct rmig__region *last = w->count > 0 ? &s->region[w->first + w->count - 1] : NULL;
+    if (w->bytes >= s->window_bytes)
+        return false;
+    if (last != NULL && last->block == block && last->offset + last->length == start &&
+        last->length + length <= rmig__registration_max(s)) {
+        last->length += length;
+    } else {
+        if (w->count == s->window_regions)
+            return false;
+        last = rmig__region_new(s, block, start, length);
+        w->count++;
+    }
+    rmig__region_claim(s, last, start);
+    w->bytes += length;
+    w->end_block = block;
+    w->end_page = (start + length + s->page_size - 1) / s->page_size;
+    return true;
+}
+
+/* Sends the dirty pages [page, page + n), all in one chunk that has no region, to the zero list or gets the chunk a region.
+   Moves the planner on. False: no room for now. */
+static bool rmig__plan_range(struct rmig_source *s, struct rmig__window *w, uint64_t page, uint64_t n, uint64_t *budget) {
+    uint32_t block = s->plan.block;
+    uint64_t from = page * s->page_size, to = rmig__pages_offset(s, block, page + n);
+    while (s->zero_detect && from < to) {
+        uint64_t stop = rmig__min(to, from / RMIG__ZERO_TEST * RMIG__ZERO_TEST + RMIG__ZERO_TEST);
+        uint64_t scanned = 0;
+        bool zero = rmig__range_is_zero(s, block, from, stop, &scanned);
+        *budget -= rmig__min(*budget, scanned + s->page_size);
+        if (!zero)
+            break;
+        if (!rmig__zero_add(s, block, from, stop - from))
+            return false;
+        uint64_t pages = (stop - from + s->page_size - 1) / s->page_size;
+        rmig__take_pages(s, block, from / s->page_size, pages);
+        s->ss.stats.pages_zero += pages;
+        s->ss.stats.bytes_zero += stop - from;
+        s->ss.stats.round_bytes += stop - from;
+        from = stop;
+        s->plan.page = (from + s->page_size - 1) / s->page_size;
+        if (*budget == 0)
+            return true;
+    }
+    if (from >= to)
+        return true;
+    if (!rmig__window_add(s, w, block, from))
+        return false;
+    uint64_t chunk_pages = s->chunk_size / s->page_size;
+    s->plan.page = (page / chunk_pages + 1) * chunk_pages;
+    return true;
+}
+
+/* Walks the dirty pages ahead of the writer until the window is full, the budget spent or the blocks at an end. */
+static void rmig__plan_walk(struct rmig_source *s, struct rmig__window *w, uint64_t *budget) {
+    uint64_t chunk_pages = s->chunk_size / s->page_size;
+    while (s->plan.block < s->blocks.count && *budget > 0) {
+        struct rmig__source_block *b = &s->block[s->plan.block];
+        uint64_t page, n;
+        if (b->dirty.pending == 0 || b->unregistered == 0 ||
+            !rmig_merge_next(&b->dirty, s->plan.page, b->dirty.pages, chunk_pages, &page, &n)) {
+            s->plan.block++;
+            s->plan.page = 0;
+            continue;
+        }
+        uint64_t chunk_end = (page / chunk_pages + 1) * chunk_pages;
+        if (b->chunk[page / chunk_pages] != 0) {
+            s->plan.page = chunk_end;
+            continue;
+        }
+        s->plan.page = page;
+        if (!rmig__plan_range(s, w, page, rmig__min(n, chunk_end - page), budget))
+            return;
+    }
+}
+
+/* Pin-all: the next window is whole blocks. */
+static void rmig__plan_pin(struct rmig_source *s, struct rmig__window *w) {
+    while (s->pin.block < s->blocks.count && w->count < s->window_regions) {
+        uint64_t length = s->blocks.block[s->pin.block].length;
+        struct rmig__region *r = rmig__region_new(s, s->pin.block, s->pin.page,
+                                                  rmig__min(length - s->pin.page, rmig__registration_max(s)));
+        rmig__region_claim(s, r, r->offset);
+        w->count++;
+        w->bytes += r->length;
+        s->pin.page += r->length;
+        if (s->pin.page == length) {
+            s->pin.block++;
+            s->pin.page = 0;
+        }
+    }
+    w->end_block = 0;
+    w->end_page = 0; // used up as soon as it is ready: the writer has not begun
+}
+
+static bool rmig__pinned(const struct rmig_source *s) { return s->pin.block >= s->blocks.count; }
+
+/* Opens, fills and closes windows. True if something changed. */
+static bool rmig__plan(struct rmig_source *s) {
+    if (s->exchange != RMIG__BLOCKS_DONE || s->prelude)
+        return false;
+    struct rmig__window *w = s->windows > 0 ? &s->window[s->windows - 1] : NULL;
+    if (w == NULL || w->state != RMIG__WINDOW_OPEN) {
+        bool nothing = rmig__pinned(s) && (s->pending == 0 || s->plan.block >= s->blocks.count);
+        if (s->windows == s->window_max || nothing)
+            return false;
+        w = &s->window[s->windows++];
+        memset(w, 0, sizeof *w);
+        w->first = s->region_count;
+    }
+    struct rmig__cursor before = s->plan;
+    uint64_t budget = RMIG__STEP_SCAN;
+    if (!rmig__pinned(s))
+        rmig__plan_pin(s, w);
+    else
+        rmig__plan_walk(s, w, &budget);
+    if (budget == 0 && s->pending > 0) { // the window stays open, to be filled further after a look at the wire
+        s->ss.again = true;
+        return rmig__cursor_before(before, s->plan);
+    }
+    if (w->count > 0)
+        w->state = RMIG__WINDOW_CLOSED;
+    else
+        s->windows--;
+    return w->count > 0 || rmig__cursor_before(before, s->plan);
+}
+
+// --- messages out
+
+static int rmig__ask(struct rmig_source *s, enum rmig_message type, uint32_t repeat, size_t len, enum rmig_message reply) {
+    s->credit = false;
+    s->await = (uint32_t)reply;
+    s->asked = rmig__now(&s->ss);
+    return rmig__send(&s->ss, type, repeat, len);
+}
+
+static int rmig__say_hello(struct rmig_source *s, uint8_t *payload) {
+    struct rmig_hello h;
+    rmig__fill_hello(&s->ss, &h);
+    s->hello_sent = true;
+    return rmig__ask(s, RMIG_MSG_HELLO, 1, (size_t)rmig_encode_hello(payload, RMIG_PAYLOAD_MAX, &h),
+                     RMIG_MSG_HELLO_RESULT);
+}
+
+/* Names and lengths of as many blocks as fit a message; the answer comes after the last. */
+static int rmig__say_blocks(struct rmig_source *s, uint8_t *payload) {
+    if (!s->ss.extended)
+        return rmig__ask(s, RMIG_MSG_RAM_BLOCKS_REQUEST, 1, 0, RMIG_MSG_RAM_BLOCKS_RESULT);
+    size_t len = 8, cap = (size_t)s->ss.peer_payload_max;
+    uint32_t first = s->blocks_sent;
+    rmig__put_be32(payload, s->blocks.count);
+    rmig__put_be32(payload + 4, first);
+    while (s->blocks_sent < s->blocks.count && s->blocks_sent - first < RMIG_REPEAT_MAX) {
+        const struct rmig_block *b = &s->blocks.block[s->blocks_sent];
+        struct rmig_block_entry entry;
+        entry.length = b->length;
+        entry.guest_offset = b->guest_offset;
+        memcpy(entry.name, b->name, strlen(b->name) + 1);
+        int n = rmig_encode_block_entry(payload + len, cap - len, &entry);
+        if (n < 0)
+            break;
+        len += (size_t)n;
+        s->blocks_sent++;
+    }
+    return rmig__ask(s, RMIG_MSG_BLOCKS, s->blocks_sent - first, len,
+                     s->blocks_sent == s->blocks.count ? RMIG_MSG_BLOCKS_RESULT : RMIG_MSG_NONE);
+}
+
+/* The unit in which a REGISTER_REQUEST counts: what the peer calls a chunk, as far as is known. */
+static uint64_t rmig__request_unit(const struct rmig_source *s) {
+    uint64_t peer = rmig_get(&s->ss.cfg, RMIG_PARAM_PEER_CHUNK_SIZE);
+    return s->ss.extended ? s->chunk_size : peer != 0 ? peer : RMIG_CHUNK_SIZE_MIN;
+}
+
+static int rmig__say_register(struct rmig_source *s, struct rmig__window *w, uint8_t *payload) {
+    w->state = RMIG__WINDOW_REQUESTED;
+    if (!s->ss.extended || s->lockstep) {
+        const struct rmig__region *r = &s->region[w->first];
+        struct rmig_register request;
+        request.key = s->block[r->block].sink_offset + r->offset;
+        request.block = r->block;
+        request.chunks = rmig_chunk_further(r->length, rmig__request_unit(s));
+        return rmig__ask(s, RMIG_MSG_REGISTER_REQUEST, 1,
+                         (size_t)rmig_encode_register(payload, RMIG_PAYLOAD_MAX, &request), RMIG_MSG_REGISTER_RESULT);
+    }
+    for (uint32_t i = 0; i < w->count; i++) {
+        const struct rmig__region *r = &s->region[w->first + i];
+        struct rmig_batch entry;
+        entry.block = r->block;
+        entry.offset = r->offset;
+        entry.length = r->length;
+        rmig_encode_batch(payload + (size_t)i * RMIG_BATCH_SIZE, RMIG_BATCH_SIZE, &entry);
+    }
+    return rmig__ask(s, RMIG_MSG_REGISTER_BATCH, w->count, (size_t)w->count * RMIG_BATCH_SIZE,
+                     RMIG_MSG_REGISTER_BATCH_RESULT);
+}
+
+static int rmig__say_zero(struct rmig_source *s, uint8_t *payload) {
+    uint64_t fits = s->ss.extended ? rmig__min(s->ss.peer_batch_max, s->ss.peer_payload_max / RMIG_COMPRESS_SIZE) : 1;
+    uint32_t n = (uint32_t)rmig__min(fits, s->zero_count);
+    for (uint32_t i = 0; i < n; i++) {
+        struct rmig_compress run = s->zero[i];
+        run.start += s->block[run.block].sink_offset;
+        rmig_encode_compress(payload + (size_t)i * RMIG_COMPRESS_SIZE, RMIG_COMPRESS_SIZE, &run);
+        s->zero_bytes -= run.length;
+    }
+    s->zero_count -= n;
+    memmove(s->zero, s->zero + n, s->zero_count * sizeof s->zero[0]);
+    return rmig__ask(s, s->ss.extended ? RMIG_MSG_CLEAR_BATCH : RMIG_MSG_COMPRESS, n, (size_t)n * RMIG_COMPRESS_SIZE,
+                     RMIG_MSG_NONE);
+}
+
+static int rmig__say_stream(struct rmig_source *s, uint8_t *payload) {
+    size_t n = s->stream_fill < s->stream_limit ? s->stream_fill : s->stream_limit;
+    memcpy(payload, s->stream, n);
+    s->stream_fill -= n;
+    memmove(s->stream, s->stream + n, s->stream_fill);
+    s->ss.stats.stream_bytes += n;
+    return rmig__ask(s, RMIG_MSG_QEMU_FILE, 0, n, RMIG_MSG_NONE);
+}
+
+static bool rmig__drained(const struct rmig_source *s) {
+    return s->queued == 0 && s->ss.writes_done == s->ss.stats.writes_posted;
+}
+
+/* All that was saved is in the sink's memory. */
+static bool rmig__settled(const struct rmig_source *s) {
+    return s->pending == 0 && s->zero_count == 0 && s->windows == 0 && rmig__drained(s);
+}
+
+static int rmig__round_over(struct rmig_source *s) {
+    struct rmig_stats *st = &s->ss.stats;
+    uint64_t now = rmig__now(&s->ss);
+    st->rounds++;
+    st->round_ns = now - s->round_began;
+    uint64_t busy = now - s->wrote_began, written = st->bytes_written - s->written_before;
+    bool telling = written >= RMIG_MIB || (written > 0 && st->throughput == 0); // small rounds measure latency
+    if (telling && busy > 0)
+        st->throughput = (uint64_t)((double)written * 1e9 / (double)busy);
+    s->in_round = false;
+    rmig__trace(&s->ss, "round %llu over, %llu bytes", (unsigned long long)st->rounds,
+                (unsigned long long)st->round_bytes);
+    return rmig__ask(s, RMIG_MSG_REGISTER_FINISHED, 1, 0, RMIG_MSG_NONE);
+}
+
+/* The first window that waits to be asked for, or NULL. */
+static struct rmig__window *rmig__closed_window(struct rmig_source *s) {
+    for (unsigned i = 0; i < s->windows; i++)
+        if (s->window[i].state == RMIG__WINDOW_CLOSED)
+            return &s->window[i];
+    return NULL;
+}
+
+static bool rmig__stream_due(const struct rmig_source *s) {
+    bool wanted = s->flush || s->prelude || s->op == RMIG__OP_END_ROUND || s->op == RMIG__OP_FINISH;
+    return s->stream_fill >= s->stream_limit || (s->stream_fill > 0 && wanted);
+}
+
+static bool rmig__zero_due(const struct rmig_source *s) {
+    /* Not while the planner may still lengthen the last run. */
+    bool open = s->windows > 0 && s->window[s->windows - 1].state == RMIG__WINDOW_OPEN;
+    return s->zero_count > 0 && !open;
+}
+
+static uint64_t rmig__keepalive_at(const struct rmig_source *s) {
+    return s->ss.extended && s->ss.peer_idle_max != 0 ? rmig__after(s->ss.last_sent, s->ss.peer_idle_max / 4)
+                                                      : RMIG_FOREVER;
+}
+
+static int rmig__finish_step(struct rmig_source *s) {
+    if (s->ss.extended && s->finish == RMIG__FINISH_NONE) {
+        s->finish = RMIG__FINISH_ASKED;
+        return rmig__ask(s, RMIG_MSG_FINISH, 1, 0, RMIG_MSG_FINISH_RESULT);
+    }
+    return RMIG_OK;
+}
+
+/* At most one message goes out for a READY. The order of the cases is the order of importance. */
+static int rmig__control_out(struct rmig_source *s, bool *moved) {
+    uint8_t *payload = rmig__payload(&s->ss);
+    if (s->state != RMIG__SOURCE_UP || payload == NULL)
+        return RMIG_OK;
+    uint64_t before = s->ss.stats.control_sent;
+    int status = RMIG_OK;
+    struct rmig__window *w;
+    if (s->ss.extended && !s->hello_sent)
+        status = rmig__say_hello(s, payload);
+    else if (s->finish == RMIG__FINISH_ANSWERED) {
+        s->finish = RMIG__FINISH_SAID;
+        status = rmig__send(&s->ss, RMIG_MSG_GOODBYE, 1, 0);
+    } else if (!s->credit || s->await != 0)
+        return RMIG_OK;
+    else if (s->prelude)
+        status = rmig__say_stream(s, payload);
+    else if (s->exchange == RMIG__BLOCKS_SENDING)
+        status = rmig__say_blocks(s, payload);
+    else if ((w = rmig__closed_window(s)) != NULL)
+        status = rmig__say_register(s, w, payload);
+    else if (rmig__zero_due(s))
+        status = rmig__say_zero(s, payload);
+    else if (rmig__settled(s) && rmig__stream_due(s))
+        status = rmig__say_stream(s, payload);
+    else if (rmig__settled(s) && s->op == RMIG__OP_END_ROUND && s->in_round && rmig__pinned(s))
+        status = rmig__round_over(s);
+    else if (s->op == RMIG__OP_FINISH && rmig__settled(s) && s->finish == RMIG__FINISH_NONE)
+        status = rmig__finish_step(s);
+    if (status == RMIG_OK && s->ss.stats.control_sent == before && s->credit &&
+        rmig__now(&s->ss) >= rmig__keepalive_at(s))
+        status = rmig__ask(s, RMIG_MSG_KEEPALIVE, 1, 0, RMIG_MSG_NONE);
+    if (s->stream_fill == 0)
+        s->prelude = s->flush = false;
+    *moved = *moved || s->ss.stats.control_sent != before;
+    return status;
+}
+
+// --- writes out
+
+/* Bytes that the pacer allows now; whole pages, 0: wait until pace_until. */
+static uint64_t rmig__pace(struct rmig_source *s) {
+    uint64_t rate = rmig_get(&s->ss.cfg, RMIG_PARAM_MAX_BANDWIDTH);
+    if (rate == 0)
+        return UINT64_MAX;
+    uint64_t now = rmig__now(&s->ss), burst = rmig__max(rate / 50, s->page_size); // 20 ms
+    uint64_t earned = (uint64_t)((double)rate * (double)(now - s->tokens_time) / 1e9);
+    if (earned > 0) {
+        s->tokens = rmig__min(s->tokens + earned, burst);
+        s->tokens_time = now;
+    }
+    if (s->tokens >= s->page_size)
+        return s->tokens / s->page_size * s->page_size;
+    uint64_t missing = rmig__max(burst / 2, s->page_size) - s->tokens;
+    s->pace_until = now + 1 + (uint64_t)((double)missing * 1e9 / (double)rate);
+    return 0;
+}
+
+/* Posts what is prepared; what the fabric does not take stays. */
+static int rmig__post_writes(struct rmig_source *s, bool *moved) {
+    struct rmig__session *ss = &s->ss;
+    if (s->queued == 0)
+        return RMIG_OK;
+    /* The last of a batch is always signalled, so that a completion comes whatever follows. */
+    if (!s->queue[s->queued - 1].signal) {
+        s->queue[s->queued - 1].signal = true;
+        s->unsignalled = 0;
+    }
+    int taken = ss->fabric->ops->write(ss->ep, s->queue, s->queued, &ss->error);
+    if (taken < 0) {
+        ss->broken = true;
+        return rmig__session_end(ss);
+    }
+    RMIG_ASSERT((unsigned)taken <= s->queued);
+    for (int i = 0; i < taken; i++) {
+        ss->stats.writes_signalled += s->queue[i].signal;
+        rmig__trace(ss, "write %llu bytes to 0x%llx", (unsigned long long)s->queue[i].length,
+                    (unsigned long long)s->queue[i].remote_address);
+    }
+    ss->stats.writes_posted += (uint64_t)taken;
+    s->queued -= (unsigned)taken;
+    memmove(s->queue, s->queue + taken, s->queued * sizeof s->queue[0]);
+    *moved = *moved || taken > 0;
+    return RMIG_OK;
+}
+
+static void rmig__queue_write(struct rmig_source *s, const struct rmig__region *r, uint64_t offset, uint64_t length) {
+    uint64_t number = s->ss.stats.writes_posted + s->queued + 1;
+    struct rmig_write *w = &s->queue[s->queued++];
+    w->local = s->blocks.block[r->block].host + offset;
+    w->mr = r->local ? &r->mr : NULL;
+    w->length = length;
+    w->remote_address = r->address + (offset - r->offset);
+    w->key = r->key;
+    w->id = RMIG__ID_WRITE | number;
+    w->signal = !s->ss.caps.writes_in_order || ++s->unsignalled >= rmig_get(&s->ss.cfg, RMIG_PARAM_SIGNAL_EVERY) ||
+                s->unsignalled >= (s->depth + 1) / 2;
+    if (w->signal)
+        s->unsignalled = 0;
+}
+
+/* The next extent behind the planner that has a ready region: prepares one write. False: none now. */
+static bool rmig__next_write(struct rmig_source *s, uint64_t allowed) {
+    uint64_t chunk_pages = s->chunk_size / s->page_size;
+    while (rmig__cursor_before(s->write, s->plan)) {
+        uint32_t block = s->write.block;
+        struct rmig__source_block *b = &s->block[block];
+        uint64_t to = block == s->plan.block ? rmig__min(s->plan.page, b->dirty.pages) : b->dirty.pages;
+        uint64_t page, n;
+        uint64_t most = rmig__min(rmig__min(s->merge_max, allowed), s->ss.caps.write_max) / s->page_size;
+        if (b->dirty.pending == 0 || !rmig_merge_next(&b->dirty, s->write.page, to, rmig__max(most, 1), &page, &n)) {
+            if (block == s->plan.block) {
+                s->write = s->plan;
+            } else {
+                s->write.block++;
+                s->write.page = 0;
+            }
+            continue;
+        }
+        uint64_t chunk_end = (page / chunk_pages + 1) * chunk_pages;
+        uint32_t index = b->chunk[page / chunk_pages];
+        if (index == 0) { // saved after the planner had passed: the next pass takes it
+            s->write.page = chunk_end;
+            continue;
+        }
+        s->write.page = page;
+        const struct rmig__region *r = &s->region[index - 1];
+        if (!r->ready)
+            return false;
+        uint64_t end = s->pin_all ? (r->offset + r->length + s->page_size - 1) / s->page_size : chunk_end;
+        n = rmig__min(n, end - page);
+        uint64_t offset = page * s->page_size, length = rmig__pages_offset(s, block, page + n) - offset;
+        rmig__queue_write(s, r, offset, length);
+        rmig__take_pages(s, block, page, n);
+        s->write.page = page + n;
+        s->tokens -= rmig__min(s->tokens, length);
+        s->ss.stats.bytes_written += length;
+        s->ss.stats.pages_written += n;
+        s->ss.stats.round_bytes += length;
+        return true;
+    }
+    return false;
+}
+
+/* A window is used up when the writer has passed it. */
+static bool rmig__retire_windows(struct rmig_source *s) {
+    bool any = false;
+    while (s->windows > 0 && s->window[0].state == RMIG__WINDOW_READY) {
+        struct rmig__cursor end;
+        end.block = s->window[0].end_block;
+        end.page = s->window[0].end_page;
+        if (rmig__cursor_before(s->write, end) && s->write.block < s->blocks.count)
+            break;
+        s->windows--;
+        memmove(s->window, s->window + 1, s->windows * sizeof s->window[0]);
+        any = true;
+    }
+    return any;
+}
+
+/* Pages saved behind the cursors need another pass. Within one pass a page is written once at most, so where writes may
+   overtake each other the pass before must have landed. Zero runs go out first: a page may not be zero any more. */
+static bool rmig__next_pass(struct rmig_source *s) {
+    bool at_end = s->plan.block >= s->blocks.count && !rmig__cursor_before(s->write, s->plan);
+    if (!at_end || s->pending == 0 || s->windows > 0 || s->zero_count > 0)
+        return false;
+    if (!s->ss.caps.writes_in_order && !rmig__drained(s))
+        return false;
+    memset(&s->plan, 0, sizeof s->plan);
+    memset(&s->write, 0, sizeof s->write);
+    return true;
+}
+
+/* A request for the next keys whose READY follows on the heels of the reply must not queue behind the writes: the sink would
+   begin to register when the wire runs idle. */
+static uint64_t rmig__hold_until(const struct rmig_source *s) {
+    return s->await == 0 && !s->credit ? rmig__after(s->replied, s->ss.stats.message_rtt_ns) : 0;
+}
+
+static int rmig__write_out(struct rmig_source *s, bool *moved) {
+    if (s->exchange != RMIG__BLOCKS_DONE || s->prelude || !rmig__pinned(s))
+        return RMIG_OK;
+    bool hold = rmig__closed_window(s) != NULL && rmig__now(&s->ss) < rmig__hold_until(s);
+    int status = RMIG_OK;
+    while (!hold && status == RMIG_OK) {
+        uint64_t outstanding = s->ss.stats.writes_posted - s->ss.writes_done;
+        bool room = s->queued < RMIG__WRITE_BATCH && outstanding + s->queued < s->depth;
+        uint64_t allowed = room && s->pending > 0 ? rmig__pace(s) : 0;
+        if (allowed > 0 && rmig__next_write(s, allowed)) {
+            if (s->wrote_began == 0)
+                s->wrote_began = rmig__now(&s->ss);
+            continue;
+        }
+        if (s->queued == 0)
+            break;
+        unsigned before = s->queued;
+        status = rmig__post_writes(s, moved);
+        if (s->queued == before)
+            break; // the fabric takes nothing now
+    }
+    if (s->pending == 0 && rmig__cursor_before(s->write, s->plan))
+        s->write = s->plan;
+    *moved = rmig__retire_windows(s) || *moved;
+    *moved = rmig__next_pass(s) || *moved;
+    return status;
+}
+
+/* Registers this end's memory of a window while the sink registers its own, or after it in lockstep. */
+static int rmig__register_local(struct rmig_source *s, bool *moved) {
+    for (unsigned i = 0; i < s->windows; i++) {
+        struct rmig__window *w = &s->window[i];
+        bool due = w->state == RMIG__WINDOW_ANSWERED || (w->state == RMIG__WINDOW_REQUESTED && !s->lockstep);
+        for (uint32_t k = 0; due && k < w->count; k++) {
+            int status = rmig__region_register(s, &s->region[w->first + k]);
+            if (status != RMIG_OK)
+                return status;
+        }
+        if (w->state != RMIG__WINDOW_ANSWERED)
+            continue;
+        for (uint32_t k = 0; k < w->count; k++)
+            s->region[w->first + k].ready = true;
+        w->state = RMIG__WINDOW_READY;
+        *moved = true;
+    }
+    return RMIG_OK;
+}
+
+// --- the engine
+
+static const char *rmig__source_waits_for(const struct rmig_source *s) {
+    if (s->state == RMIG__SOURCE_CONNECTING)
+        return s->ss.resolved ? "the connection" : "the address to be resolved";
+    if (s->await != 0)
+        return rmig_message_name(s->await);
+    if (s->finish == RMIG__FINISH_SAID)
+        return "the handover to be delivered";
+    if (!rmig__drained(s))
+        return "writes to complete";
+    bool wants = s->op != RMIG__OP_NONE || s->pending > 0 || rmig__now(&s->ss) >= rmig__keepalive_at(s);
+    return wants && !s->credit ? "READY" : NULL;
+}
+
+static uint64_t rmig__source_timeout(const struct rmig_source *s) {
+    bool connecting = s->state == RMIG__SOURCE_CONNECTING || s->op == RMIG__OP_CONNECT;
+    return rmig_get(&s->ss.cfg, connecting ? RMIG_PARAM_CONNECT_TIMEOUT : RMIG_PARAM_IO_TIMEOUT);
+}
+
+static int rmig__source_timers(struct rmig_source *s) {
+    const char *what = rmig__source_waits_for(s);
+    if (what == NULL || rmig__now(&s->ss) < rmig__after(s->ss.last_progress, rmig__source_timeout(s)))
+        return RMIG_OK;
+    if (s->finish == RMIG__FINISH_SAID)
+        return RMIG__END(&s->ss, RMIG_ERR_HANDOVER, 0, "the sink has everything, but the handover was not confirmed in time");
+    return rmig__silent(&s->ss, "sink", rmig__source_timeout(s),
+                        rmig__source_timeout(s) == rmig_get(&s->ss.cfg, RMIG_PARAM_IO_TIMEOUT) ? "io-timeout"
+                                                                                             : "connect-timeout",
+                        what);
+}
+
+static int rmig__source_link(struct rmig_source *s) {
+    if (!s->ss.broken && !s->ss.disconnected)
+        return RMIG_OK;
+    if (s->finish == RMIG__FINISH_SAID)
+        return RMIG__END(&s->ss, RMIG_ERR_HANDOVER, s->ss.link_code,
+                         "the sink has everything, but the link went down during the handover: %s", s->ss.link_text);
+    return rmig__check_link(&s->ss, "sink", "before the handover");
+}
+
+/* Is the operation under way done? */
+static void rmig__source_complete(struct rmig_source *s) {
+    bool sent = s->ss.sends_free == (1u << RMIG__SENDS) - 1;
+    if (s->op == RMIG__OP_END_ROUND && !s->in_round && s->stream_fill == 0 && sent)
+        s->op = RMIG__OP_NONE;
+    if (s->op == RMIG__OP_FLUSH && s->stream_fill == 0 && sent)
+        s->op = RMIG__OP_NONE;
+    bool told = s->ss.extended ? s->finish == RMIG__FINISH_SAID : rmig__settled(s) && s->stream_fill == 0;
+    if (s->op == RMIG__OP_FINISH && told && sent) {
+        s->op = RMIG__OP_NONE;
+        s->state = RMIG__SOURCE_DONE;
+        s->ss.fabric->ops->disconnect(s->ss.ep);
+        s->ss.disconnected = true;
+        rmig__trace(&s->ss, "finished");
+    }
+}
+
+/* One turn: all that can be done now. */
+static int rmig__source_turn(struct rmig_source *s, bool *moved) {
+    int status = rmig__session_poll(&s->ss);
+    if (status == RMIG_OK)
+        status = rmig__source_inbox(s);
+    if (status == RMIG_OK && s->state == RMIG__SOURCE_CONNECTING)
+        status = rmig__source_connect_step(s);
+    if (status == RMIG_OK)
+        rmig__source_complete(s);
+    if (status != RMIG_OK || s->state == RMIG__SOURCE_DONE)
+        return status;
+    status = rmig__source_link(s);
+    if (status != RMIG_OK || s->state != RMIG__SOURCE_UP)
+        return status;
+    *moved = rmig__plan(s);
+    status = rmig__control_out(s, moved);
+    if (status == RMIG_OK)
+        status = rmig__write_out(s, moved);
+    if (status == RMIG_OK)
+        status = rmig__register_local(s, moved);
+    return status;
+}
+
+static int rmig__source_step(struct rmig_source *s) {
+    s->unstepped = 0;
+    s->pace_until = 0;
+    if (s->ss.failed || s->state == RMIG__SOURCE_NEW || s->state == RMIG__SOURCE_DONE)
+        return s->ss.failed;
+    bool moved = true;
+    s->ss.again = false;
+    for (unsigned turns = 0; moved; turns++) {
+        if (turns == 16) {
+            s->ss.again = true;
+            break;
+        }
+        moved = false;
+        int status = rmig__source_turn(s, &moved);
+        if (status != RMIG_OK)
+            return status;
+    }
+    return rmig__source_timers(s);
+}
+
+RMIG__DEF int rmig_source_process(struct rmig_source *s) {
+    int status = rmig__source_step(s);
+    if (status != RMIG_OK)
+        return status;
+    if (s->in_round) {
+        s->ss.stats.round_ns = rmig__now(&s->ss) - s->round_began;
+    }
+    return s->op == RMIG__OP_NONE ? RMIG_OK : RMIG_PENDING;
+}
+
+RMIG__DEF int rmig_source_fds(struct rmig_source *s, struct rmig_fd *fds, size_t n) {
+    if (s->ss.ep == NULL || s->ss.failed || s->state == RMIG__SOURCE_DONE)
+        return 0;
+    return rmig__session_fds(&s->ss, s->ss.ep, fds, n);
+}
+
+RMIG__DEF uint64_t rmig_source_next_deadline(struct rmig_source *s) {
+    if (s->ss.failed || s->state == RMIG__SOURCE_NEW || s->state == RMIG__SOURCE_DONE)
+        return RMIG_FOREVER;
+    if (s->ss.ready || s->ss.again)
+        return 0;
+    uint64_t at = RMIG_FOREVER;
+    if (rmig__source_waits_for(s) != NULL)
+        at = rmig__after(s->ss.last_progress, rmig__source_timeout(s));
+    if (s->credit)
+        at = rmig__min(at, rmig__keepalive_at(s));
+    if (s->pace_until != 0)
+        at = rmig__min(at, s->pace_until);
+    if (rmig__closed_window(s) != NULL && rmig__hold_until(s) > rmig__now(&s->ss))
+        at = rmig__min(at, rmig__hold_until(s));
+    return at;
+}
+
+static int rmig__source_drive(struct rmig_source *s) {
+    for (;;) {
+        int status = rmig_source_process(s);
+        if (status != RMIG_PENDING)
+            return status;
+        s->ss.ready = false;
+        uint64_t deadline = rmig_source_next_deadline(s);
+        status = deadline == 0 ? RMIG_OK : s->ss.fabric->ops->wait(s->ss.fabric, &s->ss.ep, 1, deadline, &s->ss.error);
+        if (status != RMIG_OK)
+            return rmig__session_end(&s->ss);
+    }
+}
+
+RMIG__DEF int rmig_source_connect(struct rmig_source *s, const char *address) {
+    int status = rmig_source_connect_start(s, address);
+    return status == RMIG_OK ? rmig__source_drive(s) : status;
+}
+
+/* The session is up and no operation is under way. */
+static int rmig__source_idle(struct rmig_source *s, const char *call) {
+    if (s->ss.failed)
+        return s->ss.failed;
+    if (s->state == RMIG__SOURCE_NEW)
+        return RMIG__REFUSE(&s->ss, RMIG_ERR_STATE, 0, "%s: connect first", call);
+    if (s->state == RMIG__SOURCE_DONE)
+        return RMIG__REFUSE(&s->ss, RMIG_ERR_STATE, 0, "%s: the session is finished; open another source", call);
+    if (s->op != RMIG__OP_NONE)
+        return RMIG__REFUSE(&s->ss, RMIG_ERR_STATE, 0,
+                            "%s: an operation is under way; call rmig_source_process until it returns RMIG_OK", call);
+    return RMIG_OK;
+}
+
+RMIG__DEF int rmig_source_begin_round(struct rmig_source *s) {
+    int status = rmig__source_idle(s, "rmig_source_begin_round");
+    if (status != RMIG_OK)
+        return status;
+    if (s->in_round)
+        return RMIG__REFUSE(&s->ss, RMIG_ERR_STATE, 0, "rmig_source_begin_round: end the round before");
+    if (s->exchange == RMIG__BLOCKS_NONE)
+        s->exchange = RMIG__BLOCKS_SENDING;
+    s->in_round = true;
+    s->prelude = s->stream_fill > 0;
+    s->round_before = s->round_began;
+    s->round_began = s->tokens_time = rmig__now(&s->ss);
+    s->wrote_began = 0;
+    s->written_before = s->ss.stats.bytes_written;
+    s->tokens = 0;
+    s->ss.stats.round_bytes = s->ss.stats.round_saved = s->ss.stats.round_ns = 0;
+    rmig__trace(&s->ss, "round %llu begins", (unsigned long long)s->ss.stats.rounds + 1);
+    return RMIG_OK;
+}
+
+/* Between begin and end of a round, for a block that exists. */
+static int rmig__save_check(struct rmig_source *s, const char *call, uint32_t block) {
+    int status = s->in_round && s->op == RMIG__OP_NONE && !s->ss.failed ? RMIG_OK : rmig__source_idle(s, call);
+    if (status != RMIG_OK)
+        return status;
+    if (!s->in_round)
+        return RMIG__REFUSE(&s->ss, RMIG_ERR_STATE, 0, "%s: call rmig_source_begin_round first", call);
+    if (block >= s->blocks.count)
+        return RMIG__REFUSE(&s->ss, RMIG_ERR_ARGUMENT, 0, "%s: block %u; must be 0 to %u", call, block, s->blocks.count - 1);
+    return RMIG_OK;
+}
+
+/* Pages were noted; before is how many were pending then. Runs the engine when there is enough for a write. */
+static int rmig__saved(struct rmig_source *s, uint32_t block, uint64_t before) {
+    uint64_t fresh = s->block[block].dirty.pending - before;
+    s->pending += fresh;
+    s->unstepped += fresh * s->page_size;
+    s->ss.stats.round_saved += fresh * s->page_size;
+    s->hole.block = UINT32_MAX; // the guest may have filled holes since they were looked for
+    return s->unstepped >= s->merge_max ? rmig__source_step(s) : RMIG_OK;
+}
+
+RMIG__DEF int rmig_source_save_range(struct rmig_source *s, uint32_t block, uint64_t offset, uint64_t length) {
+    int status = rmig__save_check(s, "rmig_source_save_range", block);
+    if (status != RMIG_OK || length == 0)
+        return status;
+    uint64_t end = s->blocks.block[block].length;
+    if (offset >= end || length > end - offset)
+        return RMIG__REFUSE(&s->ss, RMIG_ERR_ARGUMENT, 0,
+                            "save: offset 0x%llx, length 0x%llx is outside block \"%.60s\" of 0x%llx bytes",
+                            (unsigned long long)offset, (unsigned long long)length, s->blocks.block[block].name,
+                            (unsigned long long)end);
+    struct rmig_merge *dirty = &s->block[block].dirty;
+    uint64_t before = dirty->pending, first = offset / s->page_size;
+    rmig_merge_add(dirty, first, (offset + length - 1) / s->page_size - first + 1);
+    return rmig__saved(s, block, before);
+}
+
+RMIG__DEF int rmig_source_save_page(struct rmig_source *s, uint32_t block, uint64_t offset) {
+    return rmig_source_save_range(s, block, offset, 1);
+}
+
+RMIG__DEF int rmig_source_save_bitmap(struct rmig_source *s, uint32_t block, const uint64_t *bitmap, uint64_t first_page,
+                                      uint64_t pages) {
+    int status = rmig__save_check(s, "rmig_source_save_bitmap", block);
+    if (status != RMIG_OK || pages == 0)
+        return status;
+    struct rmig_merge *dirty = &s->block[block].dirty;
+    if (bitmap == NULL)
+        return RMIG__REFUSE(&s->ss, RMIG_ERR_ARGUMENT, 0, "rmig_source_save_bitmap: bitmap is NULL");
+    if (first_page >= dirty->pages || pages > dirty->pages - first_page)
+        return RMIG__REFUSE(&s->ss, RMIG_ERR_ARGUMENT, 0,
+                            "rmig_source_save_bitmap: pages %llu to %llu are outside block \"%.60s\" of %llu pages",
+                            (unsigned long long)first_page, (unsigned long long)(first_page + pages - 1),
+                            s->blocks.block[block].name, (unsigned long long)dirty->pages);
+    uint64_t before = dirty->pending;
+    rmig_merge_add_bitmap(dirty, first_page, bitmap, pages);
+    return rmig__saved(s, block, before);
+}
+
+RMIG__DEF int rmig_source_end_round_start(struct rmig_source *s) {
+    int status = rmig__source_idle(s, "rmig_source_end_round");
+    if (status != RMIG_OK)
+        return status;
+    if (!s->in_round)
+        return RMIG__REFUSE(&s->ss, RMIG_ERR_STATE, 0, "rmig_source_end_round: no round has begun");
+    s->op = RMIG__OP_END_ROUND;
+    return RMIG_OK;
+}
+
+RMIG__DEF int rmig_source_end_round(struct rmig_source *s) {
+    int status = rmig_source_end_round_start(s);
+    return status == RMIG_OK ? rmig__source_drive(s) : status;
+}
+
+RMIG__DEF int64_t rmig_source_put_some(struct rmig_source *s, const void *data, size_t n) {
+    int status = rmig__source_idle(s, "rmig_source_put");
+    if (status == RMIG_OK && s->in_round && !s->ss.extended)
+        status = RMIG__REFUSE(&s->ss, RMIG_ERR_STATE, 0,
+                              "rmig_source_put: a version 1 sink takes stream bytes only between rounds; end the round first");
+    if (status == RMIG_OK && data == NULL && n > 0)
+        status = RMIG__REFUSE(&s->ss, RMIG_ERR_ARGUMENT, 0, "rmig_source_put: data is NULL");
+    if (status != RMIG_OK)
+        return status;
+    size_t room = s->stream_limit > s->stream_fill ? s->stream_limit - s->stream_fill : 0;
+    n = n < room ? n : room;
+    if (n > 0)
+        memcpy(s->stream + s->stream_fill, data, n);
+    s->stream_fill += n;
+    if (s->stream_fill >= s->stream_limit) {
+        status = rmig__source_step(s);
+        if (status != RMIG_OK)
+            return status;
+    }
+    return (int64_t)n;
+}
+
+RMIG__DEF int rmig_source_put(struct rmig_source *s, const void *data, size_t n) {
+    const uint8_t *p = (const uint8_t *)data;
+    for (;;) {
+        int64_t taken = rmig_source_put_some(s, p, n);
+        if (taken < 0)
+            return (int)taken;
+        p += taken;
+        n -= (size_t)taken;
+        if (n == 0)
+            return RMIG_OK;
+        int status = rmig_source_flush(s);
+        if (status != RMIG_OK)
+            return status;
+    }
+}
+
+RMIG__DEF int rmig_source_flush_start(struct rmig_source *s) {
+    int status = rmig__source_idle(s, "rmig_source_flush");
+    if (status != RMIG_OK)
+        return status;
+    s->op = RMIG__OP_FLUSH;
+    s->flush = s->stream_fill > 0;
+    return RMIG_OK;
+}
+
+RMIG__DEF int rmig_source_flush(struct rmig_source *s) {
+    int status = rmig_source_flush_start(s);
+    return status == RMIG_OK ? rmig__source_drive(s) : status;
+}
+
+RMIG__DEF int rmig_source_finish_start(struct rmig_source *s) {
+    int status = rmig__source_idle(s, "rmig_source_finish");
+    if (status != RMIG_OK)
+        return status;
+    if (s->in_round)
+        return RMIG__REFUSE(&s->ss, RMIG_ERR_STATE, 0, "rmig_source_finish: end the round first");
+    s->op = RMIG__OP_FINISH;
+    return RMIG_OK;
+}
+
+RMIG__DEF int rmig_source_finish(struct rmig_source *s) {
+    int status = rmig_source_finish_start(s);
+    return status == RMIG_OK ? rmig__source_drive(s) : status;
+}
+
+RMIG__DEF void rmig_source_cancel(struct rmig_source *s) {
+    if (s->ss.failed == RMIG_OK && s->state != RMIG__SOURCE_DONE)
+        RMIG__END(&s->ss, RMIG_ERR_CANCELLED, 0, "cancelled at the source");
+}
+
+RMIG__DEF const struct rmig_error *rmig_source_error(const struct rmig_source *s) { return &s->ss.error; }
+
+RMIG__DEF bool rmig_source_extended(const struct rmig_source *s) { return s->ss.extended; }
+
+RMIG__DEF void rmig_source_stats(const struct rmig_source *s, struct rmig_stats *out) {
+    *out = s->ss.stats;
+    out->bytes_pending = s->pending * s->page_size;
+    uint64_t span = s->round_began - s->round_before;
+    if (s->round_before != 0 && span > 0)
+        out->dirty_rate = (uint64_t)((double)out->round_saved * 1e9 / (double)span);
+}
+
+// >>sink: implementation
+
+#define RMIG__BLOCKS_MAX 131072 // blocks that a source may name
+#define RMIG__V1_UNIT RMIG_CHUNK_SIZE_MAX // safe whatever chunk size a version 1 source uses: it is not on the wire
+#define RMIG__V1_BLOCKS_MAX (RMIG_PAYLOAD_MAX / RMIG_RAM_BLOCK_SIZE)
+
+struct rmig__sink_block {
+    uint32_t local; // index in the table of blocks
+    uint32_t *unit; // per unit of registration: 1 + index of the region that begins there or covers it, 0: none
+    uint64_t units;
+};
+
+struct rmig__sink_region {
+    bool used;
+    uint32_t block; // as the source counts
+    uint64_t offset, length;
+    struct rmig_mr mr;
+};
+
+struct rmig__peer_block { // what the source said: the name stands in an arena
+    uint64_t length, guest_offset;
+    size_t name;
+};
+
+enum rmig__sink_state {
+    RMIG__SINK_NEW,
+    RMIG__SINK_LISTENING,
+    RMIG__SINK_ACCEPTING,
+    RMIG__SINK_HELLO, // extended: the source's HELLO is due
+    RMIG__SINK_UP,
+    RMIG__SINK_ASKING, // the embedder's word on the blocks is due
+    RMIG__SINK_HANDOVER, // FINISH came, GOODBYE is due
+    RMIG__SINK_OVER
+};
+
+struct rmig_sink {
+    struct rmig__session ss;
+    struct rmig_ep *listener;
+    struct rmig_blocks blocks;
+    struct rmig_holes holes;
+    enum rmig__sink_state state;
+    bool ready_out; // a READY has gone out and no message has come for it
+    bool pin_all;
+    uint64_t chunk_size, unit;
+
+    struct rmig__peer_block *peer;
+    uint32_t peer_count, peer_capacity, peer_total;
+    char *names;
+    size_t names_size, names_capacity;
+
+    struct rmig__sink_block *block; // as the source counts
+    uint32_t block_count;
+    uint32_t *units;
+    struct rmig__sink_region *region;
+    uint32_t region_count, region_capacity, region_free; // free: no slot below it is free
+
+    size_t stream_at; // bytes taken of the QEMU_FILE in the inbox
+    bool stream_told, disconnect_told;
+    enum rmig_sink_event_type event; // to be delivered
+};
+
+RMIG__DEF int rmig_sink_open(struct rmig_fabric *fabric, const struct rmig_config *cfg, struct rmig_sink **out,
+                             struct rmig_error *err) {
+    if (out == NULL)
+        return rmig_fail(err, RMIG_ERR_ARGUMENT, 0, "rmig_sink_open: out is NULL");
+    *out = NULL;
+    struct rmig_sink *s = (struct rmig_sink *)rmig__calloc(1, sizeof *s);
+    if (s == NULL)
+        return rmig_fail(err, RMIG_ERR_NO_MEMORY, 0, "out of memory for a sink (%zu bytes)", sizeof *s);
+    int status = rmig__session_open(&s->ss, fabric, cfg, err);
+    if (status != RMIG_OK) {
+        RMIG_FREE(s);
+        return status;
+    }
+    rmig_holes_open(&s->holes);
+    *out = s;
+    return RMIG_OK;
+}
+
+/* From here on no write of the peer can land. */
+static int rmig__sink_deregister_all(struct rmig_sink *s) {
+    int status = RMIG_OK;
+    struct rmig_error err;
+    memset(&err, 0, sizeof err);
+    for (uint32_t i = 0; i < s->region_count; i++) {
+        struct rmig__sink_region *r = &s->region[i];
+        if (r->used && rmig__deregister(&s->ss, &r->mr, r->length, &err) != RMIG_OK)
+            status = RMIG_ERR_REGISTRATION;
+        r->used = false;
+    }
+    s->region_count = s->region_free = 0;
+    if (status != RMIG_OK)
+        rmig_fail(&s->ss.error, status, err.provider_code, "guest memory cannot be deregistered: %.200s", err.text);
+    return status;
+}
+
+RMIG__DEF void rmig_sink_close(struct rmig_sink *s) {
+    if (s == NULL)
+        return;
+    rmig__sink_deregister_all(s);
+    rmig__session_close(&s->ss);
+    if (s->listener != NULL)
+        s->ss.fabric->ops->close(s->listener);
+    rmig_holes_close(&s->holes);
+    rmig_blocks_free(&s->blocks);
+    rmig__release(s->peer);
+    rmig__release(s->names);
+    rmig__release(s->block);
+    rmig__release(s->units);
+    rmig__release(s->region);
+    RMIG_FREE(s);
+}
+
+RMIG__DEF int rmig_sink_listen(struct rmig_sink *s, const char *address) {
+    if (s->state != RMIG__SINK_NEW || s->ss.failed)
+        return RMIG__REFUSE(&s->ss, RMIG_ERR_STATE, 0, "rmig_sink_listen: this sink has listened before; open another");
+    if (address == NULL)
+        return RMIG__REFUSE(&s->ss, RMIG_ERR_ARGUMENT, 0, "rmig_sink_listen: address is NULL; must be \"HOST:PORT\"");
+    int status = s->ss.fabric->ops->listen(s->ss.fabric, address, &s->listener, &s->ss.error);
+    if (status != RMIG_OK) {
+        s->listener = NULL;
+        return status;
+    }
+    s->state = RMIG__SINK_LISTENING;
+    return RMIG_OK;
+}
+
+RMIG__DEF int rmig_sink_address(struct rmig_sink *s, char *buf, size_t n) {
+    if (s->listener == NULL)
+        return RMIG__REFUSE(&s->ss, RMIG_ERR_STATE, 0, "rmig_sink_address: listen first");
+    return s->ss.fabric->ops->address(s->listener, buf, n, &s->ss.error);
+}
+
+RMIG__DEF int rmig_sink_add_block(struct rmig_sink *s, const struct rmig_block_desc *desc, uint32_t *index) {
+    if (s->block != NULL || s->ss.failed)
+        return RMIG__REFUSE(&s->ss, RMIG_ERR_STATE, 0, "rmig_sink_add_block: must come before rmig_sink_accept_blocks");
+    return rmig_blocks_add(&s->blocks, desc, index, &s->ss.error);
+}
+
+RMIG__DEF int rmig_sink_peer_block(struct rmig_sink *s, uint32_t i, struct rmig_block_entry *out) {
+    if (i >= s->peer_count)
+        return RMIG__REFUSE(&s->ss, RMIG_ERR_ARGUMENT, 0, "rmig_sink_peer_block: %u; the source has named %u blocks", i,
+                            s->peer_count);
+    const char *name = s->names + s->peer[i].name;
+    out->length = s->peer[i].length;
+    out->guest_offset = s->peer[i].guest_offset;
+    memcpy(out->name, name, strlen(name) + 1);
+    return RMIG_OK;
+}
+
+// --- a source asks to connect
+
+static void rmig__sink_reject(struct rmig_sink *s, const struct rmig_fabric_event *e, const char *why) {
+    struct rmig_private_data data;
+    data.version = RMIG_PROTOCOL_VERSION;
+    data.flags = 0;
+    uint8_t bytes[RMIG_PRIVATE_DATA_SIZE];
+    rmig_encode_private_data(bytes, sizeof bytes, &data);
+    struct rmig_error err;
+    s->ss.fabric->ops->reject(s->listener, e->request, bytes, sizeof bytes, &err);
+    rmig__trace(&s->ss, "rejected a request: %s", why);
+}
+
+static void rmig__sink_forget(struct rmig_sink *s, const char *why) {
+    rmig__trace(&s->ss, "a request came to nothing: %s", why);
+    rmig__session_drop(&s->ss);
+    s->ss.failed = RMIG_OK;
+    memset(&s->ss.error, 0, sizeof s->ss.error);
+    s->state = RMIG__SINK_LISTENING;
+}
+
+static void rmig__sink_on_request(struct rmig_sink *s, const struct rmig_fabric_event *e) {
+    struct rmig__session *ss = &s->ss;
+    struct rmig_private_data asked;
+    if (s->state != RMIG__SINK_LISTENING) {
+        rmig__sink_reject(s, e, "busy with another source");
+        return;
+    }
+    if (rmig_decode_private_data(e->private_data, e->private_data_length, &asked) < 0 ||
+        asked.version != RMIG_PROTOCOL_VERSION) {
+        rmig__sink_reject(s, e, "its private data is short or not of protocol version 1");
+        return;
+    }
+    struct rmig_ep_config cfg;
+    cfg.write_depth = 1; // a sink never writes
+    cfg.send_depth = RMIG__SENDS;
+    cfg.recv_depth = RMIG__RECVS;
+    cfg.connect_timeout_ns = rmig_get(&ss->cfg, RMIG_PARAM_CONNECT_TIMEOUT);
+    if (ss->fabric->ops->open_request(s->listener, e->request, &cfg, &ss->ep, &ss->error) != RMIG_OK) {
+        ss->ep = NULL;
+        rmig__sink_forget(s, ss->error.text);
+        return;
+    }
+    s->state = RMIG__SINK_ACCEPTING;
+    ss->last_progress = rmig__now(ss);
+    struct rmig_private_data answer;
+    answer.version = RMIG_PROTOCOL_VERSION;
+    answer.flags = asked.flags & RMIG_FLAG_PIN_ALL;
+    if (rmig_get(&ss->cfg, RMIG_PARAM_EXTENSION))
+        answer.flags |= asked.flags & RMIG_FLAG_EXTENSION;
+    uint8_t bytes[RMIG_PRIVATE_DATA_SIZE];
+    rmig_encode_private_data(bytes, sizeof bytes, &answer);
+    if (rmig__session_setup(ss) != RMIG_OK)
+        return; // this end's own trouble: the session ends with it
+    if (ss->fabric->ops->accept(ss->ep, bytes, sizeof bytes, &ss->error) != RMIG_OK) {
+        rmig__sink_forget(s, ss->error.text);
+        return;
+    }
+    ss->extended = (answer.flags & RMIG_FLAG_EXTENSION) != 0;
+    s->pin_all = (answer.flags & RMIG_FLAG_PIN_ALL) != 0 && !ss->extended;
+}
+
+static int rmig__sink_poll_listener(struct rmig_sink *s) {
+    for (;;) {
+        struct rmig_fabric_event e;
+        int n = s->ss.fabric->ops->poll(s->listener, &e, 1, &s->ss.error);
+        if (n < 0)
+            return rmig__session_end(&s->ss);
+        if (n == 0)
+            return s->ss.failed;
+        if (e.type == RMIG_FEV_REQUEST)
+            rmig__sink_on_request(s, &e);
+        if (e.type == RMIG_FEV_ERROR)
+            rmig__trace(&s->ss, "listener: %s", e.text);
+    }
+}
+
+// --- messages
+
+static int rmig__sink_bad(struct rmig_sink *s, const struct rmig_header *h, const char *should) {
+    return RMIG__END(&s->ss, RMIG_ERR_PROTOCOL, 0, "the source sent %s (type %u, len %u, repeat %u): %s",
+                     rmig_message_name(h->type), h->type, h->len, h->repeat, should);
+}
+
+static int rmig__sink_reply(struct rmig_sink *s, enum rmig_message type, uint32_t repeat, size_t len) {
+    return rmig__send(&s->ss, type, repeat, len);
+}
+
+static int rmig__sink_on_hello(struct rmig_sink *s, const uint8_t *p, const struct rmig_header *h, uint8_t *out) {
+    struct rmig__session *ss = &s->ss;
+    struct rmig_hello hello, answer;
+    if (rmig_decode_hello(p, h->len, &hello) < 0)
+        return rmig__sink_bad(s, h, "its entries are malformed");
+    rmig__fill_hello(ss, &answer);
+    bool fixed = (ss->cfg.set_ & (1u << RMIG_PARAM_CHUNK_SIZE)) != 0;
+    uint64_t own = answer.chunk_size, asked = hello.chunk_size;
+    if (!rmig__is_power_of_two(asked) || asked < RMIG_CHUNK_SIZE_MIN || asked > RMIG_CHUNK_SIZE_MAX)
+        snprintf(answer.reason, sizeof answer.reason, "chunk-size %llu: must be a power of two from 1M to 1G",
+                 (unsigned long long)asked);
+    else if (fixed && own != asked)
+        snprintf(answer.reason, sizeof answer.reason,
+                 "chunk-size: the source has %llu, the sink is set to %llu; set the same or leave the sink's unset",
+                 (unsigned long long)asked, (unsigned long long)own);
+    else if (ss->caps.registration_max < asked)
+        snprintf(answer.reason, sizeof answer.reason, "chunk-size %llu: the sink's fabric registers at most %llu at once",
+                 (unsigned long long)asked, (unsigned long long)ss->caps.registration_max);
+    else if (!rmig__take_limits(ss, &hello, 0))
+        snprintf(answer.reason, sizeof answer.reason, "limits: payload %llu (need 512), batch %llu (need 1)",
+                 (unsigned long long)hello.payload_max, (unsigned long long)hello.batch_max);
+    answer.status = answer.reason[0] != '\0';
+    answer.chunk_size = asked;
+    int status = rmig__sink_reply(s, RMIG_MSG_HELLO_RESULT, 1, (size_t)rmig_encode_hello(out, RMIG_PAYLOAD_MAX, &answer));
+    if (status == RMIG_OK && answer.status != 0) {
+        ss->broken = true; // the reason is on its way: no ERROR behind it
+        return RMIG__END(ss, RMIG_ERR_SETUP, 0, "refused the source: %s", answer.reason);
+    }
+    s->chunk_size = asked;
+    s->unit = asked;
+    s->state = RMIG__SINK_UP;
+    return status;
+}
+
+static bool rmig__peer_room(struct rmig_sink *s, uint32_t blocks, size_t name_bytes) {
+    if (s->peer_count + blocks > s->peer_capacity) {
+        uint32_t capacity = (s->peer_count + blocks) * 2;
+        void *p = RMIG_REALLOC(s->peer, capacity * sizeof *s->peer);
+        if (p == NULL)
+            return false;
+        s->peer = (struct rmig__peer_block *)p;
+        s->peer_capacity = capacity;
+    }
+    if (s->names_size + name_bytes > s->names_capacity) {
+        size_t capacity = (s->names_size + name_bytes) * 2;
+        void *p = RMIG_REALLOC(s->names, capacity);
+        if (p == NULL)
+            return false;
+        s->names = (char *)p;
+        s->names_capacity = capacity;
+    }
+    return true;
+}
+
+static int rmig__sink_on_blocks(struct rmig_sink *s, const uint8_t *p, const struct rmig_header *h) {
+    if (h->len < 8 || h->repeat == 0 || h->repeat > RMIG_REPEAT_MAX)
+        return rmig__sink_bad(s, h, "must hold 1 to 4096 blocks behind 8 bytes");
+    uint32_t total = rmig__get_be32(p), first = rmig__get_be32(p + 4);
+    if (s->block != NULL || first != s->peer_count || (first > 0 && total != s->peer_total) || total > RMIG__BLOCKS_MAX ||
+        h->repeat > total - first)
+        return rmig__sink_bad(s, h, "the blocks must come once, in order, at most 131072");
+    if (!rmig__peer_room(s, h->repeat, h->len + h->repeat))
+        return RMIG__END(&s->ss, RMIG_ERR_SETUP, 0, "out of memory for the names of %u blocks", total);
+    s->peer_total = total;
+    size_t at = 8;
+    for (uint32_t i = 0; i < h->repeat; i++) {
+        struct rmig_block_entry entry;
+        int n = rmig_decode_block_entry(p + at, h->len - at, &entry);
+        if (n < 0 || entry.length == 0)
+            return rmig__sink_bad(s, h, "an entry is cut short, or has no name or no length");
+        at += (size_t)n;
+        struct rmig__peer_block *b = &s->peer[s->peer_count++];
+        b->length = entry.length;
+        b->guest_offset = entry.guest_offset;
+        b->name = s->names_size;
+        memcpy(s->names + s->names_size, entry.name, strlen(entry.name) + 1);
+        s->names_size += strlen(entry.name) + 1;
+    }
+    if (at != h->len)
+        return rmig__sink_bad(s, h, "bytes follow the last entry");
+    if (s->peer_count == s->peer_total) {
+        s->state = RMIG__SINK_ASKING;
+        s->event = RMIG_SINK_BLOCKS;
+    }
+    return RMIG_OK;
+}
+
+/* The block that a message names, or NULL: none, or the blocks are not agreed yet. */
+static struct rmig__sink_block *rmig__sink_find(struct rmig_sink *s, uint32_t index) {
+    return index < s->block_count ? &s->block[index] : NULL;
+}
+
+static const struct rmig_block *rmig__sink_local(const struct rmig_sink *s, const struct rmig__sink_block *b) {
+    return &s->blocks.block[b->local];
+}
+
+static bool rmig__inside(uint64_t offset, uint64_t length, uint64_t end) {
+    return offset < end && length > 0 && length <= end - offset;
+}
+
+/* Clears a range without touching what reads as zero already: holes stay holes. */
+static void rmig__sink_clear(struct rmig_sink *s, const struct rmig_block *b, uint64_t from, uint64_t to) {
+    while (from < to) {
+        uint64_t data, end;
+        rmig_holes_next_data(&s->holes, b, from, to, &data, &end);
+        for (uint64_t at = data; at < end && data < to; at += s->holes.page) {
+            size_t n = (size_t)rmig__min(s->holes.page, end - at);
+            if (!rmig_is_zero(b->host + at, n))
+                memset(b->host + at, 0, n);
+        }
+        from = data < to ? end : to;
+    }
+}
+
+static int rmig__sink_on_clear(struct rmig_sink *s, const uint8_t *p, const struct rmig_header *h, uint32_t count) {
+    if (count == 0 || count > RMIG_REPEAT_MAX || h->len != count * RMIG_COMPRESS_SIZE)
+        return rmig__sink_bad(s, h, "must be 24 bytes an entry");
+    for (uint32_t i = 0; i < count; i++) {
+        struct rmig_compress run;
+        rmig_decode_compress(p + (size_t)i * RMIG_COMPRESS_SIZE, RMIG_COMPRESS_SIZE, &run);
+        const struct rmig__sink_block *b = rmig__sink_find(s, run.block);
+        const struct rmig_block *ram = b == NULL ? NULL : rmig__sink_local(s, b);
+        if (run.value != 0 || ram == NULL || !rmig__inside(run.start, run.length, ram->length))
+            return RMIG__END(&s->ss, RMIG_ERR_PROTOCOL, 0,
+                             "the source sent %s of block %u, start 0x%llx, length 0x%llx, value %u: must be inside one of "
+                             "%u blocks, value 0",
+                             rmig_message_name(h->type), run.block, (unsigned long long)run.start,
+                             (unsigned long long)run.length, run.value, s->block_count);
+        rmig__sink_clear(s, ram, run.start, run.start + run.length);
+        s->ss.stats.bytes_zero += run.length;
+    }
+    return RMIG_OK;
+}
+
+/* A registration that covers [from, to) of a block: one that is there, or a new one. NULL: the session has ended. */
+static struct rmig__sink_region *rmig__sink_register(struct rmig_sink *s, uint32_t index, uint64_t from, uint64_t to) {
+    struct rmig__sink_block *b = &s->block[index];
+    uint32_t known = b->unit[from / s->unit];
+    if (known != 0) {
+        struct rmig__sink_region *r = &s->region[known - 1];
+        if (r->offset <= from && to <= r->offset + r->length)
+            return r;
+    }
+    while (s->region_free < s->region_count && s->region[s->region_free].used)
+        s->region_free++;
+    if (s->region_free == s->region_capacity) {
+        RMIG__END(&s->ss, RMIG_ERR_PROTOCOL, 0, "the source asked for more than %u registrations", s->region_capacity);
+        return NULL;
+    }
+    struct rmig__sink_region *r = &s->region[s->region_free];
+    if (rmig__register(&s->ss, rmig__sink_local(s, b), from, to - from,
+                       RMIG_ACCESS_LOCAL_WRITE | RMIG_ACCESS_REMOTE_WRITE, &r->mr) != RMIG_OK)
+        return NULL;
+    r->used = true;
+    r->block = index;
+    r->offset = from;
+    r->length = to - from;
+    if (s->region_free == s->region_count)
+        s->region_count++;
+    for (uint64_t at = from; at < to; at += s->unit)
+        b->unit[at / s->unit] = s->region_free + 1;
+    return r;
+}
+
+/* What a REGISTER_REQUEST covers. With a version 1 source neither end knows the other's chunk size, so a request is
+   answered with a registration that suits any; where addresses count from each region's start, one region a block,
+   because a version 1 source keeps one base address a block. */
+static void rmig__sink_request_range(const struct rmig_sink *s, uint64_t length, const struct rmig_register *q,
+                                     uint64_t *from, uint64_t *to) {
+    *from = q->key / s->unit * s->unit;
+    *to = length;
+    if (!s->ss.extended && s->ss.caps.offset_addressing)
+        *from = 0;
+    else if (q->chunks < (length - *from) / s->unit)
+        *to = *from + (q->chunks + 1) * s->unit;
+}
+
+static int rmig__sink_on_register(struct rmig_sink *s, const uint8_t *p, const struct rmig_header *h, uint8_t *out) {
+    if (h->repeat == 0 || h->repeat > RMIG_REPEAT_MAX || h->len != h->repeat * RMIG_REGISTER_SIZE)
+        return rmig__sink_bad(s, h, "must be 24 bytes a command, 1 to 4096 commands");
+    for (uint32_t i = 0; i < h->repeat; i++) {
+        struct rmig_register q;
+        rmig_decode_register(p + (size_t)i * RMIG_REGISTER_SIZE, RMIG_REGISTER_SIZE, &q);
+        const struct rmig__sink_block *b = rmig__sink_find(s, q.block);
+        uint64_t length = b == NULL ? 0 : rmig__sink_local(s, b)->length;
+        if (b == NULL || q.key >= length || q.chunks > length / RMIG_CHUNK_SIZE_MIN)
+            return RMIG__END(&s->ss, RMIG_ERR_PROTOCOL, 0,
+                             "the source asked to register block %u, offset 0x%llx, %llu more chunks: outside the %u blocks",
+                             q.block, (unsigned long long)q.key, (unsigned long long)q.chunks, s->block_count);
+        uint64_t from, to;
+        rmig__sink_request_range(s, length, &q, &from, &to);
+        const struct rmig__sink_region *r = rmig__sink_register(s, q.block, from, to);
+        if (r == NULL)
+            return s->ss.failed;
+        struct rmig_register_result result;
+        result.rkey = (uint32_t)r->mr.key;
+        result.base = r->mr.remote_address - r->offset; // wraps on purpose: base + offset in the block is what counts
+        if (r->mr.key != result.rkey || result.rkey == 0)
+            return RMIG__END(&s->ss, RMIG_ERR_SETUP, 0, "fabric %s: key 0x%llx does not fit the 32 bits of a version 1 source",
+                             s->ss.fabric->ops->name, (unsigned long long)r->mr.key);
+        rmig_encode_register_result(out + (size_t)i * RMIG_REGISTER_RESULT_SIZE, RMIG_REGISTER_RESULT_SIZE, &result);
+    }
+    return rmig__sink_reply(s, RMIG_MSG_REGISTER_RESULT, h->repeat, (size_t)h->repeat * RMIG_REGISTER_RESULT_SIZE);
+}
+
+static int rmig__sink_on_batch(struct rmig_sink *s, const uint8_t *p, const struct rmig_header *h, uint8_t *out) {
+    if (h->repeat == 0 || h->repeat > RMIG_REPEAT_MAX || h->len != h->repeat * RMIG_BATCH_SIZE)
+        return rmig__sink_bad(s, h, "must be 24 bytes an entry, 1 to 4096 entries");
+    for (uint32_t i = 0; i < h->repeat; i++) {
+        struct rmig_batch q;
+        rmig_decode_batch(p + (size_t)i * RMIG_BATCH_SIZE, RMIG_BATCH_SIZE, &q);
+        const struct rmig__sink_block *b = rmig__sink_find(s, q.block);
+        uint64_t length = b == NULL ? 0 : rmig__sink_local(s, b)->length;
+        if (b == NULL || q.offset % s->chunk_size != 0 || !rmig__inside(q.offset, q.length, length) ||
+            (q.length % s->chunk_size != 0 && q.offset + q.length != length) || q.length > s->ss.caps.registration_max)
+            return RMIG__END(&s->ss, RMIG_ERR_PROTOCOL, 0,
+                             "the source asked to register block %u, offset 0x%llx, length 0x%llx: must be whole chunks inside "
+                             "one of %u blocks, at most %llu bytes",
+                             q.block, (unsigned long long)q.offset, (unsigned long long)q.length, s->block_count,
+                             (unsigned long long)s->ss.caps.registration_max);
+        const struct rmig__sink_region *r = rmig__sink_register(s, q.block, q.offset, q.offset + q.length);
+        if (r == NULL)
+            return s->ss.failed;
+        struct rmig_batch_result result;
+        result.key = r->mr.key;
+        result.address = r->mr.remote_address + (q.offset - r->offset);
+        rmig_encode_batch_result(out + (size_t)i * RMIG_BATCH_RESULT_SIZE, RMIG_BATCH_RESULT_SIZE, &result);
+    }
+    return rmig__sink_reply(s, RMIG_MSG_REGISTER_BATCH_RESULT, h->repeat, (size_t)h->repeat * RMIG_BATCH_RESULT_SIZE);
+}
+
+static int rmig__sink_on_unregister(struct rmig_sink *s, const uint8_t *p, const struct rmig_header *h) {
+    if (h->repeat == 0 || h->repeat > RMIG_REPEAT_MAX || h->len != h->repeat * RMIG_REGISTER_SIZE)
+        return rmig__sink_bad(s, h, "must be 24 bytes a command, 1 to 4096 commands");
+    for (uint32_t i = 0; i < h->repeat; i++) {
+        struct rmig_register q;
+        rmig_decode_register(p + (size_t)i * RMIG_REGISTER_SIZE, RMIG_REGISTER_SIZE, &q);
+        struct rmig__sink_block *b = rmig__sink_find(s, q.block);
+        uint32_t known = b != NULL && q.key < b->units ? b->unit[q.key] : 0;
+        struct rmig__sink_region *r = known == 0 ? NULL : &s->region[known - 1];
+        if (r == NULL || r->offset != q.key * s->unit)
+            return RMIG__END(&s->ss, RMIG_ERR_PROTOCOL, 0,
+                             "the source asked to unregister chunk %llu of block %u, where no registration begins",
+                             (unsigned long long)q.key, q.block);
+        for (uint64_t at = r->offset; at < r->offset + r->length; at += s->unit)
+            if (b->unit[at / s->unit] == known)
+                b->unit[at / s->unit] = 0;
+        r->used = false;
+        s->region_free = (uint32_t)rmig__min(s->region_free, known - 1);
+        if (rmig__deregister(&s->ss, &r->mr, r->length, &s->ss.error) != RMIG_OK)
+            return rmig__session_end(&s->ss);
+    }
+    return rmig__sink_reply(s, RMIG_MSG_UNREGISTER_FINISHED, h->repeat, 0);
+}
+
+/* Version 1: the table of blocks, with the keys of whole blocks if they are pinned. */
+static int rmig__sink_say_ram_blocks(struct rmig_sink *s) {
+    uint8_t *out = rmig__payload(&s->ss);
+    for (uint32_t i = 0; i < s->block_count; i++) {
+        const struct rmig_block *b = rmig__sink_local(s, &s->block[i]);
+        struct rmig_ram_block entry;
+        memset(&entry, 0, sizeof entry);
+        entry.length = b->length; // offset 0: keys and starts then count from the block's beginning
+        if (s->pin_all) {
+            const struct rmig__sink_region *r = rmig__sink_register(s, i, 0, b->length);
+            if (r == NULL)
+                return s->ss.failed;
+            entry.base = r->mr.remote_address;
+            entry.rkey = (uint32_t)r->mr.key;
+            if (entry.rkey != r->mr.key || entry.rkey == 0)
+                return RMIG__END(&s->ss, RMIG_ERR_SETUP, 0, "fabric %s: key 0x%llx does not fit the 32 bits of version 1",
+                                 s->ss.fabric->ops->name, (unsigned long long)r->mr.key);
+        } else if (!s->ss.caps.offset_addressing) {
+            entry.base = (uint64_t)(uintptr_t)b->host;
+        }
+        rmig_encode_ram_block(out + (size_t)i * RMIG_RAM_BLOCK_SIZE, RMIG_RAM_BLOCK_SIZE, &entry);
+    }
+    return rmig__sink_reply(s, RMIG_MSG_RAM_BLOCKS_RESULT, 1, (size_t)s->block_count * RMIG_RAM_BLOCK_SIZE);
+}
+
+/* The handover, first half: nothing is writable any more, and the source hears so. */
+static int rmig__sink_on_finish(struct rmig_sink *s) {
+    if (rmig__sink_deregister_all(s) != RMIG_OK)
+        return rmig__session_end(&s->ss);
+    s->state = RMIG__SINK_HANDOVER;
+    return rmig__sink_reply(s, RMIG_MSG_FINISH_RESULT, 1, 0);
+}
+
+static int rmig__sink_dispatch(struct rmig_sink *s, const uint8_t *p, const struct rmig_header *h, uint8_t *out) {
+    bool empty = h->len == 0, extended = s->ss.extended;
+    switch (h->type) {
+    case RMIG_MSG_RAM_BLOCKS_REQUEST:
+        if (extended || !empty)
+            break;
+        if (s->block != NULL)
+            return rmig__sink_say_ram_blocks(s); // asked again: the same answer, nothing registered twice
+        s->state = RMIG__SINK_ASKING;
+        s->event = RMIG_SINK_BLOCKS;
+        return RMIG_OK;
+    case RMIG_MSG_COMPRESS:
+        return rmig__sink_on_clear(s, p, h, 1);
+    case RMIG_MSG_REGISTER_REQUEST:
+        return rmig__sink_on_register(s, p, h, out);
+    case RMIG_MSG_UNREGISTER_REQUEST:
+        return rmig__sink_on_unregister(s, p, h);
+    case RMIG_MSG_REGISTER_FINISHED:
+        if (!empty)
+            break;
+        s->ss.stats.rounds++;
+        s->event = RMIG_SINK_ROUND;
+        return RMIG_OK;
+    case RMIG_MSG_BLOCKS:
+        if (!extended)
+            break;
+        return rmig__sink_on_blocks(s, p, h);
+    case RMIG_MSG_CLEAR_BATCH:
+        if (!extended)
+            break;
+        return rmig__sink_on_clear(s, p, h, h->repeat);
+    case RMIG_MSG_REGISTER_BATCH:
+        if (!extended)
+            break;
+        return rmig__sink_on_batch(s, p, h, out);
+    case RMIG_MSG_KEEPALIVE:
+        if (!extended || !empty)
+            break;
+        return RMIG_OK;
+    case RMIG_MSG_FINISH:
+        if (!extended || !empty)
+            break;
+        return rmig__sink_on_finish(s);
+    default:
+        break;
+    }
+    return rmig__sink_bad(s, h, "not a message of a source at this point, or of another length");
+}
+
+/* The oldest message: handles it, or leaves it in the inbox while the embedder takes its bytes. */
+static int rmig__sink_on_message(struct rmig_sink *s, bool *moved) {
+    const struct rmig__received *r = &s->ss.inbox[0];
+    const struct rmig_header *h = &r->header;
+    uint8_t *out = rmig__payload(&s->ss);
+    if (out == NULL)
+        return RMIG_OK; // a reply may be due: wait for a free buffer
+    const uint8_t *p = rmig__control_buffer(&s->ss, r->buffer) + RMIG_HEADER_SIZE;
+    int status = RMIG_OK;
+    if (h->type == RMIG_MSG_ERROR)
+        return rmig__peer_error(&s->ss, "source", r);
+    if (s->state == RMIG__SINK_HELLO && h->type == RMIG_MSG_HELLO) {
+        status = rmig__sink_on_hello(s, p, h, out);
+    } else if (s->state == RMIG__SINK_HANDOVER && h->type == RMIG_MSG_GOODBYE && h->len == 0) {
+        s->state = RMIG__SINK_OVER;
+        s->event = RMIG_SINK_FINISHED;
+    } else if (s->state != RMIG__SINK_UP || !s->ready_out) {
+        return rmig__sink_bad(s, h, s->state == RMIG__SINK_HELLO      ? "HELLO was due"
+                                    : s->state == RMIG__SINK_HANDOVER ? "GOODBYE was due"
+                                                                      : "two messages for one READY");
+    } else if (h->type == RMIG_MSG_QEMU_FILE && h->len > 0) {
+        if (!s->stream_told) {
+            s->stream_told = true;
+            s->event = RMIG_SINK_STREAM;
+            s->ss.stats.stream_bytes += h->len;
+            *moved = true;
+        }
+        return RMIG_OK;
+    } else {
+        s->ready_out = false;
+        status = rmig__sink_dispatch(s, p, h, out);
+    }
+    if (status == RMIG_OK)
+        rmig__inbox_pop(&s->ss);
+    *moved = true;
+    return status;
+}
+
+RMIG__DEF size_t rmig_sink_get(struct rmig_sink *s, void *buf, size_t n) {
+    if (!s->stream_told || s->ss.inbox_count == 0 || s->ss.failed)
+        return 0;
+    const struct rmig__received *r = &s->ss.inbox[0];
+    size_t left = r->header.len - s->stream_at;
+    n = n < left ? n : left;
+    if (n > 0)
+        memcpy(buf, rmig__control_buffer(&s->ss, r->buffer) + RMIG_HEADER_SIZE + s->stream_at, n);
+    s->stream_at += n;
+    if (s->stream_at == r->header.len) {
+        s->stream_told = s->ready_out = false;
+        s->stream_at = 0;
+        rmig__inbox_pop(&s->ss);
+        s->ss.again = true; // a READY is due
+    }
+    return n;
+}
+
+// --- the blocks are agreed
+
+/* The source's block i is which of ours? */
+static int rmig__sink_match(struct rmig_sink *s, uint32_t i, uint32_t *local) {
+    if (!s->ss.extended) {
+        *local = i;
+        return RMIG_OK;
+    }
+    const char *name = s->names + s->peer[i].name;
+    char shown[80];
+    rmig__copy_text(shown, sizeof shown, (const uint8_t *)name, strlen(name));
+    if (rmig_blocks_by_name(&s->blocks, name, local) != RMIG_OK)
+        return RMIG__END(&s->ss, RMIG_ERR_SETUP, 0, "block \"%s\" of the source is not known at the sink", shown);
+    if (s->blocks.block[*local].length != s->peer[i].length)
+        return RMIG__END(&s->ss, RMIG_ERR_SETUP, 0, "block \"%s\" has %llu bytes at the source and %llu at the sink", shown,
+                         (unsigned long long)s->peer[i].length, (unsigned long long)s->blocks.block[*local].length);
+    return RMIG_OK;
+}
+
+static int rmig__sink_tables(struct rmig_sink *s, uint32_t count) {
+    struct rmig__session *ss = &s->ss;
+    if (!ss->extended) {
+        uint64_t peer = rmig_get(&ss->cfg, RMIG_PARAM_PEER_CHUNK_SIZE);
+        s->unit = peer != 0 ? peer : RMIG__V1_UNIT;
+    }
+    s->block = (struct rmig__sink_block *)rmig__calloc(count, sizeof *s->block);
+    if (s->block == NULL)
+        return RMIG__END(ss, RMIG_ERR_SETUP, 0, "out of memory for the tables of %u blocks", count);
+    uint64_t units = 0;
+    for (uint32_t i = 0; i < count; i++) {
+        int status = rmig__sink_match(s, i, &s->block[i].local);
+        if (status != RMIG_OK)
+            return status;
+        s->block[i].units = rmig_chunk_count(rmig__sink_local(s, &s->block[i])->length, s->unit);
+        units += s->block[i].units;
+    }
+    /* Twice the units: windows of a version 1 source may overlap what it asked for before. */
+    uint64_t regions = rmig__min(2 * units + count, UINT32_MAX - 1);
+    s->units = (uint32_t *)rmig__calloc(units, sizeof *s->units);
+    s->region = (struct rmig__sink_region *)rmig__calloc(regions, sizeof *s->region);
+    if (s->units == NULL || s->region == NULL)
+        return RMIG__END(ss, RMIG_ERR_SETUP, 0, "out of memory for the tables of %llu chunks", (unsigned long long)units);
+    s->region_capacity = (uint32_t)regions;
+    uint32_t *unit = s->units;
+    for (uint32_t i = 0; i < count; i++) {
+        s->block[i].unit = unit;
+        unit += s->block[i].units;
+    }
+    s->block_count = count;
+    return RMIG_OK;
+}
+
+RMIG__DEF int rmig_sink_accept_blocks(struct rmig_sink *s) {
+    struct rmig__session *ss = &s->ss;
+    if (ss->failed)
+        return ss->failed;
+    if (s->state != RMIG__SINK_ASKING)
+        return RMIG__REFUSE(ss, RMIG_ERR_STATE, 0, "rmig_sink_accept_blocks: wait for RMIG_SINK_BLOCKS first");
+    uint32_t count = ss->extended ? s->peer_count : s->blocks.count;
+    if (!ss->extended && (count == 0 || count > RMIG__V1_BLOCKS_MAX))
+        return RMIG__REFUSE(ss, RMIG_ERR_STATE, 0, "rmig_sink_accept_blocks: %u blocks; a version 1 source takes 1 to %d",
+                            count, RMIG__V1_BLOCKS_MAX);
+    uint8_t *out = rmig__payload(ss);
+    if (out == NULL)
+        return RMIG__END(ss, RMIG_ERR_FABRIC, 0, "no send buffer is free although at most two are in use");
+    int status = rmig__sink_tables(s, count);
+    if (status != RMIG_OK)
+        return status;
+    s->state = RMIG__SINK_UP;
+    ss->again = true;
+    if (!ss->extended)
+        return rmig__sink_say_ram_blocks(s);
+    rmig__put_be32(out, 0);
+    return rmig__sink_reply(s, RMIG_MSG_BLOCKS_RESULT, 1, 4);
+}
+
+RMIG__DEF int rmig_sink_refuse(struct rmig_sink *s, const char *reason) {
+    if (s->ss.failed)
+        return s->ss.failed;
+    if (s->ss.ep == NULL || s->state == RMIG__SINK_OVER)
+        return RMIG__REFUSE(&s->ss, RMIG_ERR_STATE, 0, "rmig_sink_refuse: there is no source to refuse");
+    RMIG__END(&s->ss, RMIG_ERR_SETUP, 0, "refused: %.250s", reason == NULL ? "" : reason);
+    return RMIG_OK;
+}
+
+RMIG__DEF int rmig_sink_complete(struct rmig_sink *s) {
+    if (s->ss.failed)
+        return s->ss.failed;
+    if (s->ss.extended || s->block == NULL || s->state != RMIG__SINK_UP)
+        return RMIG__REFUSE(&s->ss, RMIG_ERR_STATE, 0,
+                            "rmig_sink_complete: only for a version 1 source whose blocks were accepted; others finish by "
+                            "themselves");
+    if (rmig__sink_deregister_all(s) != RMIG_OK)
+        return rmig__session_end(&s->ss);
+    s->state = RMIG__SINK_OVER;
+    s->event = RMIG_SINK_FINISHED;
+    s->ss.again = true;
+    return RMIG_OK;
+}
+
+// --- the engine
+
+static const char *rmig__sink_waits_for(const struct rmig_sink *s) {
+    switch (s->state) {
+    case RMIG__SINK_ACCEPTING:
+        return "the connection";
+    case RMIG__SINK_HELLO:
+        return "HELLO";
+    case RMIG__SINK_HANDOVER:
+        return "GOODBYE";
+    case RMIG__SINK_UP:
+        return s->ready_out && s->ss.inbox_count == 0 && !s->disconnect_told ? "the next message" : NULL;
+    default:
+        return NULL;
+    }
+}
+
+static uint64_t rmig__sink_timeout(const struct rmig_sink *s) {
+    bool connecting = s->state == RMIG__SINK_ACCEPTING || s->state == RMIG__SINK_HELLO;
+    return rmig_get(&s->ss.cfg, connecting ? RMIG_PARAM_CONNECT_TIMEOUT : RMIG_PARAM_IO_TIMEOUT);
+}
+
+static int rmig__sink_timers(struct rmig_sink *s) {
+    const char *what = rmig__sink_waits_for(s);
+    if (what == NULL || rmig__now(&s->ss) < rmig__after(s->ss.last_progress, rmig__sink_timeout(s)))
+        return RMIG_OK;
+    if (s->state == RMIG__SINK_ACCEPTING) {
+        rmig__sink_forget(s, "no connection within connect-timeout");
+        return RMIG_OK;
+    }
+    if (s->state == RMIG__SINK_HANDOVER)
+        return RMIG__END(&s->ss, RMIG_ERR_HANDOVER, 0, "everything arrived, but the source did not confirm the handover in time");
+    return rmig__silent(&s->ss, "source", rmig__sink_timeout(s),
+                        s->state == RMIG__SINK_HELLO ? "connect-timeout" : "io-timeout", what);
+}
+
+static int rmig__sink_link(struct rmig_sink *s) {
+    struct rmig__session *ss = &s->ss;
+    if ((!ss->broken && !ss->disconnected) || ss->inbox_count > 0 || s->disconnect_told)
+        return RMIG_OK;
+    if (s->state == RMIG__SINK_ACCEPTING) {
+        rmig__sink_forget(s, ss->link_text);
+        return RMIG_OK;
+    }
+    if (s->state == RMIG__SINK_HANDOVER)
+        return RMIG__END(ss, RMIG_ERR_HANDOVER, ss->link_code,
+                         "everything arrived, but the source went away before it confirmed the handover: %s", ss->link_text);
+    if (ss->disconnected && !ss->extended && s->block != NULL) {
+        s->disconnect_told = true; // only the reader of the stream knows whether this is the end
+        s->event = RMIG_SINK_DISCONNECTED;
+        return RMIG_OK;
+    }
+    return rmig__check_link(ss, "source", "before the handover");
+}
+
+static int rmig__sink_turn(struct rmig_sink *s, bool *moved) {
+    struct rmig__session *ss = &s->ss;
+    int status = s->listener != NULL && s->state != RMIG__SINK_OVER ? rmig__sink_poll_listener(s) : RMIG_OK;
+    if (status != RMIG_OK || ss->ep == NULL || s->state == RMIG__SINK_OVER)
+        return status;
+    status = rmig__session_poll(ss);
+    if (status != RMIG_OK)
+        return status;
+    if (s->state == RMIG__SINK_ACCEPTING && ss->established) {
+        s->state = ss->extended ? RMIG__SINK_HELLO : RMIG__SINK_UP;
+        s->event = RMIG_SINK_CONNECTED;
+        rmig__trace(ss, "connected, %s", ss->extended ? "extended" : "version 1");
+        return RMIG_OK;
+    }
+    if (ss->inbox_count > 0 && s->state != RMIG__SINK_ACCEPTING && s->state != RMIG__SINK_ASKING)
+        status = rmig__sink_on_message(s, moved);
+    if (status == RMIG_OK && s->event == RMIG_SINK_NONE)
+        status = rmig__sink_link(s);
+    if (status != RMIG_OK || s->event != RMIG_SINK_NONE || s->state != RMIG__SINK_UP)
+        return status;
+    if (!s->ready_out && ss->inbox_count == 0 && !ss->disconnected && rmig__payload(ss) != NULL) {
+        s->ready_out = true;
+        *moved = true;
+        return rmig__send(ss, RMIG_MSG_READY, 1, 0);
+    }
+    return RMIG_OK;
+}
+
+RMIG__DEF int rmig_sink_process(struct rmig_sink *s, struct rmig_sink_event *ev) {
+    memset(ev, 0, sizeof *ev);
+    bool moved = true;
+    s->ss.again = false;
+    for (unsigned turns = 0; moved && s->event == RMIG_SINK_NONE; turns++) {
+        if (s->ss.failed)
+            return s->ss.failed;
+        if (turns == 16) {
+            s->ss.again = true;
+            break;
+        }
+        moved = false;
+        int status = rmig__sink_turn(s, &moved);
+        if (status != RMIG_OK)
+            return status;
+    }
+    ev->type = s->event;
+    ev->block_count = s->event == RMIG_SINK_BLOCKS ? s->peer_count : 0;
+    ev->round = s->event == RMIG_SINK_ROUND ? s->ss.stats.rounds : 0;
+    ev->stream_bytes = s->event == RMIG_SINK_STREAM ? s->ss.inbox[0].header.len : 0;
+    s->event = RMIG_SINK_NONE;
+    if (ev->type == RMIG_SINK_NONE)
+        return rmig__sink_timers(s);
+    s->ss.again = true;
+    return RMIG_OK;
+}
+
+RMIG__DEF int rmig_sink_fds(struct rmig_sink *s, struct rmig_fd *fds, size_t n) {
+    int count = 0;
+    if (s->ss.failed || s->state == RMIG__SINK_OVER)
+        return 0;
+    if (s->listener != NULL)
+        count = rmig__session_fds(&s->ss, s->listener, fds, n);
+    if (count < 0 || s->ss.ep == NULL)
+        return count;
+    int more = rmig__session_fds(&s->ss, s->ss.ep, fds + count, n - (size_t)count);
+    return more < 0 ? more : count + more;
+}
+
+RMIG__DEF uint64_t rmig_sink_next_deadline(struct rmig_sink *s) {
+    if (s->ss.failed || s->state == RMIG__SINK_OVER)
+        return s->event != RMIG_SINK_NONE ? 0 : RMIG_FOREVER;
+    if (s->ss.ready || s->ss.again)
+        return 0;
+    return rmig__sink_waits_for(s) == NULL ? RMIG_FOREVER : rmig__after(s->ss.last_progress, rmig__sink_timeout(s));
+}
+
+RMIG__DEF int rmig_sink_wait(struct rmig_sink *s, struct rmig_sink_event *ev, uint64_t timeout_ns) {
+    uint64_t until = rmig__after(rmig__now(&s->ss), timeout_ns);
+    for (;;) {
+        int status = rmig_sink_process(s, ev);
+        if (status != RMIG_OK || ev->type != RMIG_SINK_NONE)
+            return status;
+        s->ss.ready = false;
+        uint64_t deadline = rmig__min(rmig_sink_next_deadline(s), until);
+        if (rmig__now(&s->ss) >= until)
+            return RMIG_OK;
+        if (deadline == 0)
+            continue;
+        struct rmig_ep *eps[2];
+        size_t n = 0;
+        if (s->listener != NULL)
+            eps[n++] = s->listener;
+        if (s->ss.ep != NULL)
+            eps[n++] = s->ss.ep;
+        if (n == 0)
+            return RMIG__REFUSE(&s->ss, RMIG_ERR_STATE, 0, "rmig_sink_wait: listen first");
+        if (s->ss.fabric->ops->wait(s->ss.fabric, eps, n, deadline, &s->ss.error) != RMIG_OK)
+            return rmig__session_end(&s->ss);
+    }
+}
+
+RMIG__DEF void rmig_sink_cancel(struct rmig_sink *s) {
+    if (s->ss.failed == RMIG_OK && s->state != RMIG__SINK_OVER)
+        RMIG__END(&s->ss, RMIG_ERR_CANCELLED, 0, "cancelled at the sink");
+}
+
+RMIG__DEF const struct rmig_error *rmig_sink_error(const struct rmig_sink *s) { return &s->ss.error; }
+
+RMIG__DEF bool rmig_sink_extended(const struct rmig_sink *s) { return s->ss.extended; }
+
+RMIG__DEF void rmig_sink_stats(const struct rmig_sink *s, struct rmig_stats *out) { *out = s->ss.stats; }
+
+// >>stats: implementation
+
+RMIG__DEF uint64_t rmig_expected_downtime_ns(const struct rmig_stats *stats, uint64_t dirty) {
+    if (stats->throughput == 0)
+        return dirty == 0 ? 2 * stats->message_rtt_ns : RMIG_FOREVER;
+    double ns = (double)dirty * 1e9 / (double)stats->throughput + 2.0 * (double)stats->message_rtt_ns;
+    return ns >= 1.8e19 ? RMIG_FOREVER : (uint64_t)ns;
+}
+
 #ifdef __cplusplus
 }
 #endif
