@@ -334,7 +334,7 @@ struct rmig_param_info {
     bool zero_allowed; // 0 is allowed beside min ... max
     bool power_of_two;
     char default_text[32]; // default, as text that rmig_set_param takes
-    char range_text[80]; // range in words
+    char range_text[128]; // range in words
     const char *help; // one line
 };
 
@@ -1357,7 +1357,7 @@ static int rmig__set(struct rmig_config *cfg, enum rmig_param param, uint64_t va
     bool in_range = (value >= row->min && value <= row->max && (!row->power_of_two || rmig__is_power_of_two(value))) ||
                     (value == 0 && row->zero_allowed);
     if (!in_range) {
-        char range[80];
+        char range[128];
         rmig__range_text(row, range, sizeof range);
         return rmig_fail(err, RMIG_ERR_PARAM, 0, "%s: %.60s is out of range: must be %s", row->name, shown, range);
     }
@@ -1454,7 +1454,7 @@ RMIG__DEF int rmig_set_param(struct rmig_config *cfg, const char *name, const ch
         break;
     }
     if (!ok) {
-        char range[80];
+        char range[128];
         rmig__range_text(row, range, sizeof range);
         return rmig_fail(err, RMIG_ERR_PARAM, 0, "%s: \"%.60s\" is not %s: must be %s", row->name,
                          text == NULL ? "" : text, expected, range);
@@ -1718,7 +1718,7 @@ RMIG__DEF void rmig_holes_close(struct rmig_holes *h) {
 }
 
 /* tmpfs and file systems answer for pages that no process has mapped, too, which mincore and pagemap cannot. */
-static void rmig__holes_file(const struct rmig_block *b, uint64_t from, uint64_t to, uint64_t *data, uint64_t *end) {
+static void rmig__holes_file(const struct rmig_holes *h, const struct rmig_block *b, uint64_t from, uint64_t to, uint64_t *data, uint64_t *end) {
     *data = from;
     *end = to;
     if (b->fd_offset > (uint64_t)INT64_MAX || to > (uint64_t)INT64_MAX - b->fd_offset)
@@ -1735,6 +1735,8 @@ static void rmig__holes_file(const struct rmig_block *b, uint64_t from, uint64_t
         return;
     }
     *data = rmig__max((uint64_t)(at - base), from);
+    if (to - *data <= h->page) // no room for a hole; looking for one may walk the whole file
+        return;
     off_t hole = lseek(b->fd, at, RMIG__SEEK_HOLE);
     if (hole >= 0 && hole < base + (off_t)to)
         *end = (uint64_t)(hole - base);
@@ -1778,7 +1780,7 @@ RMIG__DEF void rmig_holes_next_data(struct rmig_holes *h, const struct rmig_bloc
     if (from >= to)
         *data = to;
     else if (b->backing == RMIG_BACKING_SHARED_FD)
-        rmig__holes_file(b, from, to, data, end);
+        rmig__holes_file(h, b, from, to, data, end);
     else if (b->backing == RMIG_BACKING_ANONYMOUS && h->pagemap_fd >= 0)
         rmig__holes_pagemap(h, b, from, to, data, end);
 }
