@@ -1153,58 +1153,48 @@ RMIG__DEF int rmig_fail(struct rmig_error *err, int status, int provider_code, c
 
 // >>size: implementation
 
-/* Digits of text as a number scaled by unit: [digits][.digits]. Stops at the first other character. False if there is no number, it
-   is not whole after scaling, or it does not fit. */
-static bool rmig__number(const char **text, uint64_t *integer, uint64_t *fraction, uint64_t *denominator) {
+/* A decimal number as it stands in a text: digits, then perhaps a point and more digits. */
+struct rmig__decimal {
+    uint64_t integer;
+    const char *fraction; // the digits behind the point
+    size_t digits; // how many
+};
+
+/* Reads one from *text and moves *text behind it. False if there is none, or its integer part does not fit. */
+static bool rmig__number(const char **text, struct rmig__decimal *d) {
     const char *p = *text;
-    bool any = false;
-    *integer = 0;
-    *fraction = 0;
-    *denominator = 1;
-    for (; *p >= '0' && *p <= '9'; p++, any = true) {
+    d->integer = 0;
+    for (; *p >= '0' && *p <= '9'; p++) {
         uint64_t digit = (uint64_t)(*p - '0');
-        if (*integer > (UINT64_MAX - digit) / 10)
+        if (d->integer > (UINT64_MAX - digit) / 10)
             return false;
-        *integer = *integer * 10 + digit;
+        d->integer = d->integer * 10 + digit;
     }
+    bool any = p != *text;
+    d->fraction = p;
     if (*p == '.') {
-        for (p++; *p >= '0' && *p <= '9'; p++, any = true) {
-            if (*denominator >= (uint64_t)1000000000000000000u)
-                return false;
-            *fraction = *fraction * 10 + (uint64_t)(*p - '0');
-            *denominator *= 10;
-        }
+        d->fraction = ++p;
+        while (*p >= '0' && *p <= '9')
+            p++;
     }
+    d->digits = (size_t)(p - d->fraction);
     *text = p;
-    return any;
+    return any || d->digits > 0;
 }
 
-/* (integer + fraction / denominator) * unit, if that is a whole number that fits. */
-static bool rmig__scale(uint64_t integer, uint64_t fraction, uint64_t denominator, uint64_t unit, uint64_t *out) {
-    while (denominator > 1 && fraction % 10 == 0) {
-        fraction /= 10;
-        denominator /= 10;
+/* The number times unit (below 2^60), if that is a whole number that fits. From the last digit to the first, the fraction's tail times unit
+   is whole at each step if it is in the end. */
+static bool rmig__scale(const struct rmig__decimal *d, uint64_t unit, uint64_t *out) {
+    uint64_t rest = 0;
+    for (size_t i = d->digits; i-- > 0;) {
+        rest += (uint64_t)(d->fraction[i] - '0') * unit;
+        if (rest % 10 != 0)
+            return false;
+        rest /= 10;
     }
-    if (integer != 0 && unit > UINT64_MAX / integer)
+    if (d->integer > (UINT64_MAX - rest) / unit)
         return false;
-    /* Remove common factors, so that the product below fits whenever the result is whole. */
-    uint64_t part = unit;
-    for (unsigned prime = 2; prime <= 5; prime += 3)
-        while (denominator % prime == 0 && part % prime == 0) {
-            denominator /= prime;
-            part /= prime;
-        }
-    for (unsigned prime = 2; prime <= 5; prime += 3)
-        while (denominator % prime == 0 && fraction % prime == 0) {
-            denominator /= prime;
-            fraction /= prime;
-        }
-    if (denominator != 1 || (fraction != 0 && part > UINT64_MAX / fraction))
-        return false;
-    uint64_t whole = integer * unit, rest = fraction * part;
-    if (whole > UINT64_MAX - rest)
-        return false;
-    *out = whole + rest;
+    *out = d->integer * unit + rest;
     return true;
 }
 
@@ -1212,8 +1202,9 @@ RMIG__DEF int rmig_size_parse(const char *text, uint64_t *bytes, struct rmig_err
     if (text == NULL || bytes == NULL)
         return rmig_fail(err, RMIG_ERR_ARGUMENT, 0, "size: NULL; give a text such as \"64M\"");
     const char *p = text;
-    uint64_t integer, fraction, denominator, unit = 1, value;
-    bool ok = rmig__number(&p, &integer, &fraction, &denominator);
+    struct rmig__decimal number;
+    uint64_t unit = 1, value;
+    bool ok = rmig__number(&p, &number);
     if (ok && *p != '\0') {
         static const char suffixes[] = "BKMGT";
         char upper = (char)(*p >= 'a' && *p <= 'z' ? *p - 'a' + 'A' : *p);
@@ -1227,7 +1218,7 @@ RMIG__DEF int rmig_size_parse(const char *text, uint64_t *bytes, struct rmig_err
                          "size \"%.60s\": expected a number of bytes below 2^64, with an optional suffix B K M G T "
                          "(1024-based), such as 64M",
                          text);
-    if (!rmig__scale(integer, fraction, denominator, unit, &value))
+    if (!rmig__scale(&number, unit, &value))
         return rmig_fail(err, RMIG_ERR_ARGUMENT, 0, "size \"%.60s\": must be a whole number of bytes below 2^64", text);
     *bytes = value;
     return RMIG_OK;
@@ -1399,12 +1390,12 @@ static bool rmig__parse_ns(const char *text, uint64_t *ns) {
         const char *suffix;
         uint64_t unit;
     } units[] = {{"", 1000000}, {"ns", 1}, {"us", 1000}, {"ms", 1000000}, {"s", 1000000000}};
-    uint64_t integer, fraction, denominator;
-    if (!rmig__number(&text, &integer, &fraction, &denominator))
+    struct rmig__decimal number;
+    if (!rmig__number(&text, &number))
         return false;
     for (size_t i = 0; i < sizeof units / sizeof units[0]; i++)
         if (strcmp(text, units[i].suffix) == 0)
-            return rmig__scale(integer, fraction, denominator, units[i].unit, ns);
+            return rmig__scale(&number, units[i].unit, ns);
     return false;
 }
 
@@ -1420,8 +1411,10 @@ static bool rmig__parse_switch(const char *text, uint64_t *value) {
 }
 
 static bool rmig__parse_count(const char *text, uint64_t *value) {
-    uint64_t fraction, denominator;
-    return rmig__number(&text, value, &fraction, &denominator) && denominator == 1 && *text == '\0';
+    struct rmig__decimal number;
+    if (strchr(text, '.') != NULL || !rmig__number(&text, &number) || *text != '\0')
+        return false;
+    return rmig__scale(&number, 1, value);
 }
 
 RMIG__DEF int rmig_set_param(struct rmig_config *cfg, const char *name, const char *text, struct rmig_error *err) {
@@ -1635,7 +1628,7 @@ RMIG__DEF int rmig_blocks_add(struct rmig_blocks *t, const struct rmig_block_des
 }
 
 RMIG__DEF int rmig_blocks_by_name(const struct rmig_blocks *t, const char *name, uint32_t *index) {
-    uint32_t at = rmig__lower_name(t, name);
+    uint32_t at = name == NULL ? t->count : rmig__lower_name(t, name);
     if (at >= t->count || strcmp(t->block[t->by_name[at]].name, name) != 0)
         return RMIG_ERR_ARGUMENT;
     *index = t->by_name[at];
