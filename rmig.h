@@ -742,7 +742,8 @@ On the passive side:
     listen              poll on the listener yields REQUEST with the source's private data, and again for each request
     reject              refuses a request, or
     open_request        makes the connection's endpoint; caps, reg and recv work at once
-    accept              with private data; poll on the new endpoint yields ESTABLISHED or ERROR. A request is used up by either.
+    accept              with private data; poll on the new endpoint yields ESTABLISHED or ERROR
+A request is used up by reject, and by open_request if that succeeds.
 Closing a listener leaves accepted connections alone; requests neither opened nor rejected go with it.
 
 Order and delivery. Sends arrive in the order of posting, each in the buffer of the oldest receive. A completion of a SEND or a RECV
@@ -791,7 +792,7 @@ struct rmig_ep_config { // wanted; caps says what was granted, which may be less
 
 struct rmig_fabric_caps {
     uint64_t write_max; // bytes in one write
-    uint64_t registration_max; // bytes in one registration
+    uint64_t registration_max; // bytes in one registration, at least 4 MiB
     uint32_t write_depth, send_depth, recv_depth; // outstanding at most, each at least 1 (recv: 2)
     uint32_t private_data_request, private_data_reply; // bytes, at least 8
     uint32_t key_bits; // 32 ... 64
@@ -994,7 +995,8 @@ RMIG_API size_t rmig_sink_get(struct rmig_sink *s, void *buf, size_t n);
 RMIG_API int rmig_sink_complete(struct rmig_sink *s);
 
 /* Makes progress without waiting and delivers at most one event: RMIG_OK with ev->type (RMIG_SINK_NONE: nothing now), or the session's
-   error. Waiting for a source has no deadline; from its request on, silence of io-timeout is an error. */
+   error. Waiting for a source has no deadline; from its request on, silence of io-timeout is an error (a plain version 1 source, which is
+   silent while it writes, is granted the time that all of RAM takes at 16 MB/s on top). */
 RMIG_API int rmig_sink_process(struct rmig_sink *s, struct rmig_sink_event *ev);
 /* The same, waiting up to timeout_ns (RMIG_FOREVER allowed) for an event; RMIG_SINK_NONE if none came. */
 RMIG_API int rmig_sink_wait(struct rmig_sink *s, struct rmig_sink_event *ev, uint64_t timeout_ns);
@@ -2115,6 +2117,7 @@ RMIG__DEF int rmig_split_address(const char *address, char *host, size_t host_si
 
 #define RMIG__RECVS 4 // a source meets a reply and the next READY back to back; the rest is room for an ERROR
 #define RMIG__SENDS 4
+#define RMIG__CONTROL_BYTES ((RMIG__RECVS + RMIG__SENDS) * RMIG_CONTROL_SIZE)
 #define RMIG__EVENTS 16
 
 /* What completions carry back: the kind of operation above, a buffer's index or a write's number below. */
@@ -2157,6 +2160,7 @@ struct rmig__session {
     uint64_t writes_done; // writes whose completion is known, out of stats.writes_posted
     uint64_t last_progress; // when the last event came
     uint64_t last_sent; // when the last control message went out
+    bool handover; // the last word is on its way: a failure now leaves open who owns the guest
     bool ready; // poll has something: do not sleep
     bool again; // more to do than one call should
 };
@@ -2224,6 +2228,9 @@ static int rmig__session_end(struct rmig__session *ss) {
         return ss->failed;
     if (ss->error.status > RMIG_SESSION_ERRORS) // a call's error has become the session's
         ss->error.status = ss->error.status == RMIG_ERR_NO_MEMORY ? RMIG_ERR_SETUP : RMIG_ERR_FABRIC;
+    if (ss->handover)
+        rmig_fail(&ss->error, RMIG_ERR_HANDOVER, ss->error.provider_code,
+                  "the sink has everything, but the handover was not confirmed: %.230s", ss->error.text);
     ss->failed = ss->error.status;
     RMIG_LOG(ss->error.text);
     rmig__trace(ss, "failed: %s: %s", rmig_status_name(ss->failed), ss->error.text);
@@ -2271,12 +2278,14 @@ static int rmig__check_caps(struct rmig__session *ss) {
         return RMIG__END(ss, RMIG_ERR_SETUP, 0, "fabric %s: neither orders sends after writes nor reports delivery",
                          ss->fabric->ops->name);
     if (c->recv_depth < RMIG__RECVS || c->send_depth < RMIG__SENDS || c->write_depth < 1 || c->write_max < 1 ||
-        c->private_data_request < RMIG_PRIVATE_DATA_SIZE || c->private_data_reply < RMIG_PRIVATE_DATA_SIZE)
+        c->private_data_request < RMIG_PRIVATE_DATA_SIZE || c->private_data_reply < RMIG_PRIVATE_DATA_SIZE ||
+        c->registration_max < RMIG__CONTROL_BYTES)
         return RMIG__END(ss, RMIG_ERR_SETUP, 0,
                          "fabric %s: too small: receives %u (need %d), sends %u (need %d), writes %u (need 1), private "
-                         "data %u and %u bytes (need %d)",
+                         "data %u and %u bytes (need %d), registration %llu bytes (need %d)",
                          ss->fabric->ops->name, c->recv_depth, RMIG__RECVS, c->send_depth, RMIG__SENDS, c->write_depth,
-                         c->private_data_request, c->private_data_reply, RMIG_PRIVATE_DATA_SIZE);
+                         c->private_data_request, c->private_data_reply, RMIG_PRIVATE_DATA_SIZE,
+                         (unsigned long long)c->registration_max, RMIG__CONTROL_BYTES);
     return RMIG_OK;
 }
 
@@ -2288,7 +2297,7 @@ static int rmig__session_setup(struct rmig__session *ss) {
     int status = rmig__check_caps(ss);
     if (status != RMIG_OK)
         return status;
-    size_t size = (size_t)(RMIG__RECVS + RMIG__SENDS) * RMIG_CONTROL_SIZE;
+    size_t size = RMIG__CONTROL_BYTES;
     if (ss->control == NULL)
         ss->control = (uint8_t *)RMIG_MALLOC(size);
     if (ss->control == NULL)
@@ -3229,12 +3238,12 @@ static int rmig__say_blocks(struct rmig_source *s, uint8_t *payload) {
 /* The unit in which a REGISTER_REQUEST counts: what the peer calls a chunk, as far as is known. */
 static uint64_t rmig__request_unit(const struct rmig_source *s) {
     uint64_t peer = rmig_get(&s->ss.cfg, RMIG_PARAM_PEER_CHUNK_SIZE);
-    return s->ss.extended ? s->chunk_size : peer != 0 ? peer : RMIG_CHUNK_SIZE_MIN;
+    return peer != 0 ? peer : RMIG_CHUNK_SIZE_MIN;
 }
 
 static int rmig__say_register(struct rmig_source *s, struct rmig__window *w, uint8_t *payload) {
     w->state = RMIG__WINDOW_REQUESTED;
-    if (!s->ss.extended || s->lockstep) {
+    if (!s->ss.extended) {
         const struct rmig__region *r = &s->region[w->first];
         struct rmig_register request;
         request.key = s->block[r->block].sink_offset + r->offset;
@@ -3347,6 +3356,7 @@ static int rmig__control_out(struct rmig_source *s, bool *moved) {
         status = rmig__say_hello(s, payload);
     else if (s->finish == RMIG__FINISH_ANSWERED) {
         s->finish = RMIG__FINISH_SAID;
+        s->ss.handover = true;
         status = rmig__send(&s->ss, RMIG_MSG_GOODBYE, 1, 0);
     } else if (!s->credit || s->await != 0)
         return RMIG_OK;
@@ -3515,9 +3525,9 @@ static uint64_t rmig__hold_until(const struct rmig_source *s) {
 }
 
 static int rmig__write_out(struct rmig_source *s, bool *moved) {
-    if (s->exchange != RMIG__BLOCKS_DONE || s->prelude || !rmig__pinned(s))
+    if (s->exchange != RMIG__BLOCKS_DONE || s->prelude)
         return RMIG_OK;
-    bool hold = rmig__closed_window(s) != NULL && rmig__now(&s->ss) < rmig__hold_until(s);
+    bool hold = !rmig__pinned(s) || (rmig__closed_window(s) != NULL && rmig__now(&s->ss) < rmig__hold_until(s));
     int status = RMIG_OK;
     while (!hold && status == RMIG_OK) {
         uint64_t outstanding = s->ss.stats.writes_posted - s->ss.writes_done;
@@ -3586,21 +3596,10 @@ static int rmig__source_timers(struct rmig_source *s) {
     const char *what = rmig__source_waits_for(s);
     if (what == NULL || rmig__now(&s->ss) < rmig__after(s->ss.last_progress, rmig__source_timeout(s)))
         return RMIG_OK;
-    if (s->finish == RMIG__FINISH_SAID)
-        return RMIG__END(&s->ss, RMIG_ERR_HANDOVER, 0, "the sink has everything, but the handover was not confirmed in time");
     return rmig__silent(&s->ss, "sink", rmig__source_timeout(s),
                         rmig__source_timeout(s) == rmig_get(&s->ss.cfg, RMIG_PARAM_IO_TIMEOUT) ? "io-timeout"
                                                                                              : "connect-timeout",
                         what);
-}
-
-static int rmig__source_link(struct rmig_source *s) {
-    if (!s->ss.broken && !s->ss.disconnected)
-        return RMIG_OK;
-    if (s->finish == RMIG__FINISH_SAID)
-        return RMIG__END(&s->ss, RMIG_ERR_HANDOVER, s->ss.link_code,
-                         "the sink has everything, but the link went down during the handover: %s", s->ss.link_text);
-    return rmig__check_link(&s->ss, "sink", "before the handover");
 }
 
 /* Is the operation under way done? */
@@ -3625,13 +3624,13 @@ static int rmig__source_turn(struct rmig_source *s, bool *moved) {
     int status = rmig__session_poll(&s->ss);
     if (status == RMIG_OK)
         status = rmig__source_inbox(s);
-    if (status == RMIG_OK && s->state == RMIG__SOURCE_CONNECTING)
-        status = rmig__source_connect_step(s);
     if (status == RMIG_OK)
         rmig__source_complete(s);
     if (status != RMIG_OK || s->state == RMIG__SOURCE_DONE)
         return status;
-    status = rmig__source_link(s);
+    status = rmig__check_link(&s->ss, "sink", "before the handover was over");
+    if (status == RMIG_OK && s->state == RMIG__SOURCE_CONNECTING)
+        status = rmig__source_connect_step(s);
     if (status != RMIG_OK || s->state != RMIG__SOURCE_UP)
         return status;
     *moved = rmig__plan(s);
@@ -3911,6 +3910,7 @@ RMIG__DEF void rmig_source_stats(const struct rmig_source *s, struct rmig_stats 
 
 #define RMIG__BLOCKS_MAX 131072 // blocks that a source may name
 #define RMIG__V1_UNIT RMIG_CHUNK_SIZE_MAX // safe whatever chunk size a version 1 source uses: it is not on the wire
+#define RMIG__V1_BYTES_PER_US 16 // slowest link that a silent version 1 source is granted: 16 MB/s
 #define RMIG__V1_BLOCKS_MAX (RMIG_PAYLOAD_MAX / RMIG_RAM_BLOCK_SIZE)
 
 struct rmig__sink_block {
@@ -3950,7 +3950,7 @@ struct rmig_sink {
     enum rmig__sink_state state;
     bool ready_out; // a READY has gone out and no message has come for it
     bool pin_all;
-    uint64_t chunk_size, unit;
+    uint64_t chunk_size, unit, ram_bytes;
 
     struct rmig__peer_block *peer;
     uint32_t peer_count, peer_capacity, peer_total;
@@ -4097,7 +4097,7 @@ static void rmig__sink_on_request(struct rmig_sink *s, const struct rmig_fabric_
     cfg.connect_timeout_ns = rmig_get(&ss->cfg, RMIG_PARAM_CONNECT_TIMEOUT);
     if (ss->fabric->ops->open_request(s->listener, e->request, &cfg, &ss->ep, &ss->error) != RMIG_OK) {
         ss->ep = NULL;
-        rmig__sink_forget(s, ss->error.text);
+        rmig__sink_reject(s, e, ss->error.text);
         return;
     }
     s->state = RMIG__SINK_ACCEPTING;
@@ -4430,6 +4430,7 @@ static int rmig__sink_on_finish(struct rmig_sink *s) {
     if (rmig__sink_deregister_all(s) != RMIG_OK)
         return rmig__session_end(&s->ss);
     s->state = RMIG__SINK_HANDOVER;
+    s->ss.handover = true;
     return rmig__sink_reply(s, RMIG_MSG_FINISH_RESULT, 1, 0);
 }
 
@@ -4573,6 +4574,7 @@ static int rmig__sink_tables(struct rmig_sink *s, uint32_t count) {
             return status;
         s->block[i].units = rmig_chunk_count(rmig__sink_local(s, &s->block[i])->length, s->unit);
         units += s->block[i].units;
+        s->ram_bytes += rmig__sink_local(s, &s->block[i])->length;
     }
     /* Twice the units: windows of a version 1 source may overlap what it asked for before. */
     uint64_t regions = rmig__min(2 * units + count, UINT32_MAX - 1);
@@ -4655,9 +4657,12 @@ static const char *rmig__sink_waits_for(const struct rmig_sink *s) {
     }
 }
 
+/* A version 1 source says nothing while it writes to chunks that it has keys for, and no end sees the other's writes. So
+   it is granted, beyond io-timeout, the time that a round over all of RAM takes on a slow link. */
 static uint64_t rmig__sink_timeout(const struct rmig_sink *s) {
     bool connecting = s->state == RMIG__SINK_ACCEPTING || s->state == RMIG__SINK_HELLO;
-    return rmig_get(&s->ss.cfg, connecting ? RMIG_PARAM_CONNECT_TIMEOUT : RMIG_PARAM_IO_TIMEOUT);
+    uint64_t limit = rmig_get(&s->ss.cfg, connecting ? RMIG_PARAM_CONNECT_TIMEOUT : RMIG_PARAM_IO_TIMEOUT);
+    return connecting || s->ss.extended ? limit : rmig__after(limit, s->ram_bytes / RMIG__V1_BYTES_PER_US * 1000);
 }
 
 static int rmig__sink_timers(struct rmig_sink *s) {
@@ -4668,8 +4673,6 @@ static int rmig__sink_timers(struct rmig_sink *s) {
         rmig__sink_forget(s, "no connection within connect-timeout");
         return RMIG_OK;
     }
-    if (s->state == RMIG__SINK_HANDOVER)
-        return RMIG__END(&s->ss, RMIG_ERR_HANDOVER, 0, "everything arrived, but the source did not confirm the handover in time");
     return rmig__silent(&s->ss, "source", rmig__sink_timeout(s),
                         s->state == RMIG__SINK_HELLO ? "connect-timeout" : "io-timeout", what);
 }
@@ -4682,15 +4685,12 @@ static int rmig__sink_link(struct rmig_sink *s) {
         rmig__sink_forget(s, ss->link_text);
         return RMIG_OK;
     }
-    if (s->state == RMIG__SINK_HANDOVER)
-        return RMIG__END(ss, RMIG_ERR_HANDOVER, ss->link_code,
-                         "everything arrived, but the source went away before it confirmed the handover: %s", ss->link_text);
     if (ss->disconnected && !ss->extended && s->block != NULL) {
         s->disconnect_told = true; // only the reader of the stream knows whether this is the end
         s->event = RMIG_SINK_DISCONNECTED;
         return RMIG_OK;
     }
-    return rmig__check_link(ss, "source", "before the handover");
+    return rmig__check_link(ss, "source", "before the handover was over");
 }
 
 static int rmig__sink_turn(struct rmig_sink *s, bool *moved) {
