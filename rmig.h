@@ -476,6 +476,7 @@ struct rmig_merge {
     uint64_t *bits;
     uint64_t pages; // size of the set
     uint64_t pending; // pages now in it
+    uint64_t low, high; // all of them are in [low, high): searches go no further
 };
 
 /* Bits of words [first / 64, ...) that belong to pages first ... first + n - 1, n in 1 ... 64 - first % 64. */
@@ -510,8 +511,15 @@ static inline void rmig__merge_word(struct rmig_merge *m, uint64_t word, uint64_
     m->pending += fresh == ~(uint64_t)0 ? 64 : rmig__popcount(fresh);
 }
 
+static inline void rmig__merge_widen(struct rmig_merge *m, uint64_t first, uint64_t end) {
+    bool empty = m->pending == 0;
+    m->low = empty || first < m->low ? first : m->low;
+    m->high = empty || end > m->high ? end : m->high;
+}
+
 /* Adds pages first ... first + n - 1, all inside the set. */
 static inline void rmig_merge_add(struct rmig_merge *m, uint64_t first, uint64_t n) {
+    rmig__merge_widen(m, first, first + n);
     while (n > 0) {
         uint64_t here = 64 - first % 64 < n ? 64 - first % 64 : n;
         rmig__merge_word(m, first / 64, rmig__word_mask(first, here));
@@ -520,10 +528,22 @@ static inline void rmig_merge_add(struct rmig_merge *m, uint64_t first, uint64_t
     }
 }
 
+/* Adds one page of the set; false if it was in it. */
+static inline bool rmig_merge_add_page(struct rmig_merge *m, uint64_t page) {
+    uint64_t bit = (uint64_t)1 << (page % 64);
+    if ((m->bits[page / 64] & bit) != 0)
+        return false;
+    rmig__merge_widen(m, page, page + 1);
+    m->bits[page / 64] |= bit;
+    m->pending++;
+    return true;
+}
+
 /* Adds the pages whose bit is set in a dirty bitmap of KVM's layout: bit i (of word i / 64) is page first + i, i < n. Bits at or
    above n in the last word are ignored. */
 static inline void rmig_merge_add_bitmap(struct rmig_merge *m, uint64_t first, const uint64_t *bitmap, uint64_t n) {
     uint64_t shift = first % 64, word = first / 64;
+    rmig__merge_widen(m, first, first + n);
     for (uint64_t i = 0; i < n; i += 64, word++) {
         uint64_t bits = bitmap[i / 64];
         if (n - i < 64)
@@ -540,7 +560,9 @@ static inline void rmig_merge_add_bitmap(struct rmig_merge *m, uint64_t first, c
    max pages (> 0). Does not take it out. */
 static inline bool rmig_merge_next(const struct rmig_merge *m, uint64_t from, uint64_t to, uint64_t max,
                                    uint64_t *first, uint64_t *n) {
-    if (from >= to)
+    from = from < m->low ? m->low : from;
+    to = to > m->high ? m->high : to;
+    if (m->pending == 0 || from >= to)
         return false;
     uint64_t word = from / 64, bits = m->bits[word] >> (from % 64);
     if (bits != 0) {
@@ -576,6 +598,7 @@ static inline bool rmig_merge_next(const struct rmig_merge *m, uint64_t from, ui
 /* Takes pages first ... first + n - 1 out; all of them are in the set. */
 static inline void rmig_merge_take(struct rmig_merge *m, uint64_t first, uint64_t n) {
     m->pending -= n;
+    m->low = first == m->low ? first + n : m->low;
     while (n > 0) {
         uint64_t here = 64 - first % 64 < n ? 64 - first % 64 : n;
         m->bits[first / 64] &= ~rmig__word_mask(first, here);
@@ -3759,9 +3782,8 @@ static int rmig__save_check(struct rmig_source *s, const char *call, uint32_t bl
     return RMIG_OK;
 }
 
-/* Pages were noted; before is how many were pending then. Runs the engine when there is enough for a write. */
-static int rmig__saved(struct rmig_source *s, uint32_t block, uint64_t before) {
-    uint64_t fresh = s->block[block].dirty.pending - before;
+/* Pages were noted, so many of them fresh. Runs the engine when there is enough for a write. */
+static int rmig__saved(struct rmig_source *s, uint64_t fresh) {
     s->pending += fresh;
     s->unstepped += fresh * s->page_size;
     s->ss.stats.round_saved += fresh * s->page_size;
@@ -3782,11 +3804,16 @@ RMIG__DEF int rmig_source_save_range(struct rmig_source *s, uint32_t block, uint
     struct rmig_merge *dirty = &s->block[block].dirty;
     uint64_t before = dirty->pending, first = offset / s->page_size;
     rmig_merge_add(dirty, first, (offset + length - 1) / s->page_size - first + 1);
-    return rmig__saved(s, block, before);
+    return rmig__saved(s, dirty->pending - before);
 }
 
 RMIG__DEF int rmig_source_save_page(struct rmig_source *s, uint32_t block, uint64_t offset) {
-    return rmig_source_save_range(s, block, offset, 1);
+    int status = rmig__save_check(s, "rmig_source_save_page", block);
+    if (status != RMIG_OK)
+        return status;
+    if (offset >= s->blocks.block[block].length)
+        return rmig_source_save_range(s, block, offset, 1); // for its error
+    return rmig_merge_add_page(&s->block[block].dirty, offset / s->page_size) ? rmig__saved(s, 1) : RMIG_OK;
 }
 
 RMIG__DEF int rmig_source_save_bitmap(struct rmig_source *s, uint32_t block, const uint64_t *bitmap, uint64_t first_page,
@@ -3804,7 +3831,7 @@ RMIG__DEF int rmig_source_save_bitmap(struct rmig_source *s, uint32_t block, con
                             s->blocks.block[block].name, (unsigned long long)dirty->pages);
     uint64_t before = dirty->pending;
     rmig_merge_add_bitmap(dirty, first_page, bitmap, pages);
-    return rmig__saved(s, block, before);
+    return rmig__saved(s, dirty->pending - before);
 }
 
 RMIG__DEF int rmig_source_end_round_start(struct rmig_source *s) {
