@@ -100,6 +100,12 @@ LICENCE
 #ifndef RMIG_H
 #define RMIG_H
 
+/* Under -std=c11 libc hides what the fabrics' implementations need (clocks, addresses). It must be asked for before the first header. */
+#if defined(RMIG_IMPLEMENTATION) && defined(__STRICT_ANSI__) && !defined(_DEFAULT_SOURCE) && !defined(_GNU_SOURCE) &&  \
+    !defined(_POSIX_C_SOURCE)
+#define _DEFAULT_SOURCE 1
+#endif
+
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -914,7 +920,8 @@ struct rmig_stats;
 /* Makes a source. cfg is copied; NULL means all defaults. Checks the parameters against each other: RMIG_ERR_PARAM. *err may be NULL. */
 RMIG_API int rmig_source_open(struct rmig_fabric *fabric, const struct rmig_config *cfg, struct rmig_source **out,
                               struct rmig_error *err);
-/* Frees everything, from any state; NULL is allowed. A connection still up is cut: the sink sees a failure unless finish succeeded. */
+/* Frees everything, from any state; NULL is allowed. A connection still up is cut: the sink sees a failure unless finish succeeded.
+   May wait up to 100 ms, after a failure of this end, until the peer has been told the reason. */
 RMIG_API void rmig_source_close(struct rmig_source *s);
 
 /* Before connect. Indexes count from 0 in the order of addition. Errors as rmig_blocks_add; RMIG_ERR_STATE after connect. */
@@ -998,7 +1005,7 @@ struct rmig_sink_event {
 
 RMIG_API int rmig_sink_open(struct rmig_fabric *fabric, const struct rmig_config *cfg, struct rmig_sink **out,
                             struct rmig_error *err);
-RMIG_API void rmig_sink_close(struct rmig_sink *s);
+RMIG_API void rmig_sink_close(struct rmig_sink *s); // as rmig_source_close
 /* Listens on "host:port" (port 0: any free one). Requests that are not a migration are rejected, and listening goes on. */
 RMIG_API int rmig_sink_listen(struct rmig_sink *s, const char *address);
 RMIG_API int rmig_sink_address(struct rmig_sink *s, char *buf, size_t n); // as really bound
@@ -2142,6 +2149,7 @@ RMIG__DEF int rmig_split_address(const char *address, char *host, size_t host_si
 #define RMIG__SENDS 4
 #define RMIG__CONTROL_BYTES ((RMIG__RECVS + RMIG__SENDS) * RMIG_CONTROL_SIZE)
 #define RMIG__EVENTS 16
+#define RMIG__LINGER (100 * RMIG__MS) // for the last message of a failed session, in close
 
 /* What completions carry back: the kind of operation above, a buffer's index or a write's number below. */
 #define RMIG__ID_RECV ((uint64_t)1 << 60)
@@ -2184,6 +2192,7 @@ struct rmig__session {
     uint64_t last_progress; // when the last event came
     uint64_t last_sent; // when the last control message went out
     bool handover; // the last word is on its way: a failure now leaves open who owns the guest
+    bool last_words; // an ERROR or a refusal is on its way
     bool ready; // poll has something: do not sleep
     bool again; // more to do than one call should
 };
@@ -2264,6 +2273,7 @@ static int rmig__session_end(struct rmig__session *ss) {
         struct rmig_error first = ss->error;
         rmig__send(ss, RMIG_MSG_ERROR, 1, len);
         ss->error = first;
+        ss->last_words = true;
     }
     if (ss->ep != NULL && ss->established && !ss->disconnected)
         ss->fabric->ops->disconnect(ss->ep);
@@ -2347,7 +2357,25 @@ static void rmig__session_drop(struct rmig__session *ss) {
     ss->resolved = ss->established = ss->disconnected = ss->broken = ss->extended = false;
 }
 
+/* The peer should learn why: gives the last message a moment to leave. */
+static void rmig__session_linger(struct rmig__session *ss) {
+    const struct rmig_fabric_ops *ops = ss->fabric->ops;
+    uint64_t until = rmig__after(rmig__now(ss), RMIG__LINGER);
+    while (ss->sends_free != (1u << RMIG__SENDS) - 1 && rmig__now(ss) < until) {
+        struct rmig_fabric_event e;
+        int n = ops->poll(ss->ep, &e, 1, NULL);
+        if (n < 0 || (n > 0 && (e.type == RMIG_FEV_DISCONNECTED || e.type == RMIG_FEV_ERROR)))
+            return;
+        if (n > 0 && e.type == RMIG_FEV_SEND)
+            ss->sends_free |= 1u << (e.id & RMIG__ID_NUMBER);
+        if (n == 0 && ops->wait(ss->fabric, &ss->ep, 1, until, NULL) != RMIG_OK)
+            return;
+    }
+}
+
 static void rmig__session_close(struct rmig__session *ss) {
+    if (ss->last_words && ss->ep != NULL)
+        rmig__session_linger(ss);
     if (ss->ep != NULL && ss->established && !ss->disconnected && !ss->broken)
         ss->fabric->ops->disconnect(ss->ep);
     rmig__session_drop(ss);
@@ -4197,7 +4225,7 @@ static int rmig__sink_on_hello(struct rmig_sink *s, const uint8_t *p, const stru
     answer.chunk_size = asked;
     int status = rmig__sink_reply(s, RMIG_MSG_HELLO_RESULT, 1, (size_t)rmig_encode_hello(out, RMIG_PAYLOAD_MAX, &answer));
     if (status == RMIG_OK && answer.status != 0) {
-        ss->broken = true; // the reason is on its way: no ERROR behind it
+        ss->broken = ss->last_words = true; // the reason is on its way: no ERROR behind it
         return RMIG__END(ss, RMIG_ERR_SETUP, 0, "refused the source: %s", answer.reason);
     }
     s->chunk_size = asked;

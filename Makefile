@@ -1,0 +1,178 @@
+# rmig: build the examples, check, measure, install. `make help` says what there is.
+
+ifeq ($(origin CC),default)
+CC := gcc
+endif
+CLANG ?= clang
+CFLAGS ?= -O2 -g
+WARN := -Wall -Wextra -Wpedantic -Wconversion -Wshadow
+STD := -std=c11
+PREFIX ?= /usr/local
+DESTDIR ?=
+FUZZ_SECONDS ?= 60
+JOBS ?= $(shell nproc)
+B := build
+export B
+Q := $(if $(V),,@)
+
+HEADERS := $(wildcard rmig*.h)
+EXAMPLES := $(patsubst examples/%.c,%,$(wildcard examples/*.c))
+BENCHES := $(patsubst bench/%.c,%,$(wildcard bench/*.c))
+FUZZERS := $(patsubst tests/%.c,%,$(wildcard tests/fuzz_*.c))
+SUITES := $(filter-out $(FUZZERS),$(patsubst tests/%.c,%,$(wildcard tests/*.c)))
+UNIT := $(filter unit_%,$(SUITES))
+
+# Every suite is built plain, with ASan and UBSan, and those that have threads or processes with TSan; the unit suites
+# also once for each macro that rmig.h takes, and with clang.
+TSAN_SUITES := $(filter-out unit_%,$(SUITES))
+SWITCHES := static namespace chunk64 override ndebug clang
+FLAGS_plain := -O1 -g
+FLAGS_asan := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
+FLAGS_tsan := -O1 -g -fsanitize=thread
+FLAGS_static := -O1 -DRMIG_STATIC
+FLAGS_namespace := -O1 -DRMIG_NAMESPACE=acme_
+FLAGS_chunk64 := -O1 -DRMIG_CHUNK_SIZE=67108864
+FLAGS_override := -O1 -include tests/override.h
+FLAGS_ndebug := -O3 -DNDEBUG
+FLAGS_clang := -O2
+CC_clang := $(CLANG)
+
+# What each kind of program links with; asked for in recipes, since `make deps` may install it in the same run.
+EXAMPLE_LIBS := $$(pkg-config --cflags --libs libfabric jansson) -pthread
+TEST_LIBS := $$(pkg-config --cflags --libs criterion libfabric jansson) -pthread
+
+# Packages of Debian and its kin.
+PACKAGES := gcc g++ libc6-dev pkg-config perl procps libfabric-dev libjansson-dev libcriterion-dev \
+	clang libclang-rt-dev clang-tidy cppcheck valgrind
+BENCH_PACKAGES := gnuplot-nox qemu-system-x86
+
+# With `make deps demo` nothing may be compiled before the packages are there, with -j too.
+AFTER_DEPS := $(filter deps deps-bench,$(MAKECMDGOALS))
+
+all: examples
+examples: $(addprefix $(B)/,$(EXAMPLES))
+
+help:
+	@echo 'make                  build the examples into $(B)/'
+	@echo 'make deps             install the Debian packages that are missing (apt-get, sudo if need be)'
+	@echo 'make demo             live-migrate a small running virtual machine between two processes here'
+	@echo 'make check            every test, every build variant, static analysis, a short fuzz'
+	@echo 'make quick            every suite once, as it comes'
+	@echo 'make lint             clang-tidy and cppcheck'
+	@echo 'make fuzz             fuzz the decoders, FUZZ_SECONDS=60 for each target'
+	@echo 'make bench            measure (make deps-bench installs what only that needs)'
+	@echo 'make install          headers and rmig.pc, PREFIX=/usr/local DESTDIR='
+	@echo 'make uninstall        remove them'
+	@echo 'make clean            remove $(B)/'
+	@echo 'Variables: V=1 (show commands) CC CLANG CFLAGS LDFLAGS PREFIX DESTDIR JOBS FUZZ_SECONDS'
+
+deps:
+	@.ci/deps $(PACKAGES)
+
+deps-bench:
+	@.ci/deps $(PACKAGES) $(BENCH_PACKAGES)
+
+demo: $(B)/kvm_live
+	$(B)/kvm_live demo --json $(B)/demo.json
+
+# >>programs
+
+$(addprefix $(B)/,$(EXAMPLES)): $(B)/%: examples/%.c | $(AFTER_DEPS)
+	@mkdir -p $(@D) && echo "  build $@"
+	$(Q)$(CC) $(STD) $(WARN) $(CPPFLAGS) $(CFLAGS) -MMD -MP -MF $@.d $< -o $@ $(LDFLAGS) $(EXAMPLE_LIBS)
+
+$(addprefix $(B)/asan/,$(EXAMPLES)): $(B)/asan/%: examples/%.c | $(AFTER_DEPS)
+	@mkdir -p $(@D) && echo "  build $@"
+	$(Q)$(CC) $(STD) $(WARN) -Werror $(FLAGS_asan) -MMD -MP -MF $@.d $< -o $@ $(EXAMPLE_LIBS)
+
+$(addprefix $(B)/bench/,$(BENCHES)): $(B)/bench/%: bench/%.c | $(AFTER_DEPS)
+	@mkdir -p $(@D) && echo "  build $@"
+	$(Q)$(CC) $(STD) $(WARN) $(CPPFLAGS) $(CFLAGS) -MMD -MP -MF $@.d $< -o $@ $(LDFLAGS) $(EXAMPLE_LIBS)
+
+$(addprefix $(B)/fuzz/,$(FUZZERS)): $(B)/fuzz/%: tests/%.c | $(AFTER_DEPS)
+	@mkdir -p $(@D) && echo "  build $@"
+	$(Q)$(CLANG) $(STD) $(WARN) -O1 -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all \
+		-MMD -MP -MF $@.d $< -o $@ -lfabric
+
+define test_rules
+$$(addprefix $(B)/$(1)/,$(2)): $(B)/$(1)/%: tests/%.c $$(wildcard tests/override.h) | $$(AFTER_DEPS)
+	@mkdir -p $$(@D) && echo "  build $$@"
+	$$(Q)$$(or $$(CC_$(1)),$$(CC)) $$(STD) $$(WARN) -Werror $$(FLAGS_$(1)) -MMD -MP -MF $$@.d $$< -o $$@ $$(TEST_LIBS)
+TEST_BINARIES += $$(addprefix $(B)/$(1)/,$(2))
+endef
+$(eval $(call test_rules,plain,$(SUITES)))
+$(eval $(call test_rules,asan,$(SUITES)))
+$(eval $(call test_rules,tsan,$(TSAN_SUITES)))
+$(foreach s,$(SWITCHES),$(eval $(call test_rules,$(s),$(UNIT))))
+
+FUZZ_BINARIES := $(addprefix $(B)/fuzz/,$(FUZZERS))
+CHECK_BINARIES := $(TEST_BINARIES) $(FUZZ_BINARIES) $(addprefix $(B)/,$(EXAMPLES)) \
+	$(addprefix $(B)/asan/,$(EXAMPLES))
+
+-include $(addsuffix .d,$(CHECK_BINARIES)) $(wildcard $(B)/bench/*.d)
+
+# >>checks
+# One line a program: how it reports, its name, its limit in seconds, the command. tests/run.pl runs and counts them.
+
+CRITERION := $(shell grep -ls 'criterion/' $(addsuffix .c,$(addprefix tests/,$(SUITES))))
+kind = $(if $(filter tests/$(1).c,$(CRITERION)),criterion,status)
+suite_lines = $(foreach s,$(2),'$(call kind,$(s)) $(1)/$(s) 600 $(B)/$(1)/$(s)')
+PLAIN_LINES := $(call suite_lines,plain,$(SUITES)) \
+	'tap integration/minimal 120 tests/minimal.sh $(B)/minimal' \
+	'tap integration/migrate 600 tests/migrate.sh $(B)/rmig_migrate' \
+	'tap integration/kvm_live 300 tests/kvm_live.sh $(B)/kvm_live' \
+	'tap readme 60 tests/readme.sh $(B)/rmig_migrate'
+LINT_LINES := 'tap lint 900 tests/lint.sh'
+FUZZ_LINES = 'tap fuzz 86400 tests/fuzz.sh $(1) $(FUZZ_BINARIES)'
+CHECK_LINES = 'tap headers 900 tests/headers.sh' $(PLAIN_LINES) \
+	$(call suite_lines,asan,$(SUITES)) $(call suite_lines,tsan,$(TSAN_SUITES)) \
+	$(foreach s,$(SWITCHES),$(call suite_lines,$(s),$(UNIT))) \
+	'tap integration/minimal-asan 120 tests/minimal.sh $(B)/asan/minimal' \
+	'tap integration/migrate-asan 900 tests/migrate.sh $(B)/asan/rmig_migrate' \
+	'tap valgrind 600 tests/valgrind.sh $(B)/minimal $(B)/plain' \
+	'tap install 120 tests/install.sh' \
+	$(LINT_LINES) $(call FUZZ_LINES,5)
+
+# $(1): what to build first. $(2): lines to run. A program that does not build is a failure, and the rest still runs.
+run_lines = mkdir -p $(B); built=0; \
+	$(if $(1),$(MAKE) -k --no-print-directory $(if $(findstring -j,$(MAKEFLAGS)),,-j$(JOBS)) $(1) || built=$$?;) \
+	printf '%s\n' $(2) >$(B)/check.list && perl tests/run.pl --built $$built --jobs $(JOBS) --out $(B)/log $(B)/check.list
+
+check: | $(AFTER_DEPS)
+	@$(call run_lines,check-binaries,$(CHECK_LINES))
+
+quick: | $(AFTER_DEPS)
+	@$(call run_lines,quick-binaries,$(PLAIN_LINES))
+
+lint: | $(AFTER_DEPS)
+	@$(call run_lines,,$(LINT_LINES))
+
+fuzz: | $(AFTER_DEPS)
+	@$(call run_lines,$(FUZZ_BINARIES),$(call FUZZ_LINES,$(FUZZ_SECONDS)))
+
+check-binaries: $(CHECK_BINARIES)
+quick-binaries: $(addprefix $(B)/plain/,$(SUITES)) $(addprefix $(B)/,$(EXAMPLES))
+
+bench: $(addprefix $(B)/bench/,$(BENCHES)) examples | $(AFTER_DEPS)
+	bench/run.sh $(B)
+
+# >>install
+
+VERSION = $$(awk '$$2 ~ /^RMIG_VERSION_(MAJOR|MINOR|PATCH)$$/ { v = v s $$3; s = "." } END { print v }' rmig.h)
+
+install:
+	install -d '$(DESTDIR)$(PREFIX)/include' '$(DESTDIR)$(PREFIX)/lib/pkgconfig'
+	install -m 644 $(HEADERS) '$(DESTDIR)$(PREFIX)/include'
+	printf '%s\n' 'prefix=$(PREFIX)' 'includedir=$${prefix}/include' '' 'Name: rmig' \
+		'Description: live migration of VM memory by RDMA, header-only' "Version: $(VERSION)" \
+		'Cflags: -I$${includedir}' >'$(DESTDIR)$(PREFIX)/lib/pkgconfig/rmig.pc'
+
+uninstall:
+	rm -f $(foreach h,$(HEADERS),'$(DESTDIR)$(PREFIX)/include/$(h)') '$(DESTDIR)$(PREFIX)/lib/pkgconfig/rmig.pc'
+
+clean:
+	rm -rf $(B)
+
+.PHONY: all examples help deps deps-bench demo check quick lint fuzz check-binaries quick-binaries bench install \
+	uninstall clean
+.DELETE_ON_ERROR:

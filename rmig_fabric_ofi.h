@@ -1,0 +1,1609 @@
+/*
+rmig_fabric_ofi.h - a fabric for rmig.h over libfabric: tcp, verbs and other providers with connected endpoints
+
+    Do this
+        #define RMIG_IMPLEMENTATION
+        #include "rmig.h"
+        #include "rmig_fabric_ofi.h"
+    in exactly *one* C or C++ file, and include it without the macro elsewhere. Link with -lfabric (libfabric 1.11 or
+    later, 2.x too). Only the file with the implementation needs libfabric's headers. It uses POSIX clocks, poll and
+    getaddrinfo: under -std=c11 either include it first (it then defines _DEFAULT_SOURCE if no feature macro is defined)
+    or define a feature macro yourself.
+
+USE
+
+        struct rmig_error err;
+        struct rmig_fabric *fabric = rmig_ofi_open(NULL, &err);
+        if (fabric == NULL)
+            fprintf(stderr, "%s\n", err.text);
+        else
+            printf("over %s\n", rmig_ofi_provider(fabric));
+        ...                             // rmig_source_open(fabric, ...) or rmig_sink_open(fabric, ...)
+        rmig_fabric_close(fabric);
+
+    Both ends must use the same provider: name it in the options where the hosts differ.
+        struct rmig_ofi_options opt = {0};
+        opt.provider = "tcp";
+
+WHAT IT ASKS OF A PROVIDER
+
+    FI_EP_MSG endpoints with messages and RMA writes, IP addresses, and either delivery-complete writes or sends that
+    stay behind the writes before them. Memory registration may need FI_MR_LOCAL, FI_MR_VIRT_ADDR, FI_MR_ALLOCATED,
+    FI_MR_PROV_KEY and FI_MR_ENDPOINT; keys longer than 64 bits (FI_MR_RAW) are not taken. `fi_info -t FI_EP_MSG` lists
+    candidates.
+
+ADDRESSES
+
+    "host:port", "127.0.0.1:4444", "[::1]:4444". To listen on all IPv4 addresses: ":4444" or "0.0.0.0:4444"; on a free
+    port: port 0. Host names are looked up by the call that opens the endpoint, which may block for as long as the
+    resolver does; numeric addresses do not.
+
+KNOWN OF LIBFABRIC
+
+    The descriptors of 1.17's provider `net` and of 1.18.0's `tcp` stay readable after the first message (fixed in
+    1.18.1): all works, but waiting spins. 1.17's `tcp` is not affected. The deprecated `sockets` loses completions of
+    writes: it is not for use.
+
+LICENCE
+
+    MIT, see the end of rmig.h.
+*/
+#ifndef RMIG_FABRIC_OFI_H
+#define RMIG_FABRIC_OFI_H
+
+#if defined(RMIG_IMPLEMENTATION) && defined(__STRICT_ANSI__) && !defined(_DEFAULT_SOURCE) && !defined(_GNU_SOURCE) &&  \
+    !defined(_POSIX_C_SOURCE)
+#define _DEFAULT_SOURCE 1
+#endif
+
+#include "rmig.h"
+
+#ifdef RMIG_NAMESPACE
+#define rmig_ofi_open RMIG__NAME(rmig_ofi_open)
+#define rmig_ofi_provider RMIG__NAME(rmig_ofi_provider)
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* Zero-initialise it: then everything has its default. */
+struct rmig_ofi_options {
+    const char *provider; // as fi_info names it. NULL: the first on offer that can do it; tcp without an adapter
+    bool poll; // busy poll: no descriptors to wait on, waits only yield the processor. For cores to spare
+};
+
+/* Opens a fabric. options NULL: all defaults. Returns NULL with *err filled in (err may be NULL): RMIG_ERR_FABRIC when
+   no provider can do it, RMIG_ERR_NO_MEMORY. Loads libfabric's providers, which takes some 100 ms the first time. Close
+   it with rmig_fabric_close. */
+RMIG_API struct rmig_fabric *rmig_ofi_open(const struct rmig_ofi_options *options, struct rmig_error *err);
+
+/* The name of the provider in use, valid until the fabric is closed. f must come from rmig_ofi_open. */
+RMIG_API const char *rmig_ofi_provider(const struct rmig_fabric *f);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif // RMIG_FABRIC_OFI_H
+
+#if defined(RMIG_IMPLEMENTATION) && !defined(RMIG_FABRIC_OFI_IMPLEMENTATION_DONE)
+#define RMIG_FABRIC_OFI_IMPLEMENTATION_DONE
+
+// >>ofi: libfabric and the operating system
+
+#include <errno.h>
+#include <netdb.h>
+#include <netinet/in.h>
+#include <poll.h>
+#include <sched.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/socket.h>
+#include <sys/uio.h>
+#include <time.h>
+
+#include <rdma/fabric.h>
+#include <rdma/fi_cm.h>
+#include <rdma/fi_domain.h>
+#include <rdma/fi_endpoint.h>
+#include <rdma/fi_eq.h>
+#include <rdma/fi_errno.h>
+#include <rdma/fi_rma.h>
+
+#ifndef CLOCK_MONOTONIC
+#error "rmig_fabric_ofi.h needs POSIX: compile with -std=gnu11 or define _DEFAULT_SOURCE before the first #include"
+#endif
+#if FI_MAJOR_VERSION < 1 || (FI_MAJOR_VERSION == 1 && FI_MINOR_VERSION < 11)
+#error "rmig_fabric_ofi.h needs libfabric 1.11 or later"
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* The interface version asked for. 2.x still speaks 1.17, in which nothing used here differs. */
+#if FI_MAJOR_VERSION > 1 || FI_MINOR_VERSION > 17
+#define RMIG__OFI_VERSION FI_VERSION(1, 17)
+#else
+#define RMIG__OFI_VERSION FI_VERSION(FI_MAJOR_VERSION, FI_MINOR_VERSION)
+#endif
+
+#define RMIG__OFI_MR_MODE (FI_MR_LOCAL | FI_MR_VIRT_ADDR | FI_MR_ALLOCATED | FI_MR_PROV_KEY | FI_MR_ENDPOINT)
+#define RMIG__OFI_ORDER (FI_ORDER_SAS | FI_ORDER_SAW | FI_ORDER_WAW)
+#define RMIG__OFI_STRICT 0x1FFULL // completions in the order of posting; 2.x deprecates its name
+#define RMIG__OFI_CM_DATA 1024 // private data that an event may bring: more than any provider has
+#define RMIG__OFI_HOLD_NS 100000000ULL // how long a cancelled operation waits for the reason
+#define RMIG__OFI_WAIT_MAX_NS 1000000000ULL // a provider's lost wake-up costs this, not a hang
+#define RMIG__OFI_IDLE_NS 50000 // sleep where a provider has no descriptors
+#define RMIG__OFI_POLLFDS 64
+
+struct rmig__ofi_net { // one per libfabric fabric: the scope of event queues and listeners
+    struct rmig__ofi_net *next;
+    struct fi_info *info;
+    struct fid_fabric *fabric;
+};
+
+struct rmig__ofi_domain { // one per adapter or interface: the scope of completion queues, registrations and connections
+    struct rmig__ofi_domain *next;
+    struct rmig__ofi_net *net;
+    struct fi_info *info;
+    struct fid_domain *domain;
+};
+
+struct rmig__ofi {
+    struct rmig_fabric base;
+    char provider[FI_NAME_MAX * 2];
+    bool poll;
+    bool delivery; // completions mean delivery
+    uint64_t order; // message order asked for
+    uint32_t keys; // registrations made so far
+    struct rmig__ofi_net *nets;
+    struct rmig__ofi_domain *domains;
+};
+
+struct rmig__ofi_ep { // what listeners and connections share
+    struct rmig_ep base;
+    bool listener;
+    bool waitable;
+    struct rmig__ofi_net *net;
+    struct fid_eq *eq;
+    struct fi_info *info;
+};
+
+struct rmig__ofi_request {
+    struct rmig__ofi_request *next;
+    struct fi_info *info;
+    bool told; // its event was delivered
+    size_t length;
+    uint8_t data[RMIG__OFI_CM_DATA];
+};
+
+struct rmig__ofi_listener {
+    struct rmig__ofi_ep head;
+    struct fid_pep *pep;
+    struct rmig__ofi_request *requests;
+    uint32_t users; // the caller, and connections neither accepted nor closed: rejecting them takes the listener
+};
+
+enum rmig__ofi_kind { RMIG__OFI_SEND, RMIG__OFI_RECV, RMIG__OFI_WRITE };
+
+struct rmig__ofi_op { // an operation in flight; its address is the context that libfabric hands back
+    struct fi_context2 context; // first
+    enum rmig__ofi_kind kind;
+    uint32_t index; // in its array
+    uint64_t id;
+    uint64_t length;
+    bool wanted; // write: the caller wants the event
+    bool done;
+    bool told;
+};
+
+enum rmig__ofi_state { RMIG__OFI_RESOLVED, RMIG__OFI_IDLE, RMIG__OFI_CONNECTING, RMIG__OFI_UP, RMIG__OFI_ENDED };
+
+struct rmig__ofi_conn {
+    struct rmig__ofi_ep head;
+    enum rmig__ofi_state state;
+    struct rmig__ofi_domain *domain;
+    struct rmig__ofi_listener *from; // passive side, until accepted
+    struct fid_ep *ep;
+    struct fid_cq *cq;
+    char peer[300]; // address, for texts
+    size_t cm_data_max;
+    bool ordered_completions;
+
+    uint32_t send_depth, recv_depth, write_depth;
+    struct rmig__ofi_op *ops; // all of them: sends, then receives, then writes
+    struct rmig__ofi_op **free_sends, **free_recvs; // stacks
+    uint32_t free_send_count, free_recv_count;
+    struct rmig__ofi_op **events; // ring of completed operations that poll has not told yet
+    uint64_t event_first, event_last;
+    uint64_t write_first, write_done, write_last; // ring: first not told, first not complete, next to post
+    uint32_t silent_writes; // posted since the last that asked for a completion
+    uint32_t sends_posted;
+
+    bool connected; // seen, not told yet
+    bool leaving, left; // disconnect was called; was done
+    enum rmig_fabric_event_type end; // how the connection ended, 0: it has not
+    int end_code;
+    uint64_t held_at; // when the first operation was cancelled, 0: none was
+    int held_code;
+    size_t data_length;
+    uint8_t data[RMIG__OFI_CM_DATA];
+    char text[320];
+};
+
+union rmig__ofi_cm_event {
+    struct fi_eq_entry entry;
+    uint64_t align;
+    char bytes[sizeof(struct fi_eq_cm_entry) + RMIG__OFI_CM_DATA];
+};
+
+static void *rmig__ofi_alloc(size_t n, size_t size) {
+    void *p = RMIG_MALLOC(n * size);
+    if (p != NULL)
+        memset(p, 0, n * size);
+    return p;
+}
+
+static void rmig__ofi_free(void *p) { // an overridden RMIG_FREE need not take NULL
+    if (p != NULL)
+        RMIG_FREE(p);
+}
+
+static int rmig__ofi_fail(struct rmig_error *err, int status, ssize_t ret, const char *what) {
+    int code = ret < 0 ? (int)-ret : 0;
+    if (code == FI_ENOMEM)
+        status = RMIG_ERR_NO_MEMORY;
+    return rmig_fail(err, status, code, "libfabric: %s: %s (%d)", what, fi_strerror(code), code);
+}
+
+static const char *rmig__ofi_name(const char *name) { return name == NULL ? "" : name; }
+
+static struct rmig__ofi *rmig__ofi_of(struct rmig_ep *ep) { return (struct rmig__ofi *)(void *)ep->fabric; }
+
+static uint64_t rmig__ofi_now(struct rmig_fabric *f) {
+    struct timespec t;
+    (void)f;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+}
+
+// >>ofi: choosing a provider, resolving addresses
+
+static struct fi_info *rmig__ofi_hints(const char *provider, bool delivery, uint64_t order) {
+    struct fi_info *h = fi_allocinfo();
+    if (h == NULL)
+        return NULL;
+    h->caps = FI_MSG | FI_RMA | FI_SEND | FI_RECV | FI_WRITE | FI_REMOTE_WRITE;
+    h->mode = FI_CONTEXT | FI_CONTEXT2;
+    h->addr_format = FI_SOCKADDR;
+    h->ep_attr->type = FI_EP_MSG;
+    h->domain_attr->threading = FI_THREAD_DOMAIN;
+    h->domain_attr->control_progress = FI_PROGRESS_MANUAL; // no threads behind our back
+    h->domain_attr->data_progress = FI_PROGRESS_MANUAL;
+    h->domain_attr->mr_mode = RMIG__OFI_MR_MODE;
+    h->tx_attr->op_flags = delivery ? FI_DELIVERY_COMPLETE : 0;
+    h->tx_attr->msg_order = order;
+    h->rx_attr->msg_order = order;
+    if (provider == NULL || provider[0] == '\0')
+        return h;
+    size_t n = strlen(provider) + 1;
+    h->fabric_attr->prov_name = (char *)malloc(n); // fi_freeinfo frees it: not RMIG_MALLOC
+    if (h->fabric_attr->prov_name == NULL) {
+        fi_freeinfo(h);
+        return NULL;
+    }
+    memcpy(h->fabric_attr->prov_name, provider, n);
+    return h;
+}
+
+static bool rmig__ofi_usable(const struct fi_info *info) {
+    if (info->ep_attr->type != FI_EP_MSG || (info->domain_attr->mr_mode & ~RMIG__OFI_MR_MODE) != 0)
+        return false;
+    return info->addr_format == FI_SOCKADDR || info->addr_format == FI_SOCKADDR_IN ||
+           info->addr_format == FI_SOCKADDR_IN6;
+}
+
+/* The first usable offer for the fabric's provider; the caller frees it. tx, rx: queue sizes wanted, 0: its default. */
+static int rmig__ofi_getinfo(const struct rmig__ofi *f, const char *host, const char *port, uint64_t flags, size_t tx,
+                             size_t rx, struct fi_info **out) {
+    struct fi_info *list = NULL, *i, *h = rmig__ofi_hints(f->provider, f->delivery, f->order);
+    *out = NULL;
+    if (h == NULL)
+        return -FI_ENOMEM;
+    h->tx_attr->size = tx;
+    h->rx_attr->size = rx;
+    int ret = fi_getinfo(RMIG__OFI_VERSION, host, port, flags, h, &list);
+    fi_freeinfo(h);
+    if (ret != 0)
+        return ret;
+    for (i = list; i != NULL && !rmig__ofi_usable(i); i = i->next)
+        ;
+    if (i != NULL)
+        *out = fi_dupinfo(i);
+    ret = i == NULL ? -FI_ENODATA : *out == NULL ? -FI_ENOMEM : 0;
+    fi_freeinfo(list);
+    return ret;
+}
+
+/* Sets delivery and order to the best that the provider can. */
+static bool rmig__ofi_negotiate(struct rmig__ofi *f) {
+    for (int attempt = 0; attempt < 3; attempt++) {
+        struct fi_info *info;
+        f->delivery = attempt != 1;
+        f->order = attempt == 2 ? FI_ORDER_SAS : RMIG__OFI_ORDER;
+        if (rmig__ofi_getinfo(f, NULL, NULL, 0, 0, 0, &info) != 0)
+            continue;
+        fi_freeinfo(info);
+        return true;
+    }
+    return false;
+}
+
+static int rmig__ofi_choose(struct rmig__ofi *f, const char *wanted, struct rmig_error *err) {
+    struct fi_info *list = NULL, *h = rmig__ofi_hints(wanted, false, 0);
+    bool found = false;
+    if (h == NULL)
+        return rmig_fail(err, RMIG_ERR_NO_MEMORY, 0, "out of memory for libfabric's hints");
+    int ret = fi_getinfo(RMIG__OFI_VERSION, NULL, NULL, 0, h, &list);
+    fi_freeinfo(h);
+    for (struct fi_info *i = list; ret == 0 && i != NULL && !found; i = i->next) {
+        const char *name = rmig__ofi_name(i->fabric_attr->prov_name);
+        if (!rmig__ofi_usable(i) || strcmp(name, f->provider) == 0 || strlen(name) >= sizeof f->provider)
+            continue;
+        memcpy(f->provider, name, strlen(name) + 1);
+        found = rmig__ofi_negotiate(f);
+    }
+    if (list != NULL)
+        fi_freeinfo(list);
+    if (found)
+        return RMIG_OK;
+    if (ret == 0)
+        ret = -FI_ENODATA;
+    if (wanted != NULL)
+        return rmig_fail(
+            err, RMIG_ERR_FABRIC, -ret,
+            "libfabric: provider '%s' has no connected endpoints with ordered or delivery-complete RMA writes here: "
+            "%s (`fi_info -t FI_EP_MSG` lists candidates)",
+            wanted, fi_strerror(-ret));
+    return rmig_fail(err, RMIG_ERR_FABRIC, -ret,
+                     "libfabric: no provider has connected endpoints with RMA writes here: %s", fi_strerror(-ret));
+}
+
+/* The offer for an address, or an error that tells an unknown host from one that the provider cannot serve. */
+static int rmig__ofi_resolve(const struct rmig__ofi *f, const char *address, bool passive, size_t tx, size_t rx,
+                             struct fi_info **info, struct rmig_error *err) {
+    char host[256], port[16];
+    int ret = rmig_split_address(address, host, sizeof host, port, sizeof port, err);
+    if (ret != RMIG_OK)
+        return ret;
+    if (port[0] == '\0')
+        return rmig_fail(err, RMIG_ERR_ARGUMENT, 0, "address '%s' has no port: \"host:port\" is needed", address);
+    if (!passive && (host[0] == '\0' || strtoul(port, NULL, 10) == 0))
+        return rmig_fail(err, RMIG_ERR_ARGUMENT, 0,
+                         "address '%s' to connect to needs a host and a port from 1 to 65535", address);
+    const char *node = host[0] == '\0' ? "0.0.0.0" : host;
+    ret = rmig__ofi_getinfo(f, node, port, passive ? FI_SOURCE : 0, tx, rx, info);
+    if (ret != 0 && (tx != 0 || rx != 0)) // the queues wanted may be more than it has
+        ret = rmig__ofi_getinfo(f, node, port, passive ? FI_SOURCE : 0, 0, 0, info);
+    if (ret == 0)
+        return RMIG_OK;
+
+    struct addrinfo hints, *found = NULL;
+    memset(&hints, 0, sizeof hints);
+    hints.ai_socktype = SOCK_STREAM;
+    int gai = getaddrinfo(node, port, &hints, &found);
+    if (gai != 0)
+        return rmig_fail(err, RMIG_ERR_UNREACHABLE, gai, "address '%s': %s", address, gai_strerror(gai));
+    freeaddrinfo(found);
+    return rmig_fail(err, RMIG_ERR_UNREACHABLE, -ret, "libfabric provider '%s' cannot %s '%s': %s", f->provider,
+                     passive ? "listen on" : "reach", address, fi_strerror(-ret));
+}
+
+// >>ofi: fabrics and domains, cached
+
+static int rmig__ofi_get_net(struct rmig__ofi *f, const struct fi_info *info, struct rmig__ofi_net **out,
+                             struct rmig_error *err) {
+    struct rmig__ofi_net *net;
+    for (net = f->nets; net != NULL; net = net->next)
+        if (strcmp(rmig__ofi_name(net->info->fabric_attr->name), rmig__ofi_name(info->fabric_attr->name)) == 0)
+            break;
+    *out = net;
+    if (net != NULL)
+        return RMIG_OK;
+    net = (struct rmig__ofi_net *)rmig__ofi_alloc(1, sizeof *net);
+    if (net == NULL)
+        return rmig_fail(err, RMIG_ERR_NO_MEMORY, 0, "out of memory for a fabric");
+    net->info = fi_dupinfo(info);
+    int ret = net->info == NULL ? -FI_ENOMEM : fi_fabric(net->info->fabric_attr, &net->fabric, NULL);
+    if (ret != 0) {
+        if (net->info != NULL)
+            fi_freeinfo(net->info);
+        rmig__ofi_free(net);
+        return rmig__ofi_fail(err, RMIG_ERR_FABRIC, ret, "fi_fabric");
+    }
+    net->next = f->nets;
+    f->nets = net;
+    *out = net;
+    return RMIG_OK;
+}
+
+static int rmig__ofi_get_domain(struct rmig__ofi *f, struct rmig__ofi_net *net, const struct fi_info *info,
+                                struct rmig__ofi_domain **out, struct rmig_error *err) {
+    struct rmig__ofi_domain *d;
+    for (d = f->domains; d != NULL; d = d->next)
+        if (d->net == net && d->info->domain_attr->mr_mode == info->domain_attr->mr_mode &&
+            strcmp(rmig__ofi_name(d->info->domain_attr->name), rmig__ofi_name(info->domain_attr->name)) == 0)
+            break;
+    *out = d;
+    if (d != NULL)
+        return RMIG_OK;
+    d = (struct rmig__ofi_domain *)rmig__ofi_alloc(1, sizeof *d);
+    if (d == NULL)
+        return rmig_fail(err, RMIG_ERR_NO_MEMORY, 0, "out of memory for a domain");
+    d->net = net;
+    d->info = fi_dupinfo(info);
+    int ret = d->info == NULL ? -FI_ENOMEM : fi_domain(net->fabric, d->info, &d->domain, NULL);
+    if (ret != 0) {
+        if (d->info != NULL)
+            fi_freeinfo(d->info);
+        rmig__ofi_free(d);
+        return rmig__ofi_fail(err, RMIG_ERR_FABRIC, ret, "fi_domain");
+    }
+    d->next = f->domains;
+    f->domains = d;
+    *out = d;
+    return RMIG_OK;
+}
+
+static void rmig__ofi_close_fabric(struct rmig_fabric *base) {
+    struct rmig__ofi *f = (struct rmig__ofi *)(void *)base;
+    while (f->domains != NULL) {
+        struct rmig__ofi_domain *d = f->domains;
+        f->domains = d->next;
+        fi_close(&d->domain->fid);
+        fi_freeinfo(d->info);
+        rmig__ofi_free(d);
+    }
+    while (f->nets != NULL) {
+        struct rmig__ofi_net *net = f->nets;
+        f->nets = net->next;
+        fi_close(&net->fabric->fid);
+        fi_freeinfo(net->info);
+        rmig__ofi_free(net);
+    }
+    rmig__ofi_free(f);
+}
+
+static bool rmig__ofi_has_fd(struct fid *fid) { // some take FI_WAIT_FD and have no descriptor
+    int fd = -1;
+    return fi_control(fid, FI_GETWAIT, &fd) == 0 && fd >= 0;
+}
+
+/* Opens the event queue, waitable by descriptor where the provider can. */
+static int rmig__ofi_open_eq(struct rmig__ofi_ep *ep, bool poll_only, struct rmig_error *err) {
+    struct fi_eq_attr attr;
+    memset(&attr, 0, sizeof attr);
+    attr.wait_obj = FI_WAIT_FD;
+    if (!poll_only && fi_eq_open(ep->net->fabric, &attr, &ep->eq, NULL) == 0) {
+        ep->waitable = rmig__ofi_has_fd(&ep->eq->fid);
+        if (ep->waitable)
+            return RMIG_OK;
+        fi_close(&ep->eq->fid);
+    }
+    ep->eq = NULL;
+    attr.wait_obj = FI_WAIT_NONE;
+    int ret = fi_eq_open(ep->net->fabric, &attr, &ep->eq, NULL);
+    return ret == 0 ? RMIG_OK : rmig__ofi_fail(err, RMIG_ERR_FABRIC, ret, "fi_eq_open");
+}
+
+// >>ofi: listeners
+
+static void rmig__ofi_drop_request(struct rmig__ofi_listener *l, struct rmig__ofi_request *r, const void *data,
+                                   size_t n) {
+    fi_reject(l->pep, r->info->handle, data, n);
+    fi_freeinfo(r->info);
+    rmig__ofi_free(r);
+}
+
+/* Closes the listener when its last user is gone. */
+static void rmig__ofi_release_listener(struct rmig__ofi_listener *l) {
+    if (--l->users > 0)
+        return;
+    if (l->pep != NULL)
+        fi_close(&l->pep->fid);
+    if (l->head.eq != NULL)
+        fi_close(&l->head.eq->fid);
+    if (l->head.info != NULL)
+        fi_freeinfo(l->head.info);
+    rmig__ofi_free(l);
+}
+
+/* Takes the listener's events; returns the status of the event queue. Out of memory: the request is refused. */
+static int rmig__ofi_read_requests(struct rmig__ofi_listener *l, struct rmig_error *err) {
+    for (;;) {
+        union rmig__ofi_cm_event buf;
+        uint32_t event = 0;
+        ssize_t n = fi_eq_read(l->head.eq, &event, &buf, sizeof buf, 0);
+        if (n == -FI_EAGAIN)
+            return RMIG_OK;
+        if (n == -FI_EAVAIL) {
+            struct fi_eq_err_entry e;
+            memset(&e, 0, sizeof e);
+            n = fi_eq_readerr(l->head.eq, &e, 0);
+            return rmig__ofi_fail(err, RMIG_ERR_FABRIC, n < 0 ? n : -e.err, "listening");
+        }
+        if (n < 0)
+            return rmig__ofi_fail(err, RMIG_ERR_FABRIC, n, "fi_eq_read");
+        if (event != FI_CONNREQ || (size_t)n < sizeof(struct fi_eq_cm_entry))
+            continue;
+        const struct fi_eq_cm_entry *cm = (const struct fi_eq_cm_entry *)(const void *)&buf;
+        struct rmig__ofi_request *r = (struct rmig__ofi_request *)rmig__ofi_alloc(1, sizeof *r);
+        if (r == NULL) {
+            fi_reject(l->pep, cm->info->handle, NULL, 0);
+            fi_freeinfo(cm->info);
+            continue;
+        }
+        r->info = cm->info;
+        r->length = (size_t)n - sizeof *cm;
+        memcpy(r->data, buf.bytes + sizeof *cm, r->length);
+        struct rmig__ofi_request **tail = &l->requests;
+        while (*tail != NULL)
+            tail = &(*tail)->next;
+        *tail = r;
+    }
+}
+
+static int rmig__ofi_poll_listener(struct rmig__ofi_listener *l, struct rmig_fabric_event *events, size_t n,
+                                   struct rmig_error *err) {
+    size_t count = 0;
+    int status = rmig__ofi_read_requests(l, err);
+    for (struct rmig__ofi_request *r = l->requests; r != NULL && count < n; r = r->next) {
+        if (r->told)
+            continue;
+        r->told = true;
+        struct rmig_fabric_event *e = &events[count++];
+        memset(e, 0, sizeof *e);
+        e->type = RMIG_FEV_REQUEST;
+        e->request = r;
+        e->private_data = r->data;
+        e->private_data_length = r->length;
+    }
+    return count > 0 || status == RMIG_OK ? (int)count : status;
+}
+
+static void rmig__ofi_close_listener(struct rmig__ofi_listener *l) {
+    if (l->pep != NULL && l->head.eq != NULL) {
+        rmig__ofi_read_requests(l, NULL); // a request that nobody saw holds memory too
+        while (l->requests != NULL) {
+            struct rmig__ofi_request *r = l->requests;
+            l->requests = r->next;
+            rmig__ofi_drop_request(l, r, NULL, 0);
+        }
+    }
+    rmig__ofi_release_listener(l);
+}
+
+static int rmig__ofi_start_listener(struct rmig__ofi *f, struct rmig__ofi_listener *l, const char *address,
+                                    struct rmig_error *err) {
+    int status = rmig__ofi_resolve(f, address, true, 0, 0, &l->head.info, err);
+    if (status == RMIG_OK)
+        status = rmig__ofi_get_net(f, l->head.info, &l->head.net, err);
+    if (status == RMIG_OK)
+        status = rmig__ofi_open_eq(&l->head, f->poll, err);
+    if (status != RMIG_OK)
+        return status;
+    int ret = fi_passive_ep(l->head.net->fabric, l->head.info, &l->pep, NULL);
+    if (ret == 0)
+        ret = fi_pep_bind(l->pep, &l->head.eq->fid, 0);
+    if (ret == 0)
+        ret = fi_listen(l->pep);
+    if (ret == 0)
+        return RMIG_OK;
+    return rmig_fail(err, RMIG_ERR_FABRIC, -ret, "libfabric provider '%s': listening on '%s' failed: %s", f->provider,
+                     address, fi_strerror(-ret));
+}
+
+static int rmig__ofi_listen(struct rmig_fabric *base, const char *address, struct rmig_ep **out,
+                            struct rmig_error *err) {
+    struct rmig__ofi_listener *l = (struct rmig__ofi_listener *)rmig__ofi_alloc(1, sizeof *l);
+    if (l == NULL)
+        return rmig_fail(err, RMIG_ERR_NO_MEMORY, 0, "out of memory for a listener");
+    l->head.base.fabric = base;
+    l->head.listener = true;
+    l->users = 1;
+    int status = rmig__ofi_start_listener((struct rmig__ofi *)(void *)base, l, address, err);
+    if (status != RMIG_OK) {
+        rmig__ofi_close_listener(l);
+        return status;
+    }
+    *out = &l->head.base;
+    return RMIG_OK;
+}
+
+static struct rmig__ofi_listener *rmig__ofi_listener_of(struct rmig_ep *ep) {
+    struct rmig__ofi_ep *head = (struct rmig__ofi_ep *)(void *)ep;
+    return head->listener ? (struct rmig__ofi_listener *)(void *)head : NULL;
+}
+
+static int rmig__ofi_address(struct rmig_ep *ep, char *buf, size_t size, struct rmig_error *err) {
+    struct rmig__ofi_listener *l = rmig__ofi_listener_of(ep);
+    union {
+        struct sockaddr sa;
+        struct sockaddr_storage storage;
+    } name;
+    char host[256], port[16];
+    size_t length = sizeof name;
+    if (l == NULL)
+        return rmig_fail(err, RMIG_ERR_STATE, 0, "address: the endpoint is not a listener");
+    int ret = fi_getname(&l->pep->fid, &name, &length);
+    if (ret != 0)
+        return rmig__ofi_fail(err, RMIG_ERR_FABRIC, ret, "fi_getname");
+    ret =
+        getnameinfo(&name.sa, (socklen_t)length, host, sizeof host, port, sizeof port, NI_NUMERICHOST | NI_NUMERICSERV);
+    if (ret != 0)
+        return rmig_fail(err, RMIG_ERR_FABRIC, ret, "the listener's address: %s", gai_strerror(ret));
+    ret = snprintf(buf, size, name.sa.sa_family == AF_INET6 ? "[%s]:%s" : "%s:%s", host, port);
+    if (ret < 0 || (size_t)ret >= size)
+        return rmig_fail(err, RMIG_ERR_ARGUMENT, 0, "address: %zu bytes of room, %d needed", size, ret + 1);
+    return RMIG_OK;
+}
+
+/* Takes a request off the listener's list; NULL if it is not there (any more). */
+static struct rmig__ofi_request *rmig__ofi_take_request(struct rmig__ofi_listener *l, const void *request) {
+    for (struct rmig__ofi_request **at = &l->requests; *at != NULL; at = &(*at)->next) {
+        struct rmig__ofi_request *r = *at;
+        if (r != request)
+            continue;
+        *at = r->next;
+        r->next = NULL;
+        return r;
+    }
+    return NULL;
+}
+
+static size_t rmig__ofi_cm_data_max(struct fid *fid) {
+    size_t max = 0, length = sizeof max;
+    if (fi_getopt(fid, FI_OPT_ENDPOINT, FI_OPT_CM_DATA_SIZE, &max, &length) != 0)
+        return 0;
+    return max < RMIG__OFI_CM_DATA ? max : RMIG__OFI_CM_DATA;
+}
+
+static int rmig__ofi_reject(struct rmig_ep *ep, void *request, const uint8_t *data, size_t n, struct rmig_error *err) {
+    static const uint8_t none[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+    struct rmig__ofi_listener *l = rmig__ofi_listener_of(ep);
+    if (l == NULL)
+        return rmig_fail(err, RMIG_ERR_STATE, 0, "reject: the endpoint is not a listener");
+    size_t max = rmig__ofi_cm_data_max(&l->pep->fid);
+    if (n > max)
+        return rmig_fail(err, RMIG_ERR_ARGUMENT, 0, "reject: %zu bytes of private data, at most %zu", n, max);
+    struct rmig__ofi_request *r = rmig__ofi_take_request(l, request);
+    if (r == NULL)
+        return rmig_fail(err, RMIG_ERR_STATE, 0, "reject: the request was used up already");
+    if (n == 0) { // by its data the peer tells a rejection from a port where nobody listens
+        data = none;
+        n = sizeof none;
+    }
+    rmig__ofi_drop_request(l, r, data, n);
+    return RMIG_OK;
+}
+
+// >>ofi: connections, made and freed
+
+static void rmig__ofi_free_conn(struct rmig__ofi_conn *c) {
+    if (c->ep != NULL)
+        fi_close(&c->ep->fid);
+    if (c->from != NULL) { // opened from a request and never accepted: the request is still to be freed, after its user
+        if (c->ep != NULL)
+            fi_reject(c->from->pep, c->head.info->handle, NULL, 0);
+        rmig__ofi_release_listener(c->from);
+    }
+    if (c->cq != NULL)
+        fi_close(&c->cq->fid);
+    if (c->head.eq != NULL)
+        fi_close(&c->head.eq->fid);
+    if (c->head.info != NULL)
+        fi_freeinfo(c->head.info);
+    rmig__ofi_free(c->ops);
+    rmig__ofi_free(c->free_sends);
+    rmig__ofi_free(c->events);
+    rmig__ofi_free(c);
+}
+
+static uint32_t rmig__ofi_clamp(uint64_t wanted, uint64_t max, uint32_t least) {
+    uint64_t n = wanted < max ? wanted : max;
+    return n < least ? least : (uint32_t)n;
+}
+
+/* Sends and writes share the transmit queue: sends get their part first, so that writes never crowd them out. */
+static int rmig__ofi_make_ops(struct rmig__ofi_conn *c, const struct rmig_ep_config *cfg, struct rmig_error *err) {
+    uint64_t tx = c->head.info->tx_attr->size, rx = c->head.info->rx_attr->size;
+    if (tx < 2 || rx < 2)
+        return rmig_fail(err, RMIG_ERR_FABRIC, 0,
+                         "libfabric: queues of %llu sends and %llu receives, at least 2 of each are needed",
+                         (unsigned long long)tx, (unsigned long long)rx);
+    c->send_depth = rmig__ofi_clamp(cfg->send_depth, tx / 2, 1);
+    c->write_depth = rmig__ofi_clamp(cfg->write_depth, tx - c->send_depth, 1);
+    c->recv_depth = rmig__ofi_clamp(cfg->recv_depth, rx, 2);
+    uint32_t sends = c->send_depth, recvs = c->recv_depth, all = sends + recvs + c->write_depth;
+    c->ops = (struct rmig__ofi_op *)rmig__ofi_alloc(all, sizeof *c->ops);
+    c->events = (struct rmig__ofi_op **)rmig__ofi_alloc(all, sizeof *c->events);
+    c->free_sends = (struct rmig__ofi_op **)rmig__ofi_alloc((size_t)sends + recvs, sizeof *c->free_sends);
+    if (c->ops == NULL || c->events == NULL || c->free_sends == NULL)
+        return rmig_fail(err, RMIG_ERR_NO_MEMORY, 0, "out of memory for %lu operations", (unsigned long)all);
+    c->free_recvs = c->free_sends + sends;
+    for (uint32_t i = 0; i < all; i++) {
+        struct rmig__ofi_op *op = &c->ops[i];
+        op->kind = i < sends ? RMIG__OFI_SEND : i < sends + recvs ? RMIG__OFI_RECV : RMIG__OFI_WRITE;
+        if (op->kind == RMIG__OFI_SEND)
+            c->free_sends[c->free_send_count++] = op;
+        if (op->kind == RMIG__OFI_RECV)
+            c->free_recvs[c->free_recv_count++] = op;
+    }
+    return RMIG_OK;
+}
+
+static int rmig__ofi_open_cq(struct rmig__ofi_conn *c, struct rmig_error *err) {
+    struct fi_cq_attr attr;
+    memset(&attr, 0, sizeof attr);
+    attr.size = (size_t)c->send_depth + c->write_depth + c->recv_depth;
+    attr.format = FI_CQ_FORMAT_MSG;
+    attr.wait_obj = FI_WAIT_FD;
+    if (c->head.waitable && fi_cq_open(c->domain->domain, &attr, &c->cq, NULL) == 0) {
+        if (rmig__ofi_has_fd(&c->cq->fid))
+            return RMIG_OK;
+        fi_close(&c->cq->fid);
+    }
+    c->cq = NULL;
+    c->head.waitable = false;
+    attr.wait_obj = FI_WAIT_NONE;
+    int ret = fi_cq_open(c->domain->domain, &attr, &c->cq, NULL);
+    return ret == 0 ? RMIG_OK : rmig__ofi_fail(err, RMIG_ERR_FABRIC, ret, "fi_cq_open");
+}
+
+/* Makes everything from c->head.info; what was made before a failure is in *c. */
+static int rmig__ofi_build_conn(struct rmig__ofi *f, struct rmig__ofi_conn *c, const struct rmig_ep_config *cfg,
+                                struct rmig_error *err) {
+    const struct fi_info *info = c->head.info;
+    int status = RMIG_OK;
+    if (c->from != NULL)
+        c->head.net = c->from->head.net; // a request's info need not name its fabric as the listener's does
+    else
+        status = rmig__ofi_get_net(f, info, &c->head.net, err);
+    if (status == RMIG_OK)
+        status = rmig__ofi_get_domain(f, c->head.net, info, &c->domain, err);
+    if (status == RMIG_OK)
+        status = rmig__ofi_make_ops(c, cfg, err);
+    if (status == RMIG_OK)
+        status = rmig__ofi_open_eq(&c->head, f->poll, err);
+    if (status == RMIG_OK)
+        status = rmig__ofi_open_cq(c, err);
+    if (status != RMIG_OK)
+        return status;
+    c->ordered_completions = (info->tx_attr->comp_order & RMIG__OFI_STRICT) == RMIG__OFI_STRICT;
+    int ret = fi_endpoint(c->domain->domain, c->head.info, &c->ep, NULL);
+    if (ret != 0) {
+        c->ep = NULL;
+        return rmig__ofi_fail(err, RMIG_ERR_FABRIC, ret, "fi_endpoint");
+    }
+    ret = fi_ep_bind(c->ep, &c->head.eq->fid, 0);
+    if (ret == 0)
+        ret = fi_ep_bind(c->ep, &c->cq->fid, FI_TRANSMIT | FI_SELECTIVE_COMPLETION);
+    if (ret == 0)
+        ret = fi_ep_bind(c->ep, &c->cq->fid, FI_RECV);
+    if (ret == 0)
+        ret = fi_enable(c->ep);
+    if (ret != 0)
+        return rmig__ofi_fail(err, RMIG_ERR_FABRIC, ret, "enabling an endpoint");
+    c->cm_data_max = rmig__ofi_cm_data_max(&c->ep->fid);
+    if (c->cm_data_max < 8)
+        return rmig_fail(err, RMIG_ERR_FABRIC, 0,
+                         "libfabric provider '%s' carries %zu bytes of private data, 8 are needed", f->provider,
+                         c->cm_data_max);
+    return RMIG_OK;
+}
+
+static struct rmig__ofi_conn *rmig__ofi_new_conn(struct rmig_fabric *base, enum rmig__ofi_state state,
+                                                 const char *peer) {
+    struct rmig__ofi_conn *c = (struct rmig__ofi_conn *)rmig__ofi_alloc(1, sizeof *c);
+    if (c == NULL)
+        return NULL;
+    c->head.base.fabric = base;
+    c->state = state;
+    snprintf(c->peer, sizeof c->peer, "%s", peer);
+    return c;
+}
+
+static int rmig__ofi_open_active(struct rmig_fabric *base, const char *address, const struct rmig_ep_config *cfg,
+                                 struct rmig_ep **out, struct rmig_error *err) {
+    struct rmig__ofi *f = (struct rmig__ofi *)(void *)base;
+    struct rmig__ofi_conn *c = rmig__ofi_new_conn(base, RMIG__OFI_RESOLVED, address);
+    if (c == NULL)
+        return rmig_fail(err, RMIG_ERR_NO_MEMORY, 0, "out of memory for a connection");
+    int status = rmig__ofi_resolve(f, address, false, (size_t)cfg->send_depth + cfg->write_depth, cfg->recv_depth,
+                                   &c->head.info, err);
+    if (status == RMIG_OK)
+        status = rmig__ofi_build_conn(f, c, cfg, err);
+    if (status != RMIG_OK) {
+        rmig__ofi_free_conn(c);
+        return status;
+    }
+    *out = &c->head.base;
+    return RMIG_OK;
+}
+
+static int rmig__ofi_open_request(struct rmig_ep *ep, void *request, const struct rmig_ep_config *cfg,
+                                  struct rmig_ep **out, struct rmig_error *err) {
+    struct rmig__ofi_listener *l = rmig__ofi_listener_of(ep);
+    if (l == NULL)
+        return rmig_fail(err, RMIG_ERR_STATE, 0, "open_request: the endpoint is not a listener");
+    struct rmig__ofi_conn *c = rmig__ofi_new_conn(ep->fabric, RMIG__OFI_IDLE, "the source");
+    if (c == NULL)
+        return rmig_fail(err, RMIG_ERR_NO_MEMORY, 0, "out of memory for a connection");
+    struct rmig__ofi_request *r = rmig__ofi_take_request(l, request);
+    if (r == NULL) {
+        rmig__ofi_free_conn(c);
+        return rmig_fail(err, RMIG_ERR_STATE, 0, "open_request: the request was used up already");
+    }
+    c->head.info = r->info;
+    c->from = l;
+    l->users++;
+    int status = rmig__ofi_build_conn((struct rmig__ofi *)(void *)ep->fabric, c, cfg, err);
+    if (status == RMIG_OK) {
+        rmig__ofi_free(r);
+        *out = &c->head.base;
+        return RMIG_OK;
+    }
+    if (c->ep == NULL) { // the request is untouched: it can still be rejected
+        c->head.info = NULL;
+        r->next = l->requests;
+        l->requests = r;
+    } else {
+        rmig__ofi_free(r);
+    }
+    rmig__ofi_free_conn(c);
+    return status;
+}
+
+static void rmig__ofi_close(struct rmig_ep *ep) {
+    struct rmig__ofi_listener *l = rmig__ofi_listener_of(ep);
+    if (l != NULL)
+        rmig__ofi_close_listener(l);
+    else
+        rmig__ofi_free_conn((struct rmig__ofi_conn *)(void *)ep);
+}
+
+// >>ofi: events of a connection
+
+/* The first reason that ends a connection is the one that is told. */
+#if defined(__GNUC__)
+__attribute__((format(printf, 4, 5)))
+#endif
+static void
+rmig__ofi_end(struct rmig__ofi_conn *c, enum rmig_fabric_event_type type, int code, const char *format, ...) {
+    va_list args;
+    if (c->end != 0)
+        return;
+    c->end = type;
+    c->end_code = code;
+    va_start(args, format);
+    vsnprintf(c->text, sizeof c->text, format, args);
+    va_end(args);
+}
+
+static bool rmig__ofi_is_network(int code) { // providers also put what errno happened to hold
+    static const int known[] = {FI_ECONNREFUSED, FI_ETIMEDOUT,     FI_EHOSTUNREACH, FI_ENETUNREACH,
+                                FI_ENETDOWN,     FI_EADDRNOTAVAIL, FI_EACCES,       FI_ENOPROTOOPT,
+                                FI_ECONNRESET,   FI_ECONNABORTED,  EPERM,           EHOSTDOWN};
+    for (size_t i = 0; i < sizeof known / sizeof known[0]; i++)
+        if (code == known[i])
+            return true;
+    return false;
+}
+
+static bool rmig__ofi_is_gone(int code) { // what the end of a connection looks like from an operation under way
+    return code == FI_ECANCELED || code == FI_ENOTCONN || code == FI_ECONNRESET || code == FI_ECONNABORTED ||
+           code == FI_ESHUTDOWN || code == EPIPE;
+}
+
+static void rmig__ofi_read_eq_error(struct rmig__ofi_conn *c) {
+    struct fi_eq_err_entry e;
+    uint8_t data[RMIG__OFI_CM_DATA];
+    memset(&e, 0, sizeof e);
+    e.err_data = data; // a rejection's private data
+    e.err_data_size = sizeof data;
+    ssize_t n = fi_eq_readerr(c->head.eq, &e, 0);
+    if (n == -FI_EAGAIN)
+        return;
+    if (n < 0) {
+        rmig__ofi_end(c, RMIG_FEV_ERROR, (int)-n, "libfabric: fi_eq_readerr: %s", fi_strerror((int)-n));
+        return;
+    }
+    char buf[128] = "";
+    const char *more = e.prov_errno == 0 ? NULL : fi_eq_strerror(c->head.eq, e.prov_errno, e.err_data, buf, sizeof buf);
+    int code = e.err < 0 ? -e.err : e.err;
+    const char *why = fi_strerror(code);
+    if (more == NULL || strcmp(more, why) == 0)
+        more = "";
+    const char *sep = more[0] == '\0' ? "" : ": ";
+    if (c->state == RMIG__OFI_UP) {
+        rmig__ofi_end(c, rmig__ofi_is_gone(code) ? RMIG_FEV_DISCONNECTED : RMIG_FEV_ERROR, code,
+                      "the connection with %s failed: %s%s%s", c->peer, why, sep, more);
+        return;
+    }
+    if (code == FI_ECONNREFUSED && e.err_data != NULL && e.err_data_size > 0) {
+        c->data_length = e.err_data_size < sizeof c->data ? e.err_data_size : sizeof c->data;
+        memcpy(c->data, e.err_data, c->data_length);
+        rmig__ofi_end(c, RMIG_FEV_REJECTED, code, "%s rejected the connection", c->peer);
+        return;
+    }
+    if (!rmig__ofi_is_network(code))
+        why = "it closed the connection";
+    rmig__ofi_end(c, RMIG_FEV_ERROR, code, "connecting to %s failed: %s%s%s", c->peer, why, sep, more);
+}
+
+static void rmig__ofi_read_eq(struct rmig__ofi_conn *c) {
+    while (c->end == 0) {
+        union rmig__ofi_cm_event buf;
+        uint32_t event = 0;
+        ssize_t n = fi_eq_read(c->head.eq, &event, &buf, sizeof buf, 0);
+        if (n == -FI_EAGAIN)
+            return;
+        if (n == -FI_EAVAIL) {
+            rmig__ofi_read_eq_error(c);
+            return;
+        }
+        if (n < 0) {
+            rmig__ofi_end(c, RMIG_FEV_ERROR, (int)-n, "libfabric: fi_eq_read: %s", fi_strerror((int)-n));
+        } else if (event == FI_CONNECTED) {
+            c->connected = true;
+            c->data_length = (size_t)n > sizeof(struct fi_eq_cm_entry) ? (size_t)n - sizeof(struct fi_eq_cm_entry) : 0;
+            memcpy(c->data, buf.bytes + sizeof(struct fi_eq_cm_entry), c->data_length);
+        } else if (event == FI_SHUTDOWN && c->left) {
+            rmig__ofi_end(c, RMIG_FEV_DISCONNECTED, 0, "disconnected by this side");
+        } else if (event == FI_SHUTDOWN && (c->connected || c->state == RMIG__OFI_UP)) {
+            rmig__ofi_end(c, RMIG_FEV_DISCONNECTED, c->held_code, "%s closed the connection", c->peer);
+        } else if (event == FI_SHUTDOWN) {
+            rmig__ofi_end(c, RMIG_FEV_ERROR, 0, "%s closed the connection while it was being made", c->peer);
+        }
+    }
+}
+
+static uint32_t rmig__ofi_op_count(const struct rmig__ofi_conn *c) {
+    return c->send_depth + c->recv_depth + c->write_depth;
+}
+
+static struct rmig__ofi_op *rmig__ofi_write_op(struct rmig__ofi_conn *c, uint64_t position) {
+    return &c->ops[c->send_depth + c->recv_depth + (uint32_t)(position % c->write_depth)];
+}
+
+/* An operation holds its slot until its event was told, so the ring has room for all. */
+static void rmig__ofi_push(struct rmig__ofi_conn *c, struct rmig__ofi_op *op) {
+    c->events[c->event_last++ % rmig__ofi_op_count(c)] = op;
+}
+
+static void rmig__ofi_free_writes(struct rmig__ofi_conn *c) {
+    while (c->write_first < c->write_done && rmig__ofi_write_op(c, c->write_first)->told)
+        c->write_first++;
+}
+
+/* Writes complete in the order of posting as far as the caller sees. Where the provider does not promise it, each write
+   asks for a completion and those that come early wait here; where it does, one covers the silent writes before it. */
+static void rmig__ofi_write_completed(struct rmig__ofi_conn *c, struct rmig__ofi_op *op) {
+    op->done = true;
+    if (c->ordered_completions)
+        for (uint64_t p = c->write_done; p < c->write_last && rmig__ofi_write_op(c, p) != op; p++)
+            rmig__ofi_write_op(c, p)->done = true;
+    while (c->write_done < c->write_last && rmig__ofi_write_op(c, c->write_done)->done) {
+        struct rmig__ofi_op *w = rmig__ofi_write_op(c, c->write_done++);
+        w->told = !w->wanted;
+        if (w->wanted)
+            rmig__ofi_push(c, w);
+    }
+    rmig__ofi_free_writes(c);
+}
+
+static void rmig__ofi_completed(struct rmig__ofi_conn *c, const struct fi_cq_msg_entry *e) {
+    struct rmig__ofi_op *op = (struct rmig__ofi_op *)e->op_context;
+    if (op == NULL || op->done)
+        return;
+    if (op->kind == RMIG__OFI_WRITE) {
+        rmig__ofi_write_completed(c, op);
+        return;
+    }
+    op->done = true;
+    op->length = e->len;
+    if (op->kind == RMIG__OFI_SEND)
+        c->sends_posted--;
+    rmig__ofi_push(c, op);
+}
+
+static void rmig__ofi_read_cq_error(struct rmig__ofi_conn *c) {
+    static const char *const what[] = {"a send", "a receive", "a write"};
+    struct fi_cq_err_entry e;
+    memset(&e, 0, sizeof e);
+    ssize_t n = fi_cq_readerr(c->cq, &e, 0);
+    if (n == -FI_EAGAIN || c->end != 0) // what is cancelled after the end says nothing new
+        return;
+    if (n < 0) {
+        rmig__ofi_end(c, RMIG_FEV_ERROR, (int)-n, "libfabric: fi_cq_readerr: %s", fi_strerror((int)-n));
+        return;
+    }
+    const struct rmig__ofi_op *op = (const struct rmig__ofi_op *)e.op_context;
+    int code = e.err < 0 ? -e.err : e.err;
+    if (rmig__ofi_is_gone(code)) { // the event queue tells why, perhaps a moment later
+        if (c->held_at == 0) {
+            c->held_at = rmig__ofi_now(c->head.base.fabric);
+            c->held_code = code;
+        }
+        return;
+    }
+    char buf[128] = "";
+    const char *more = fi_cq_strerror(c->cq, e.prov_errno, e.err_data, buf, sizeof buf);
+    rmig__ofi_end(c, RMIG_FEV_ERROR, e.prov_errno != 0 ? e.prov_errno : code,
+                  "%s to or from %s failed: %s (provider: %s, %d)", op == NULL ? "an operation" : what[op->kind],
+                  c->peer, fi_strerror(code), more == NULL ? "" : more, e.prov_errno);
+}
+
+static bool rmig__ofi_all_sent(const struct rmig__ofi_conn *c) {
+    return c->sends_posted == 0 && c->write_done == c->write_last;
+}
+
+/* Lets the provider make progress and takes its completions. */
+static void rmig__ofi_drain(struct rmig__ofi_conn *c) {
+    struct fi_cq_msg_entry e[16];
+    ssize_t n = 0;
+    do {
+        n = fi_cq_read(c->cq, e, 16);
+        for (ssize_t i = 0; i < n; i++)
+            rmig__ofi_completed(c, &e[i]);
+        if (n == -FI_EAVAIL)
+            rmig__ofi_read_cq_error(c);
+        else if (n < 0 && n != -FI_EAGAIN)
+            rmig__ofi_end(c, RMIG_FEV_ERROR, (int)-n, "libfabric: fi_cq_read: %s", fi_strerror((int)-n));
+    } while (n == 16 || n == -FI_EAVAIL || (n > 0 && c->end != 0));
+    if (c->leaving && !c->left && rmig__ofi_all_sent(c)) {
+        c->left = true;
+        fi_shutdown(c->ep, 0);
+    }
+}
+
+static size_t rmig__ofi_tell(struct rmig__ofi_conn *c, struct rmig_fabric_event *events, size_t n) {
+    static const enum rmig_fabric_event_type type[] = {RMIG_FEV_SEND, RMIG_FEV_RECV, RMIG_FEV_WRITE};
+    size_t count = 0;
+    while (count < n && c->event_first < c->event_last) {
+        struct rmig__ofi_op *op = c->events[c->event_first++ % rmig__ofi_op_count(c)];
+        struct rmig_fabric_event *e = &events[count++];
+        memset(e, 0, sizeof *e);
+        e->type = type[op->kind];
+        e->id = op->id;
+        e->length = op->length;
+        if (op->kind == RMIG__OFI_SEND)
+            c->free_sends[c->free_send_count++] = op;
+        if (op->kind == RMIG__OFI_RECV)
+            c->free_recvs[c->free_recv_count++] = op;
+        op->told = true;
+    }
+    rmig__ofi_free_writes(c);
+    return count;
+}
+
+static void rmig__ofi_event(struct rmig_fabric_event *e, enum rmig_fabric_event_type type) {
+    memset(e, 0, sizeof *e);
+    e->type = type;
+}
+
+static size_t rmig__ofi_tell_end(struct rmig__ofi_conn *c, struct rmig_fabric_event *e) {
+    c->state = RMIG__OFI_ENDED;
+    rmig__ofi_event(e, c->end);
+    e->text = c->text;
+    e->provider_code = c->end_code;
+    if (c->end == RMIG_FEV_REJECTED) {
+        e->private_data = c->data;
+        e->private_data_length = c->data_length;
+    }
+    return 1;
+}
+
+static bool rmig__ofi_held_expired(struct rmig__ofi_conn *c) {
+    return c->held_at != 0 && rmig__ofi_now(c->head.base.fabric) - c->held_at >= RMIG__OFI_HOLD_NS;
+}
+
+static int rmig__ofi_poll_conn(struct rmig__ofi_conn *c, struct rmig_fabric_event *events, size_t n) {
+    size_t count = 0;
+    if (n == 0 || c->state == RMIG__OFI_ENDED)
+        return 0;
+    if (c->state == RMIG__OFI_RESOLVED) {
+        c->state = RMIG__OFI_IDLE;
+        rmig__ofi_event(&events[count++], RMIG_FEV_RESOLVED);
+    }
+    if (c->state == RMIG__OFI_CONNECTING) {
+        fi_cq_read(c->cq, NULL, 0); // progress alone: no completion may overtake ESTABLISHED
+        rmig__ofi_read_eq(c);
+        if (c->connected && count < n) {
+            c->state = RMIG__OFI_UP;
+            rmig__ofi_event(&events[count], RMIG_FEV_ESTABLISHED);
+            events[count].private_data = c->data_length == 0 ? NULL : c->data;
+            events[count++].private_data_length = c->data_length;
+        }
+    }
+    if (c->state == RMIG__OFI_UP || c->end != 0) {
+        rmig__ofi_read_eq(c); // before the completions: what came before a shutdown is then among them
+        rmig__ofi_drain(c);
+        count += rmig__ofi_tell(c, events + count, n - count);
+    }
+    if (c->end == 0 && rmig__ofi_held_expired(c))
+        rmig__ofi_end(c, RMIG_FEV_ERROR, c->held_code, "an operation with %s was cancelled: %s", c->peer,
+                      fi_strerror(c->held_code));
+    if (c->end != 0 && count < n && c->event_first == c->event_last &&
+        !(c->connected && c->state == RMIG__OFI_CONNECTING))
+        count += rmig__ofi_tell_end(c, &events[count]);
+    return (int)count;
+}
+
+static int rmig__ofi_poll(struct rmig_ep *ep, struct rmig_fabric_event *events, size_t n, struct rmig_error *err) {
+    struct rmig__ofi_listener *l = rmig__ofi_listener_of(ep);
+    if (l != NULL)
+        return rmig__ofi_poll_listener(l, events, n, err);
+    return rmig__ofi_poll_conn((struct rmig__ofi_conn *)(void *)ep, events, n);
+}
+
+// >>ofi: connecting
+
+static int rmig__ofi_check_data(const struct rmig__ofi_conn *c, const char *what, size_t n, struct rmig_error *err) {
+    if (c->head.listener || c->state != RMIG__OFI_IDLE)
+        return rmig_fail(err, RMIG_ERR_STATE, 0, "%s: the endpoint is %s", what,
+                         c->head.listener                 ? "a listener"
+                         : c->state == RMIG__OFI_RESOLVED ? "not resolved yet"
+                                                          : "connected or was already");
+    if (n > c->cm_data_max)
+        return rmig_fail(err, RMIG_ERR_ARGUMENT, 0, "%s: %zu bytes of private data, at most %zu", what, n,
+                         c->cm_data_max);
+    return RMIG_OK;
+}
+
+static int rmig__ofi_connect(struct rmig_ep *ep, const uint8_t *data, size_t n, struct rmig_error *err) {
+    struct rmig__ofi_conn *c = (struct rmig__ofi_conn *)(void *)ep;
+    int status = rmig__ofi_check_data(c, "connect", n, err);
+    if (status != RMIG_OK)
+        return status;
+    int ret = fi_connect(c->ep, c->head.info->dest_addr, data, n);
+    c->state = RMIG__OFI_CONNECTING;
+    if (ret != 0) // some failures are known at once: they come as the others do
+        rmig__ofi_end(c, RMIG_FEV_ERROR, -ret, "connecting to %s failed: %s", c->peer, fi_strerror(-ret));
+    return RMIG_OK;
+}
+
+static int rmig__ofi_accept(struct rmig_ep *ep, const uint8_t *data, size_t n, struct rmig_error *err) {
+    struct rmig__ofi_conn *c = (struct rmig__ofi_conn *)(void *)ep;
+    int status = rmig__ofi_check_data(c, "accept", n, err);
+    if (status != RMIG_OK)
+        return status;
+    if (c->from == NULL)
+        return rmig_fail(err, RMIG_ERR_STATE, 0, "accept: the endpoint was not opened from a request");
+    int ret = fi_accept(c->ep, data, n);
+    if (ret != 0)
+        return rmig__ofi_fail(err, RMIG_ERR_FABRIC, ret, "fi_accept");
+    rmig__ofi_release_listener(c->from);
+    c->from = NULL;
+    c->head.info->handle = NULL; // the request is used up
+    c->state = RMIG__OFI_CONNECTING;
+    return RMIG_OK;
+}
+
+static void rmig__ofi_disconnect(struct rmig_ep *ep) {
+    struct rmig__ofi_conn *c = (struct rmig__ofi_conn *)(void *)ep;
+    if (c->head.listener || c->leaving)
+        return;
+    if (c->state == RMIG__OFI_CONNECTING && !c->connected)
+        rmig__ofi_end(c, RMIG_FEV_DISCONNECTED, 0, "disconnected by this side while connecting");
+    if ((c->state != RMIG__OFI_UP && c->state != RMIG__OFI_CONNECTING) || c->end != 0)
+        return;
+    c->leaving = true; // shut down once all that was posted is sent
+    rmig__ofi_drain(c);
+}
+
+// >>ofi: capabilities, memory
+
+static int rmig__ofi_caps(struct rmig_ep *ep, struct rmig_fabric_caps *caps, struct rmig_error *err) {
+    struct rmig__ofi_conn *c = (struct rmig__ofi_conn *)(void *)ep;
+    if (c->head.listener)
+        return rmig_fail(err, RMIG_ERR_STATE, 0, "caps: the endpoint is a listener");
+    const struct fi_info *info = c->head.info;
+    uint64_t order = info->tx_attr->msg_order;
+    int mode = info->domain_attr->mr_mode;
+    size_t key_bits = info->domain_attr->mr_key_size >= 8 ? 64 : info->domain_attr->mr_key_size * 8;
+    memset(caps, 0, sizeof *caps);
+    caps->write_max = info->ep_attr->max_msg_size;
+    caps->registration_max = UINT64_MAX;
+    caps->write_depth = c->write_depth;
+    caps->send_depth = c->send_depth;
+    caps->recv_depth = c->recv_depth;
+    caps->private_data_request = (uint32_t)c->cm_data_max;
+    caps->private_data_reply = (uint32_t)c->cm_data_max;
+    caps->key_bits = (mode & FI_MR_PROV_KEY) != 0 && key_bits > 32 ? (uint32_t)key_bits : 32;
+    caps->sends_after_writes = (order & FI_ORDER_SAW) != 0;
+    caps->completion_is_delivery = rmig__ofi_of(ep)->delivery;
+    caps->writes_in_order =
+        (order & (FI_ORDER_WAW | FI_ORDER_RMA_WAW)) != 0 && info->ep_attr->max_order_waw_size >= caps->write_max;
+    caps->local_mr = (mode & FI_MR_LOCAL) != 0;
+    caps->offset_addressing = (mode & FI_MR_VIRT_ADDR) == 0;
+    caps->target_must_poll = info->domain_attr->data_progress != FI_PROGRESS_AUTO;
+    return RMIG_OK;
+}
+
+/* A key of ours: unique, not 0, at most 32 bits so that version 1 peers can carry it, and scattered so that a peer's
+   wrong arithmetic hits no other region. */
+static uint64_t rmig__ofi_next_key(struct rmig__ofi *f, size_t key_size) {
+    uint32_t mask = key_size >= 4 ? UINT32_MAX : ((uint32_t)1 << (8 * key_size)) - 1;
+    uint32_t key = 0;
+    while (key == 0)
+        key = (++f->keys * 0x9e3779b1u) & mask; // odd factor: a bijection
+    return key;
+}
+
+static int rmig__ofi_try_reg(struct rmig__ofi_conn *c, void *address, uint64_t length, uint64_t access,
+                             struct fid_mr **mr) {
+    const struct fi_domain_attr *attr = c->head.info->domain_attr;
+    struct rmig__ofi *f = rmig__ofi_of(&c->head.base);
+    int ret = -FI_ENOKEY;
+    for (int i = 0; i < 64 && ret == -FI_ENOKEY; i++) { // a key may still be in use after 2^32 registrations
+        uint64_t key = (attr->mr_mode & FI_MR_PROV_KEY) != 0 ? 0 : rmig__ofi_next_key(f, attr->mr_key_size);
+        ret = fi_mr_reg(c->domain->domain, address, (size_t)length, access, 0, key, 0, mr, NULL);
+    }
+    if (ret != 0)
+        return ret;
+    if ((attr->mr_mode & FI_MR_ENDPOINT) != 0) {
+        ret = fi_mr_bind(*mr, &c->ep->fid, 0);
+        if (ret == 0)
+            ret = fi_mr_enable(*mr);
+        if (ret != 0)
+            fi_close(&(*mr)->fid);
+    }
+    return ret;
+}
+
+static int rmig__ofi_reg(struct rmig_ep *ep, void *address, uint64_t length, unsigned access, struct rmig_mr *mr,
+                         struct rmig_error *err) {
+    struct rmig__ofi_conn *c = (struct rmig__ofi_conn *)(void *)ep;
+    struct fid_mr *fid = NULL, *zero = NULL;
+    uint64_t flags = 0;
+    if (c->head.listener)
+        return rmig_fail(err, RMIG_ERR_STATE, 0, "reg: the endpoint is a listener");
+    if (address == NULL || length == 0 || length > SIZE_MAX)
+        return rmig_fail(err, RMIG_ERR_ARGUMENT, 0, "reg: %llu bytes at %p: a range of memory is needed",
+                         (unsigned long long)length, address);
+    flags |= (access & RMIG_ACCESS_LOCAL_READ) != 0 ? FI_SEND | FI_WRITE : 0;
+    flags |= (access & RMIG_ACCESS_LOCAL_WRITE) != 0 ? FI_RECV | FI_READ : 0;
+    flags |= (access & RMIG_ACCESS_REMOTE_WRITE) != 0 ? FI_REMOTE_WRITE : 0;
+    if (flags == 0)
+        return rmig_fail(err, RMIG_ERR_ARGUMENT, 0, "reg: access %u names none of enum rmig_access", access);
+    int ret = rmig__ofi_try_reg(c, address, length, flags, &fid);
+    if (ret == 0 && fi_mr_key(fid) == 0) { // the core takes key 0 for none; while this one is held the next is another
+        zero = fid;
+        ret = rmig__ofi_try_reg(c, address, length, flags, &fid);
+        fi_close(&zero->fid);
+    }
+    if (ret != 0)
+        return rmig_fail(err, RMIG_ERR_REGISTRATION, -ret,
+                         "libfabric provider '%s': registering %llu bytes at %p failed: %s", rmig__ofi_of(ep)->provider,
+                         (unsigned long long)length, address, fi_strerror(-ret));
+    mr->handle = fid;
+    mr->desc = fi_mr_desc(fid);
+    mr->key = fi_mr_key(fid);
+    mr->remote_address = (c->head.info->domain_attr->mr_mode & FI_MR_VIRT_ADDR) != 0 ? (uint64_t)(uintptr_t)address : 0;
+    return RMIG_OK;
+}
+
+static int rmig__ofi_dereg(struct rmig_ep *ep, struct rmig_mr *mr, struct rmig_error *err) {
+    struct fid_mr *fid = (struct fid_mr *)mr->handle;
+    (void)ep;
+    if (fid == NULL)
+        return rmig_fail(err, RMIG_ERR_ARGUMENT, 0, "dereg: the region is not registered");
+    int ret = fi_close(&fid->fid);
+    if (ret != 0)
+        return rmig__ofi_fail(err, RMIG_ERR_REGISTRATION, ret, "deregistering memory");
+    memset(mr, 0, sizeof *mr);
+    return RMIG_OK;
+}
+
+// >>ofi: posting
+
+static int rmig__ofi_check_up(const struct rmig__ofi_conn *c, const char *what, struct rmig_error *err) {
+    if (c->head.listener)
+        return rmig_fail(err, RMIG_ERR_STATE, 0, "%s: the endpoint is a listener", what);
+    if (c->end != 0)
+        return rmig_fail(err, RMIG_ERR_PEER_GONE, c->end_code, "%s: the connection has ended: %s", what, c->text);
+    if (c->state != RMIG__OFI_UP || c->leaving)
+        return rmig_fail(err, RMIG_ERR_STATE, 0, "%s: the endpoint is %s", what,
+                         c->leaving ? "disconnecting" : "not connected");
+    return RMIG_OK;
+}
+
+static int rmig__ofi_post_failed(struct rmig__ofi_conn *c, const char *what, ssize_t ret, struct rmig_error *err) {
+    int code = (int)-ret;
+    return rmig_fail(err, rmig__ofi_is_gone(code) ? RMIG_ERR_PEER_GONE : RMIG_ERR_FABRIC, code,
+                     "libfabric: %s with %s: %s", what, c->peer, fi_strerror(code));
+}
+
+static int rmig__ofi_recv(struct rmig_ep *ep, void *buf, uint64_t n, const struct rmig_mr *mr, uint64_t id,
+                          struct rmig_error *err) {
+    struct rmig__ofi_conn *c = (struct rmig__ofi_conn *)(void *)ep;
+    if (c->head.listener)
+        return rmig_fail(err, RMIG_ERR_STATE, 0, "recv: the endpoint is a listener");
+    if (c->end != 0)
+        return rmig_fail(err, RMIG_ERR_PEER_GONE, c->end_code, "recv: the connection has ended: %s", c->text);
+    if (c->free_recv_count == 0)
+        return rmig_fail(err, RMIG_ERR_FULL, 0, "recv: %u receives are posted, the most there may be", c->recv_depth);
+    struct rmig__ofi_op *op = c->free_recvs[c->free_recv_count - 1];
+    op->id = id;
+    op->done = op->told = false;
+    ssize_t ret = fi_recv(c->ep, buf, (size_t)n, mr == NULL ? NULL : mr->desc, FI_ADDR_UNSPEC, op);
+    if (ret == -FI_EAGAIN)
+        return rmig_fail(err, RMIG_ERR_FULL, FI_EAGAIN, "recv: the provider's queue is full");
+    if (ret != 0)
+        return rmig__ofi_post_failed(c, "posting a receive", ret, err);
+    c->free_recv_count--;
+    return RMIG_OK;
+}
+
+static ssize_t rmig__ofi_post_send(struct rmig__ofi_conn *c, const void *buf, uint64_t n, const struct rmig_mr *mr,
+                                   struct rmig__ofi_op *op) {
+    struct fi_msg msg;
+    struct iovec iov;
+    void *desc = mr == NULL ? NULL : mr->desc;
+    iov.iov_base = (void *)(uintptr_t)buf;
+    iov.iov_len = (size_t)n;
+    memset(&msg, 0, sizeof msg);
+    msg.msg_iov = &iov;
+    msg.desc = &desc;
+    msg.iov_count = 1;
+    msg.addr = FI_ADDR_UNSPEC;
+    msg.context = op;
+    /* Delivery for sends too: a stream socket that closes with unread bytes in it takes back what it has not delivered;
+       this way nobody who waits for completions closes too early. */
+    return fi_sendmsg(c->ep, &msg, FI_COMPLETION | (rmig__ofi_of(&c->head.base)->delivery ? FI_DELIVERY_COMPLETE : 0));
+}
+
+static int rmig__ofi_send(struct rmig_ep *ep, const void *buf, uint64_t n, const struct rmig_mr *mr, uint64_t id,
+                          struct rmig_error *err) {
+    struct rmig__ofi_conn *c = (struct rmig__ofi_conn *)(void *)ep;
+    int status = rmig__ofi_check_up(c, "send", err);
+    if (status != RMIG_OK)
+        return status;
+    if (c->free_send_count == 0)
+        return rmig_fail(err, RMIG_ERR_FULL, 0, "send: %u sends are outstanding, the most there may be", c->send_depth);
+    struct rmig__ofi_op *op = c->free_sends[c->free_send_count - 1];
+    op->id = id;
+    op->length = n;
+    op->done = op->told = false;
+    ssize_t ret = rmig__ofi_post_send(c, buf, n, mr, op);
+    if (ret == -FI_EAGAIN) {
+        rmig__ofi_drain(c);
+        ret = rmig__ofi_post_send(c, buf, n, mr, op);
+    }
+    if (ret == -FI_EAGAIN)
+        return rmig_fail(err, RMIG_ERR_FULL, FI_EAGAIN, "send: the provider's queue is full");
+    if (ret != 0)
+        return rmig__ofi_post_failed(c, "posting a send", ret, err);
+    c->free_send_count--;
+    c->sends_posted++;
+    return RMIG_OK;
+}
+
+static ssize_t rmig__ofi_post_write(struct rmig__ofi_conn *c, const struct rmig_write *w, bool more) {
+    struct rmig__ofi_op *op = rmig__ofi_write_op(c, c->write_last);
+    /* A full queue of silent writes would never empty: now and then one asks for a completion that nobody is told. */
+    bool signal = w->signal || !c->ordered_completions || c->silent_writes + 1 >= (c->write_depth + 1) / 2;
+    uint64_t flags = (more ? FI_MORE : 0) | (signal ? FI_COMPLETION : 0);
+    if (signal && rmig__ofi_of(&c->head.base)->delivery)
+        flags |= FI_DELIVERY_COMPLETE;
+    struct iovec iov;
+    struct fi_rma_iov remote;
+    struct fi_msg_rma msg;
+    void *desc = w->mr == NULL ? NULL : w->mr->desc;
+    iov.iov_base = (void *)(uintptr_t)w->local;
+    iov.iov_len = (size_t)w->length;
+    remote.addr = w->remote_address;
+    remote.len = (size_t)w->length;
+    remote.key = w->key;
+    memset(&msg, 0, sizeof msg);
+    msg.msg_iov = &iov;
+    msg.desc = &desc;
+    msg.iov_count = 1;
+    msg.addr = FI_ADDR_UNSPEC;
+    msg.rma_iov = &remote;
+    msg.rma_iov_count = 1;
+    msg.context = op;
+    op->id = w->id;
+    op->length = w->length;
+    op->wanted = w->signal;
+    op->done = op->told = false;
+    ssize_t ret = fi_writemsg(c->ep, &msg, flags);
+    if (ret != 0)
+        return ret;
+    c->write_last++;
+    c->silent_writes = signal ? 0 : c->silent_writes + 1;
+    return 0;
+}
+
+static int rmig__ofi_write(struct rmig_ep *ep, const struct rmig_write *writes, size_t n, struct rmig_error *err) {
+    struct rmig__ofi_conn *c = (struct rmig__ofi_conn *)(void *)ep;
+    int status = rmig__ofi_check_up(c, "write", err);
+    if (status != RMIG_OK)
+        return status;
+    uint64_t max = c->head.info->ep_attr->max_msg_size;
+    for (size_t i = 0; i < n; i++)
+        if (writes[i].length == 0 || writes[i].length > max)
+            return rmig_fail(err, RMIG_ERR_ARGUMENT, 0, "write: length %llu of write %zu is not within 1 ... %llu",
+                             (unsigned long long)writes[i].length, i, (unsigned long long)max);
+    uint64_t room = c->write_depth - (c->write_last - c->write_first);
+    size_t count = n < room ? n : (size_t)room;
+    for (size_t i = 0; i < count; i++) {
+        ssize_t ret = rmig__ofi_post_write(c, &writes[i], i + 1 < count);
+        if (ret == -FI_EAGAIN) {
+            rmig__ofi_drain(c); // a full queue empties by progress only
+            ret = rmig__ofi_post_write(c, &writes[i], false);
+        }
+        if (ret == 0)
+            continue;
+        if (i > 0 || ret == -FI_EAGAIN)
+            return (int)i;
+        return rmig__ofi_post_failed(c, "posting a write", ret, err);
+    }
+    return (int)count;
+}
+
+// >>ofi: waiting
+
+/* Something that no descriptor would tell. */
+static bool rmig__ofi_pending(struct rmig__ofi_ep *head) {
+    if (head->listener) {
+        struct rmig__ofi_request *r = ((struct rmig__ofi_listener *)(void *)head)->requests;
+        while (r != NULL && r->told)
+            r = r->next;
+        return r != NULL;
+    }
+    struct rmig__ofi_conn *c = (struct rmig__ofi_conn *)(void *)head;
+    if (c->state == RMIG__OFI_ENDED)
+        return false;
+    return c->state == RMIG__OFI_RESOLVED || c->end != 0 || c->event_first != c->event_last ||
+           (c->connected && c->state == RMIG__OFI_CONNECTING) || rmig__ofi_held_expired(c);
+}
+
+static int rmig__ofi_fds(struct rmig_ep *ep, struct rmig_fd *fds, size_t n, bool *ready, struct rmig_error *err) {
+    struct rmig__ofi_ep *head = (struct rmig__ofi_ep *)(void *)ep;
+    struct fid *fid[2];
+    size_t count = 0;
+    *ready = rmig__ofi_pending(head);
+    if (!head->waitable)
+        return 0;
+    fid[count++] = &head->eq->fid;
+    if (!head->listener)
+        fid[count++] = &((struct rmig__ofi_conn *)(void *)head)->cq->fid;
+    if (n < count)
+        return rmig_fail(err, RMIG_ERR_ARGUMENT, 0, "fds: room for %zu descriptors, %zu needed", n, count);
+    for (size_t i = 0; i < count; i++) {
+        fds[i].fd = -1;
+        fds[i].write = false;
+        int ret = fi_control(fid[i], FI_GETWAIT, &fds[i].fd);
+        if (ret != 0)
+            return rmig__ofi_fail(err, RMIG_ERR_FABRIC, ret, "FI_GETWAIT");
+    }
+    if (*ready)
+        return (int)count;
+    int ret = fi_trywait(head->net->fabric, fid, (int)count);
+    if (ret != 0 && ret != -FI_EAGAIN)
+        return rmig__ofi_fail(err, RMIG_ERR_FABRIC, ret, "fi_trywait");
+    *ready = ret == -FI_EAGAIN;
+    return (int)count;
+}
+
+static int rmig__ofi_timeout_ms(uint64_t now, uint64_t deadline, uint64_t max) {
+    uint64_t left = deadline > now ? deadline - now : 0;
+    if (left > max)
+        left = max;
+    return (int)((left + 999999) / 1000000);
+}
+
+static void rmig__ofi_idle(const struct rmig__ofi *f, uint64_t left) {
+    struct timespec t;
+    if (f->poll) {
+        sched_yield();
+        return;
+    }
+    t.tv_sec = 0;
+    t.tv_nsec = left < RMIG__OFI_IDLE_NS ? (long)left : RMIG__OFI_IDLE_NS;
+    nanosleep(&t, NULL);
+}
+
+static int rmig__ofi_wait(struct rmig_fabric *base, struct rmig_ep *const *eps, size_t n, uint64_t deadline,
+                          struct rmig_error *err) {
+    struct pollfd p[RMIG__OFI_POLLFDS];
+    uint64_t max = RMIG__OFI_WAIT_MAX_NS, now;
+    size_t count = 0;
+    bool blind = false; // an endpoint has no descriptor
+    for (size_t i = 0; i < n; i++) {
+        struct rmig_fd fds[4];
+        bool ready = false;
+        struct rmig__ofi_ep *head = (struct rmig__ofi_ep *)(void *)eps[i];
+        int got = rmig__ofi_fds(eps[i], fds, 4, &ready, err);
+        if (got < 0)
+            return got;
+        if (ready)
+            return RMIG_OK;
+        if (!head->listener && ((struct rmig__ofi_conn *)(void *)head)->held_at != 0)
+            max = RMIG__OFI_HOLD_NS;
+        if (got == 0 || count + (size_t)got > RMIG__OFI_POLLFDS)
+            blind = true;
+        for (int k = 0; k < got && count < RMIG__OFI_POLLFDS; k++, count++) {
+            p[count].fd = fds[k].fd;
+            p[count].events = POLLIN;
+            p[count].revents = 0;
+        }
+    }
+    now = rmig__ofi_now(base);
+    if (now >= deadline)
+        return RMIG_OK;
+    if (blind) {
+        rmig__ofi_idle((struct rmig__ofi *)(void *)base, deadline - now);
+        return RMIG_OK;
+    }
+    if (poll(p, (nfds_t)count, rmig__ofi_timeout_ms(now, deadline, max)) < 0 && errno != EINTR)
+        return rmig_fail(err, RMIG_ERR_FABRIC, errno, "poll: %s", fi_strerror(errno));
+    return RMIG_OK;
+}
+
+// >>ofi: the table
+
+static const struct rmig_fabric_ops rmig__ofi_ops = {
+    sizeof(struct rmig_fabric_ops),
+    "ofi",
+    rmig__ofi_close_fabric,
+    rmig__ofi_now,
+    rmig__ofi_wait,
+    rmig__ofi_listen,
+    rmig__ofi_address,
+    rmig__ofi_open_active,
+    rmig__ofi_open_request,
+    rmig__ofi_reject,
+    rmig__ofi_connect,
+    rmig__ofi_accept,
+    rmig__ofi_disconnect,
+    rmig__ofi_close,
+    rmig__ofi_caps,
+    rmig__ofi_reg,
+    rmig__ofi_dereg,
+    rmig__ofi_recv,
+    rmig__ofi_send,
+    rmig__ofi_write,
+    rmig__ofi_poll,
+    rmig__ofi_fds,
+};
+
+RMIG__DEF struct rmig_fabric *rmig_ofi_open(const struct rmig_ofi_options *options, struct rmig_error *err) {
+    struct rmig__ofi *f = (struct rmig__ofi *)rmig__ofi_alloc(1, sizeof *f);
+    if (f == NULL) {
+        rmig_fail(err, RMIG_ERR_NO_MEMORY, 0, "out of memory for a fabric");
+        return NULL;
+    }
+    f->base.ops = &rmig__ofi_ops;
+    f->poll = options != NULL && options->poll;
+    if (rmig__ofi_choose(f, options == NULL ? NULL : options->provider, err) != RMIG_OK) {
+        rmig__ofi_free(f);
+        return NULL;
+    }
+    return &f->base;
+}
+
+RMIG__DEF const char *rmig_ofi_provider(const struct rmig_fabric *f) {
+    return ((const struct rmig__ofi *)(const void *)f)->provider;
+}
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif // RMIG_IMPLEMENTATION

@@ -1,0 +1,1922 @@
+// Holds every fabric to the contract above struct rmig_fabric_ops, by its operations alone. A new fabric is a row of
+// `fabrics` and a function that opens it.
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE
+#endif
+#define RMIG_IMPLEMENTATION
+#include "../rmig.h"
+#include "../rmig_fabric_ofi.h"
+#include "sim_fabric.h"
+
+#include <criterion/criterion.h>
+#include <criterion/parameterized.h>
+#include <poll.h>
+#include <signal.h>
+#include <sys/mman.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#define LIMIT (20 * SIM_SECOND) // for anything that has to happen: long, so that only what never happens fails
+#define ENDS_MAX 8
+#define DATA_MAX 1024
+
+// >>worlds
+
+struct seen { // an event, kept
+    struct rmig_fabric_event e;
+    uint8_t private_data[DATA_MAX];
+    char text[200];
+    bool used;
+};
+
+struct end { // an endpoint and all that its poll has yielded
+    struct rmig_fabric *f;
+    const struct rmig_fabric_ops *ops;
+    struct rmig_ep *ep;
+    struct rmig_fabric_caps caps;
+    struct seen *seen;
+    size_t count, cap;
+    bool quiet; // not polled
+};
+
+struct world {
+    const char *name;
+    bool real; // another process can take part
+    struct rmig_fabric *passive, *active;
+    struct sim *sim;
+    struct end *ends[ENDS_MAX];
+    size_t end_count;
+    struct end listener;
+    char address[128];
+};
+
+typedef void open_world(struct world *w);
+
+static void open_sim(struct world *w, const struct sim_config *cfg) {
+    w->sim = sim_open(cfg);
+    w->active = sim_fabric(w->sim, 0);
+    w->passive = sim_fabric(w->sim, 1);
+}
+
+static void open_sim_ordered(struct world *w) {
+    struct sim_config cfg;
+    sim_defaults(&cfg, SIM_ORDERED, 1);
+    open_sim(w, &cfg);
+}
+
+static void open_sim_unordered(struct world *w) {
+    struct sim_config cfg;
+    sim_defaults(&cfg, SIM_UNORDERED, 2);
+    cfg.extra_completions = true;
+    open_sim(w, &cfg);
+}
+
+static void open_sim_local(struct world *w) {
+    struct sim_config cfg;
+    sim_defaults(&cfg, SIM_LOCAL, 3);
+    cfg.pad_private_data = true;
+    open_sim(w, &cfg);
+}
+
+static void open_sim_offsets(struct world *w) {
+    struct sim_config cfg;
+    sim_defaults(&cfg, SIM_ORDERED, 4);
+    cfg.offset_addressing = cfg.target_must_poll = cfg.extra_completions = true;
+    cfg.local_mr = false;
+    cfg.key_bits = 64;
+    open_sim(w, &cfg);
+}
+
+static void open_sim_small(struct world *w) {
+    struct sim_config cfg;
+    sim_defaults(&cfg, SIM_UNORDERED, 5);
+    cfg.write_depth = 3;
+    cfg.send_depth = 1;
+    cfg.recv_depth = 2;
+    cfg.private_data_request = cfg.private_data_reply = 8;
+    cfg.target_must_poll = true;
+    open_sim(w, &cfg);
+}
+
+static void open_sim_slow(struct world *w) {
+    struct sim_config cfg;
+    sim_defaults(&cfg, SIM_LOCAL, 6);
+    cfg.bandwidth = 100000000;
+    cfg.latency_ns = SIM_MS;
+    open_sim(w, &cfg);
+}
+
+static struct rmig_fabric *open_ofi(const char *provider, bool poll) {
+    struct rmig_ofi_options options = {provider, poll};
+    struct rmig_error err = {0};
+    struct rmig_fabric *f = rmig_ofi_open(&options, &err);
+    cr_assert_not_null(f, "provider %s: %s", provider, err.text);
+    return f;
+}
+
+static void open_ofi_tcp(struct world *w) {
+    w->passive = open_ofi("tcp", false);
+    w->active = open_ofi("tcp", false);
+}
+
+static void open_ofi_tcp_poll(struct world *w) {
+    w->passive = open_ofi("tcp", true);
+    w->active = open_ofi("tcp", true);
+}
+
+static const struct fabric_row {
+    const char *name;
+    open_world *open;
+    bool real;
+} fabrics[] = {
+    {"sim, ordered", open_sim_ordered, false},
+    {"sim, unordered", open_sim_unordered, false},
+    {"sim, local completions", open_sim_local, false},
+    {"sim, offsets, target polls", open_sim_offsets, false},
+    {"sim, small queues", open_sim_small, false},
+    {"sim, slow", open_sim_slow, false},
+    {"ofi, tcp", open_ofi_tcp, true},
+    {"ofi, tcp, busy polling", open_ofi_tcp_poll, true},
+};
+
+#define FABRICS (sizeof fabrics / sizeof fabrics[0])
+
+static void world_close(struct world *w) {
+    for (size_t i = 0; i < w->end_count; i++)
+        cr_assert(w->ends[i]->ep == NULL, "%s: the test left an endpoint open", w->name);
+    rmig_fabric_close(w->active);
+    rmig_fabric_close(w->passive);
+    if (w->sim == NULL)
+        return;
+    struct rmig_error err = {0};
+    cr_assert_eq(sim_clean(w->sim, &err), RMIG_OK, "%s: %s", w->name, err.text);
+    sim_close(w->sim);
+}
+
+/* A test of one behaviour, run for each fabric in a process of its own. */
+#define CONFORMANCE(behaviour)                                                                                         \
+    static void behaviour(struct world *w);                                                                            \
+    ParameterizedTestParameters(fabric, behaviour) {                                                                   \
+        static struct fabric_row rows[FABRICS];                                                                        \
+        memcpy(rows, fabrics, sizeof fabrics);                                                                         \
+        return cr_make_param_array(struct fabric_row, rows, FABRICS);                                                  \
+    }                                                                                                                  \
+    ParameterizedTest(struct fabric_row *row, fabric, behaviour, .timeout = 120) {                                     \
+        struct world w = {0};                                                                                          \
+        w.name = row->name;                                                                                            \
+        w.real = row->real;                                                                                            \
+        row->open(&w);                                                                                                 \
+        behaviour(&w);                                                                                                 \
+        world_close(&w);                                                                                               \
+    }                                                                                                                  \
+    static void behaviour(struct world *w)
+
+// >>events
+
+static const char *type_name(enum rmig_fabric_event_type type) {
+    static const char *const names[] = {"0",    "REQUEST", "RESOLVED", "ESTABLISHED", "REJECTED", "DISCONNECTED",
+                                        "SEND", "RECV",    "WRITE",    "ERROR"};
+    return (unsigned)type < sizeof names / sizeof names[0] ? names[type] : "unknown";
+}
+
+static bool is_last(enum rmig_fabric_event_type type) {
+    return type == RMIG_FEV_ERROR || type == RMIG_FEV_DISCONNECTED || type == RMIG_FEV_REJECTED;
+}
+
+static void keep(struct world *w, struct end *end, const struct rmig_fabric_event *e) {
+    if (end->count == end->cap) {
+        end->cap = end->cap == 0 ? 64 : 2 * end->cap;
+        end->seen = sim_grow(end->seen, end->cap, sizeof *end->seen);
+    }
+    struct seen *s = &end->seen[end->count++];
+    memset(s, 0, sizeof *s);
+    s->e = *e;
+    cr_assert(e->type >= RMIG_FEV_REQUEST && e->type <= RMIG_FEV_ERROR, "%s: event type %d", w->name, (int)e->type);
+    if (e->type == RMIG_FEV_REQUEST || e->type == RMIG_FEV_ESTABLISHED || e->type == RMIG_FEV_REJECTED) {
+        cr_assert_leq(e->private_data_length, (size_t)DATA_MAX);
+        if (e->private_data_length > 0)
+            memcpy(s->private_data, e->private_data, e->private_data_length);
+    }
+    if (is_last(e->type)) {
+        cr_assert_not_null(e->text, "%s: %s without a text", w->name, type_name(e->type));
+        snprintf(s->text, sizeof s->text, "%s", e->text);
+        cr_assert_neq(s->text[0], '\0', "%s: %s with an empty text", w->name, type_name(e->type));
+    }
+}
+
+static size_t poll_end(struct world *w, struct end *end) {
+    struct rmig_fabric_event events[4];
+    struct rmig_error err = {0};
+    int n = end->ops->poll(end->ep, events, 4, &err);
+    cr_assert_geq(n, 0, "%s: poll: %s", w->name, err.text);
+    cr_assert_leq(n, 4);
+    for (int i = 0; i < n; i++)
+        keep(w, end, &events[i]);
+    return (size_t)n;
+}
+
+/* Sleeps on the descriptors of all endpoints, or in `wait` where there are none. */
+static void sleep_for(struct world *w, uint64_t ns) {
+    struct pollfd fds[4 * ENDS_MAX];
+    nfds_t count = 0;
+    for (size_t i = 0; i < w->end_count; i++) {
+        struct end *end = w->ends[i];
+        struct rmig_fd got[4];
+        struct rmig_error err = {0};
+        bool ready = false;
+        if (end->ep == NULL || end->quiet)
+            continue;
+        int n = end->ops->fds(end->ep, got, 4, &ready, &err);
+        cr_assert(n >= 0 && n <= 4, "%s: fds: %d: %s", w->name, n, err.text);
+        if (ready)
+            return;
+        if (n == 0) {
+            cr_assert_eq(end->ops->wait(end->f, &end->ep, 1, end->ops->now(end->f) + ns / 16, &err), RMIG_OK, "%s: %s",
+                         w->name, err.text);
+            count = 0;
+            if (w->real)
+                return;
+        }
+        for (int k = 0; k < n; k++, count++) {
+            fds[count].fd = got[k].fd;
+            fds[count].events = (short)(POLLIN | (got[k].write ? POLLOUT : 0));
+        }
+    }
+    if (count > 0)
+        poll(fds, count, (int)(ns / SIM_MS));
+}
+
+/* Polls every endpoint once; sleeps a little if there was nothing. */
+static void pump(struct world *w) {
+    size_t got = 0;
+    for (size_t i = 0; i < w->end_count; i++)
+        if (w->ends[i]->ep != NULL && !w->ends[i]->quiet)
+            got += poll_end(w, w->ends[i]);
+    if (got == 0)
+        sleep_for(w, 16 * SIM_MS);
+}
+
+static struct seen *find(struct end *end, enum rmig_fabric_event_type type, uint64_t id, bool any_id) {
+    for (size_t i = 0; i < end->count; i++)
+        if (!end->seen[i].used && end->seen[i].e.type == type && (any_id || end->seen[i].e.id == id))
+            return &end->seen[i];
+    return NULL;
+}
+
+static const char *last_words(const struct end *end) {
+    for (size_t i = 0; i < end->count; i++)
+        if (is_last(end->seen[i].e.type))
+            return end->seen[i].text;
+    return NULL;
+}
+
+static uint64_t world_now(struct world *w) { return w->passive->ops->now(w->passive) + w->active->ops->now(w->active); }
+
+static struct seen *await(struct world *w, struct end *end, enum rmig_fabric_event_type type, uint64_t id, bool any_id) {
+    uint64_t deadline = world_now(w) + 2 * LIMIT;
+    for (;;) {
+        struct seen *s = find(end, type, id, any_id);
+        if (s != NULL) {
+            s->used = true;
+            return s;
+        }
+        cr_assert(is_last(type) || last_words(end) == NULL, "%s: %s expected, but: %s", w->name, type_name(type),
+                  last_words(end));
+        cr_assert_lt(world_now(w), deadline, "%s: no %s (id %llu) in time", w->name, type_name(type),
+                     (unsigned long long)id);
+        pump(w);
+    }
+}
+
+/* The next event of a type, waited for. Valid until the next event of that endpoint. */
+static struct seen *expect(struct world *w, struct end *end, enum rmig_fabric_event_type type) {
+    return await(w, end, type, 0, true);
+}
+
+static void expect_id(struct world *w, struct end *end, enum rmig_fabric_event_type type, uint64_t id) {
+    await(w, end, type, id, false);
+}
+
+static void expect_end_of(struct world *w, struct end *end) {
+    uint64_t deadline = world_now(w) + 2 * LIMIT;
+    while (last_words(end) == NULL) {
+        cr_assert_lt(world_now(w), deadline, "%s: neither ERROR nor DISCONNECTED in time", w->name);
+        pump(w);
+    }
+}
+
+static size_t count_events(const struct end *end, enum rmig_fabric_event_type type) {
+    size_t n = 0;
+    for (size_t i = 0; i < end->count; i++)
+        n += end->seen[i].e.type == type;
+    return n;
+}
+
+// >>connections
+
+static struct rmig_ep_config wanted(void) {
+    struct rmig_ep_config cfg = {0};
+    cfg.write_depth = 16;
+    cfg.send_depth = 8;
+    cfg.recv_depth = 16;
+    cfg.connect_timeout_ns = LIMIT;
+    return cfg;
+}
+
+static void enter(struct world *w, struct end *end, struct rmig_fabric *f, struct rmig_ep *ep) {
+    memset(end, 0, sizeof *end);
+    end->f = f;
+    end->ops = f->ops;
+    end->ep = ep;
+    cr_assert_eq(ep->fabric, f, "%s: an endpoint that does not know its fabric", w->name);
+    for (size_t i = 0; i < w->end_count; i++)
+        if (w->ends[i] == end)
+            return;
+    cr_assert_lt(w->end_count, (size_t)ENDS_MAX);
+    w->ends[w->end_count++] = end;
+}
+
+static void leave(struct world *w, struct end *end) {
+    if (end->ep != NULL)
+        end->ops->close(end->ep);
+    end->ep = NULL;
+    free(end->seen);
+    end->seen = NULL;
+    end->count = end->cap = 0;
+    for (size_t i = 0; i < w->end_count; i++)
+        if (w->ends[i] == end)
+            w->ends[i] = w->ends[--w->end_count];
+}
+
+static void listen_on(struct world *w, const char *address) {
+    struct rmig_error err = {0};
+    struct rmig_ep *ep = NULL;
+    cr_assert_eq(w->passive->ops->listen(w->passive, address, &ep, &err), RMIG_OK, "%s: listen: %s", w->name, err.text);
+    enter(w, &w->listener, w->passive, ep);
+    cr_assert_eq(w->passive->ops->address(ep, w->address, sizeof w->address, &err), RMIG_OK, "%s: %s", w->name, err.text);
+}
+
+static void get_caps(struct world *w, struct end *end) {
+    struct rmig_error err = {0};
+    cr_assert_eq(end->ops->caps(end->ep, &end->caps, &err), RMIG_OK, "%s: caps: %s", w->name, err.text);
+}
+
+/* Opens an active endpoint, up to RESOLVED. */
+static void open_active(struct world *w, struct end *end, const char *address) {
+    struct rmig_ep_config cfg = wanted();
+    struct rmig_error err = {0};
+    struct rmig_ep *ep = NULL;
+    cr_assert_eq(w->active->ops->open(w->active, address, &cfg, &ep, &err), RMIG_OK, "%s: open: %s", w->name, err.text);
+    enter(w, end, w->active, ep);
+    expect(w, end, RMIG_FEV_RESOLVED);
+    get_caps(w, end);
+}
+
+static void start_connect(struct world *w, struct end *end, const void *data, size_t n) {
+    struct rmig_error err = {0};
+    cr_assert_eq(end->ops->connect(end->ep, data, n, &err), RMIG_OK, "%s: connect: %s", w->name, err.text);
+}
+
+static void open_passive(struct world *w, struct end *end, void *request) {
+    struct rmig_ep_config cfg = wanted();
+    struct rmig_error err = {0};
+    struct rmig_ep *ep = NULL;
+    cr_assert_eq(w->passive->ops->open_request(w->listener.ep, request, &cfg, &ep, &err), RMIG_OK, "%s: %s", w->name,
+                 err.text);
+    enter(w, end, w->passive, ep);
+    get_caps(w, end);
+}
+
+static void start_accept(struct world *w, struct end *end, const void *data, size_t n) {
+    struct rmig_error err = {0};
+    cr_assert_eq(end->ops->accept(end->ep, data, n, &err), RMIG_OK, "%s: accept: %s", w->name, err.text);
+}
+
+/* Both ends up to, not including, connect's answer: what is posted now is posted before the connection is there. */
+static void half_connect(struct world *w, struct end *a, struct end *p) {
+    if (w->listener.ep == NULL)
+        listen_on(w, "127.0.0.1:0");
+    open_active(w, a, w->address);
+    start_connect(w, a, "request.", 8);
+    open_passive(w, p, expect(w, &w->listener, RMIG_FEV_REQUEST)->e.request);
+}
+
+static void finish_connect(struct world *w, struct end *a, struct end *p) {
+    start_accept(w, p, "reply...", 8);
+    expect(w, a, RMIG_FEV_ESTABLISHED);
+    expect(w, p, RMIG_FEV_ESTABLISHED);
+}
+
+static void connect_pair(struct world *w, struct end *a, struct end *p) {
+    half_connect(w, a, p);
+    finish_connect(w, a, p);
+}
+
+static void leave_pair(struct world *w, struct end *a, struct end *p) {
+    leave(w, a);
+    leave(w, p);
+    leave(w, &w->listener);
+}
+
+// >>memory
+
+struct region {
+    struct end *end;
+    uint8_t *p;
+    size_t n;
+    struct rmig_mr mr;
+};
+
+#define ALL_ACCESS (RMIG_ACCESS_LOCAL_READ | RMIG_ACCESS_LOCAL_WRITE | RMIG_ACCESS_REMOTE_WRITE)
+
+static struct region region_at(struct world *w, struct end *end, void *p, size_t n, unsigned access) {
+    struct region r = {end, p, n, {0}};
+    struct rmig_error err = {0};
+    cr_assert_eq(end->ops->reg(end->ep, p, n, access, &r.mr, &err), RMIG_OK, "%s: reg of %zu bytes: %s", w->name, n,
+                 err.text);
+    cr_assert_neq(r.mr.key, 0, "%s: a key of 0", w->name);
+    if (end->caps.key_bits < 64)
+        cr_assert_eq(r.mr.key >> end->caps.key_bits, 0, "%s: key 0x%llx has more than %u bits", w->name,
+                     (unsigned long long)r.mr.key, end->caps.key_bits);
+    if (!end->caps.offset_addressing)
+        cr_assert_eq(r.mr.remote_address, (uint64_t)(uintptr_t)p, "%s: not addressed by host address", w->name);
+    return r;
+}
+
+static void *pages(size_t n) {
+    void *p = mmap(NULL, n, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    cr_assert_neq(p, MAP_FAILED, "mmap of %zu bytes", n);
+    return p;
+}
+
+static struct region region(struct world *w, struct end *end, size_t n, unsigned access) {
+    return region_at(w, end, pages(n), n, access);
+}
+
+static void deregister(struct world *w, struct region *r) {
+    struct rmig_error err = {0};
+    cr_assert_eq(r->end->ops->dereg(r->end->ep, &r->mr, &err), RMIG_OK, "%s: dereg: %s", w->name, err.text);
+}
+
+static void drop(struct world *w, struct region *r) {
+    deregister(w, r);
+    munmap(r->p, r->n);
+}
+
+static uint64_t random_state = 0x452821e638d01377u;
+
+static uint64_t below(uint64_t n) {
+    random_state ^= random_state << 13;
+    random_state ^= random_state >> 7;
+    random_state ^= random_state << 17;
+    return random_state % n;
+}
+
+static void fill(uint8_t *p, size_t n) {
+    for (size_t i = 0; i < n; i++)
+        p[i] = (uint8_t)below(256);
+}
+
+static const struct rmig_mr *local_mr(const struct region *r) { return r->end->caps.local_mr ? &r->mr : NULL; }
+
+static struct rmig_write make_write(const struct region *from, uint64_t from_offset, const struct region *to,
+                                    uint64_t to_offset, uint64_t n, uint64_t id, bool signal) {
+    struct rmig_write write = {0};
+    write.local = from->p + from_offset;
+    write.mr = local_mr(from);
+    write.length = n;
+    write.remote_address = to->mr.remote_address + to_offset;
+    write.key = to->mr.key;
+    write.id = id;
+    write.signal = signal;
+    return write;
+}
+
+static int post_writes(struct world *w, struct end *end, const struct rmig_write *writes, size_t n) {
+    struct rmig_error err = {0};
+    int taken = end->ops->write(end->ep, writes, n, &err);
+    cr_assert(taken >= 0 && (size_t)taken <= n, "%s: write: %d: %s", w->name, taken, err.text);
+    return taken;
+}
+
+/* Posts all, waiting for room. Some must be signalled, or room never comes. */
+static void write_all(struct world *w, struct end *end, const struct rmig_write *writes, size_t n) {
+    uint64_t deadline = world_now(w) + 2 * LIMIT;
+    while (n > 0) {
+        int taken = post_writes(w, end, writes, n);
+        writes += taken;
+        n -= (size_t)taken;
+        cr_assert_lt(world_now(w), deadline, "%s: no room for %zu writes in time", w->name, n);
+        if (n > 0)
+            pump(w);
+    }
+}
+
+static int try_recv(struct end *end, const struct region *r, uint64_t offset, uint64_t n, uint64_t id) {
+    struct rmig_error err = {0};
+    int status = end->ops->recv(end->ep, r->p + offset, n, &r->mr, id, &err);
+    cr_assert(status == RMIG_OK || status == RMIG_ERR_FULL, "recv: %d: %s", status, err.text);
+    return status;
+}
+
+static void post_recv(struct world *w, struct end *end, const struct region *r, uint64_t offset, uint64_t n, uint64_t id) {
+    cr_assert_eq(try_recv(end, r, offset, n, id), RMIG_OK, "%s: no room for a receive", w->name);
+}
+
+static int try_send(struct world *w, struct end *end, const struct region *r, uint64_t offset, uint64_t n, uint64_t id) {
+    struct rmig_error err = {0};
+    int status = end->ops->send(end->ep, r->p + offset, n, &r->mr, id, &err);
+    cr_assert(status == RMIG_OK || status == RMIG_ERR_FULL, "%s: send: %d: %s", w->name, status, err.text);
+    return status;
+}
+
+static void post_send(struct world *w, struct end *end, const struct region *r, uint64_t offset, uint64_t n, uint64_t id) {
+    cr_assert_eq(try_send(w, end, r, offset, n, id), RMIG_OK, "%s: no room for a send", w->name);
+}
+
+/* A message there: after it, with sends_after_writes, all writes before it are delivered. */
+static void send_message(struct world *w, struct end *from, struct end *to) {
+    struct region out = region(w, from, 4096, RMIG_ACCESS_LOCAL_READ | RMIG_ACCESS_LOCAL_WRITE);
+    struct region in = region(w, to, 4096, RMIG_ACCESS_LOCAL_READ | RMIG_ACCESS_LOCAL_WRITE);
+    fill(out.p, 100);
+    post_recv(w, to, &in, 0, 4096, 77);
+    post_send(w, from, &out, 0, 100, 78);
+    struct seen *s = expect(w, to, RMIG_FEV_RECV);
+    cr_assert_eq(s->e.id, 77);
+    cr_assert_eq(s->e.length, 100);
+    cr_assert_arr_eq(in.p, out.p, 100, "%s: a message changed on its way", w->name);
+    expect_id(w, from, RMIG_FEV_SEND, 78);
+    drop(w, &in);
+    drop(w, &out);
+}
+
+// >>listening and connecting
+
+CONFORMANCE(a_listener_tells_the_port_it_bound) {
+    struct rmig_error err = {0};
+    char small[4], host[64], port[8];
+    listen_on(w, "127.0.0.1:0");
+    cr_assert_eq(rmig_split_address(w->address, host, sizeof host, port, sizeof port, &err), RMIG_OK, "%s: \"%s\"",
+                 w->name, w->address);
+    cr_assert_neq(atoi(port), 0, "%s: \"%s\" has no port", w->name, w->address);
+    cr_assert_lt(w->passive->ops->address(w->listener.ep, small, sizeof small, &err), 0, "%s: 4 bytes suffice?", w->name);
+    cr_assert_neq(err.text[0], '\0');
+    leave(w, &w->listener);
+}
+
+CONFORMANCE(a_listener_takes_ipv6) {
+    struct end a, p;
+    listen_on(w, "[::1]:0");
+    cr_assert_eq(w->address[0], '[', "%s: \"%s\"", w->name, w->address);
+    connect_pair(w, &a, &p);
+    leave_pair(w, &a, &p);
+}
+
+CONFORMANCE(bad_addresses_are_refused_with_a_text) {
+    static const char *const bad[] = {"", "127.0.0.1:port", "127.0.0.1:65536", "[::1:5", "127.0.0.1:-1", "a:b:c"};
+    struct rmig_ep_config cfg = wanted();
+    for (size_t i = 0; i < sizeof bad / sizeof bad[0]; i++) {
+        struct rmig_error err = {0};
+        struct rmig_ep *ep = NULL;
+        cr_assert_lt(w->passive->ops->listen(w->passive, bad[i], &ep, &err), 0, "%s: listens on \"%s\"", w->name, bad[i]);
+        cr_assert_neq(err.text[0], '\0', "%s: no text for \"%s\"", w->name, bad[i]);
+        memset(&err, 0, sizeof err);
+        cr_assert_lt(w->active->ops->open(w->active, bad[i], &cfg, &ep, &err), 0, "%s: opens \"%s\"", w->name, bad[i]);
+        cr_assert_neq(err.text[0], '\0', "%s: no text for \"%s\"", w->name, bad[i]);
+    }
+}
+
+CONFORMANCE(a_port_in_use_is_refused) {
+    struct rmig_error err = {0};
+    struct rmig_ep *second = NULL;
+    listen_on(w, "127.0.0.1:0");
+    cr_assert_lt(w->passive->ops->listen(w->passive, w->address, &second, &err), 0, "%s: two listeners on %s", w->name,
+                 w->address);
+    cr_assert_neq(err.text[0], '\0');
+    leave(w, &w->listener);
+    listen_on(w, w->address);
+    leave(w, &w->listener);
+}
+
+static void check_private(struct world *w, const struct seen *s, const uint8_t *data, size_t n, uint32_t limit) {
+    cr_assert(s->e.private_data_length >= n && s->e.private_data_length <= limit,
+              "%s: %zu bytes of private data became %zu, the limit is %u", w->name, n, s->e.private_data_length, limit);
+    cr_assert_arr_eq(s->private_data, data, n, "%s: private data of %zu bytes changed on its way", w->name, n);
+}
+
+static void exchange_private(struct world *w, size_t request, size_t reply) {
+    struct end a, p;
+    uint8_t data[DATA_MAX], answer[DATA_MAX];
+    fill(data, sizeof data);
+    fill(answer, sizeof answer);
+    listen_on(w, "127.0.0.1:0");
+    open_active(w, &a, w->address);
+    request = request == 0 ? a.caps.private_data_request : request;
+    start_connect(w, &a, data, request);
+    struct seen *s = expect(w, &w->listener, RMIG_FEV_REQUEST);
+    check_private(w, s, data, request, a.caps.private_data_request);
+    open_passive(w, &p, s->e.request);
+    reply = reply == 0 ? p.caps.private_data_reply : reply;
+    start_accept(w, &p, answer, reply);
+    check_private(w, expect(w, &a, RMIG_FEV_ESTABLISHED), answer, reply, p.caps.private_data_reply);
+    expect(w, &p, RMIG_FEV_ESTABLISHED);
+    send_message(w, &a, &p);
+    send_message(w, &p, &a);
+    leave_pair(w, &a, &p);
+}
+
+CONFORMANCE(private_data_of_8_bytes_goes_both_ways) { exchange_private(w, 8, 8); }
+
+CONFORMANCE(private_data_at_its_limit_goes_both_ways) { exchange_private(w, 0, 0); }
+
+CONFORMANCE(private_data_beyond_its_limit_is_refused) {
+    static const uint8_t data[DATA_MAX + 1] = {1};
+    struct end a, p;
+    struct rmig_error err = {0};
+    listen_on(w, "127.0.0.1:0");
+    open_active(w, &a, w->address);
+    cr_assert_leq(a.caps.private_data_request, (uint32_t)DATA_MAX);
+    cr_assert_lt(a.ops->connect(a.ep, data, a.caps.private_data_request + 1, &err), 0, "%s: too much is taken", w->name);
+    cr_assert_neq(err.text[0], '\0');
+    leave(w, &a);
+    half_connect(w, &a, &p);
+    memset(&err, 0, sizeof err);
+    cr_assert_lt(p.ops->accept(p.ep, data, p.caps.private_data_reply + 1, &err), 0, "%s: too much is taken", w->name);
+    cr_assert_neq(err.text[0], '\0');
+    leave_pair(w, &a, &p);
+}
+
+CONFORMANCE(capabilities_make_sense) {
+    struct end a, p;
+    connect_pair(w, &a, &p);
+    const struct rmig_fabric_caps *both[] = {&a.caps, &p.caps};
+    for (int i = 0; i < 2; i++) {
+        const struct rmig_fabric_caps *c = both[i];
+        cr_assert(c->write_max >= 1 && c->registration_max >= c->write_max / 2, "%s", w->name);
+        cr_assert(c->write_depth >= 1 && c->send_depth >= 1 && c->recv_depth >= 2, "%s: depths %u %u %u", w->name,
+                  c->write_depth, c->send_depth, c->recv_depth);
+        cr_assert(c->private_data_request >= 8 && c->private_data_reply >= 8, "%s", w->name);
+        cr_assert(c->key_bits >= 32 && c->key_bits <= 64, "%s: key_bits %u", w->name, c->key_bits);
+        cr_assert(c->sends_after_writes || c->completion_is_delivery, "%s: nothing tells of delivery", w->name);
+    }
+    leave_pair(w, &a, &p);
+}
+
+static void reject_one(struct world *w, size_t reason) {
+    struct end a;
+    uint8_t data[DATA_MAX];
+    struct rmig_error err = {0};
+    fill(data, sizeof data);
+    open_active(w, &a, w->address);
+    start_connect(w, &a, data, 8);
+    void *request = expect(w, &w->listener, RMIG_FEV_REQUEST)->e.request;
+    cr_assert_eq(w->passive->ops->reject(w->listener.ep, request, data, reason, &err), RMIG_OK, "%s: reject: %s", w->name,
+                 err.text);
+    struct seen *s = expect(w, &a, RMIG_FEV_REJECTED);
+    if (s->e.private_data_length > 0 && reason > 0) // a fabric need not carry it
+        check_private(w, s, data, reason, DATA_MAX);
+    leave(w, &a);
+}
+
+CONFORMANCE(a_rejected_request_is_told_and_the_listener_goes_on) {
+    struct end a, p;
+    listen_on(w, "127.0.0.1:0");
+    reject_one(w, 0);
+    reject_one(w, 8);
+    connect_pair(w, &a, &p);
+    send_message(w, &a, &p);
+    leave_pair(w, &a, &p);
+}
+
+CONFORMANCE(connecting_to_nobody_fails_in_time) {
+    struct end a;
+    listen_on(w, "127.0.0.1:0");
+    leave(w, &w->listener);
+    open_active(w, &a, w->address);
+    start_connect(w, &a, "request.", 8);
+    expect_end_of(w, &a);
+    cr_assert(find(&a, RMIG_FEV_REJECTED, 0, true) != NULL || find(&a, RMIG_FEV_ERROR, 0, true) != NULL, "%s", w->name);
+    leave(w, &a);
+}
+
+CONFORMANCE(a_name_that_does_not_exist_is_told) {
+    struct rmig_ep_config cfg = wanted();
+    struct rmig_error err = {0};
+    struct rmig_ep *ep = NULL;
+    struct end a;
+    int status = w->active->ops->open(w->active, "no-such-host.invalid:4444", &cfg, &ep, &err);
+    if (status != RMIG_OK) {
+        cr_assert(status < 0 && err.text[0] != '\0', "%s: %d without a text", w->name, status);
+        return;
+    }
+    enter(w, &a, w->active, ep);
+    expect(w, &a, RMIG_FEV_ERROR);
+    leave(w, &a);
+}
+
+CONFORMANCE(a_listener_survives_an_abandoned_request) {
+    struct end a, p;
+    struct rmig_error err = {0};
+    listen_on(w, "127.0.0.1:0");
+    open_active(w, &a, w->address);
+    start_connect(w, &a, "abandon.", 8);
+    struct seen *s = expect(w, &w->listener, RMIG_FEV_REQUEST);
+    void *request = s->e.request;
+    leave(w, &a);
+    for (int i = 0; i < 20; i++) // the news may or may not have come when the request is accepted
+        pump(w);
+    open_passive(w, &p, request);
+    if (p.ops->accept(p.ep, (const uint8_t *)"reply...", 8, &err) == RMIG_OK)
+        expect_end_of(w, &p);
+    else
+        cr_assert_neq(err.text[0], '\0', "%s: accept failed without a text", w->name);
+    leave(w, &p);
+    connect_pair(w, &a, &p);
+    send_message(w, &a, &p);
+    leave_pair(w, &a, &p);
+}
+
+CONFORMANCE(a_closed_listener_leaves_connections_alone) {
+    struct end a, p, late;
+    connect_pair(w, &a, &p);
+    open_active(w, &late, w->address);
+    start_connect(w, &late, "pending.", 8);
+    expect(w, &w->listener, RMIG_FEV_REQUEST);
+    leave(w, &w->listener);
+    expect_end_of(w, &late);
+    send_message(w, &a, &p);
+    send_message(w, &p, &a);
+    leave(w, &late);
+    leave_pair(w, &a, &p);
+}
+
+CONFORMANCE(two_connections_at_once_are_kept_apart) {
+    struct end a[2], p[2];
+    void *request[2] = {NULL, NULL};
+    listen_on(w, "127.0.0.1:0");
+    for (int i = 0; i < 2; i++) {
+        open_active(w, &a[i], w->address);
+        start_connect(w, &a[i], i == 0 ? "number 0" : "number 1", 8);
+    }
+    for (int i = 0; i < 2; i++) {
+        struct seen *s = expect(w, &w->listener, RMIG_FEV_REQUEST);
+        cr_assert(memcmp(s->private_data, "number ", 7) == 0 && (s->private_data[7] & 0xfe) == '0', "%s", w->name);
+        request[s->private_data[7] - '0'] = s->e.request;
+    }
+    for (int i = 1; i >= 0; i--) {
+        cr_assert_not_null(request[i]);
+        open_passive(w, &p[i], request[i]);
+        start_accept(w, &p[i], i == 0 ? "reply  0" : "reply  1", 8);
+    }
+    for (int i = 0; i < 2; i++) {
+        struct seen *s = expect(w, &a[i], RMIG_FEV_ESTABLISHED);
+        cr_assert_eq(s->private_data[7], '0' + i, "%s: the replies went astray", w->name);
+        expect(w, &p[i], RMIG_FEV_ESTABLISHED);
+    }
+    send_message(w, &a[0], &p[0]);
+    send_message(w, &p[1], &a[1]);
+    leave(w, &p[0]);
+    expect_end_of(w, &a[0]);
+    send_message(w, &a[1], &p[1]);
+    leave(w, &a[0]);
+    leave_pair(w, &a[1], &p[1]);
+}
+
+// >>messages
+
+CONFORMANCE(receives_posted_before_the_connection_get_the_first_messages) {
+    struct end a, p;
+    half_connect(w, &a, &p);
+    struct region ra = region(w, &a, 8192, ALL_ACCESS), rp = region(w, &p, 8192, ALL_ACCESS);
+    fill(ra.p, 4096);
+    fill(rp.p, 4096);
+    post_recv(w, &a, &ra, 4096, 2048, 1);
+    post_recv(w, &a, &ra, 6144, 2048, 2);
+    post_recv(w, &p, &rp, 4096, 2048, 3);
+    finish_connect(w, &a, &p);
+    post_send(w, &p, &rp, 0, 1000, 4);
+    expect_id(w, &p, RMIG_FEV_SEND, 4);
+    post_send(w, &p, &rp, 1000, 2000, 5);
+    post_send(w, &a, &ra, 0, 500, 6);
+    expect_id(w, &a, RMIG_FEV_RECV, 1);
+    expect_id(w, &a, RMIG_FEV_RECV, 2);
+    expect_id(w, &p, RMIG_FEV_RECV, 3);
+    cr_assert_arr_eq(ra.p + 4096, rp.p, 1000);
+    cr_assert_arr_eq(ra.p + 6144, rp.p + 1000, 2000);
+    cr_assert_arr_eq(rp.p + 4096, ra.p, 500);
+    expect_id(w, &p, RMIG_FEV_SEND, 5);
+    expect_id(w, &a, RMIG_FEV_SEND, 6);
+    drop(w, &ra);
+    drop(w, &rp);
+    leave_pair(w, &a, &p);
+}
+
+#define SLOT ((uint64_t)512 * 1024)
+
+/* Sends messages of these lengths, as many at a time as both queues take, and checks each as it comes. */
+static void send_many(struct world *w, struct end *from, struct end *to, const uint64_t *lengths, uint64_t n) {
+    uint64_t total = 0, sent = 0, received = 0, posted = 0, completed = 0, at_send = 0, at_check = 0;
+    for (uint64_t i = 0; i < n; i++)
+        total += lengths[i];
+    uint64_t slots = sim_min(to->caps.recv_depth, 8), deadline = world_now(w) + 2 * LIMIT;
+    struct region out = region(w, from, total, ALL_ACCESS), in = region(w, to, slots * SLOT, ALL_ACCESS);
+    fill(out.p, total);
+    while (received < n || completed < n) {
+        for (; posted < n && posted < received + slots; posted++)
+            post_recv(w, to, &in, posted % slots * SLOT, SLOT, posted);
+        for (; sent < n && sent - completed < from->caps.send_depth; at_send += lengths[sent++])
+            if (try_send(w, from, &out, at_send, lengths[sent], sent) == RMIG_ERR_FULL)
+                cr_assert_fail("%s: full with %llu of %u sends", w->name, (unsigned long long)(sent - completed),
+                               from->caps.send_depth);
+        pump(w);
+        cr_assert_null(last_words(from), "%s: %s", w->name, last_words(from));
+        cr_assert_null(last_words(to), "%s: %s", w->name, last_words(to));
+        cr_assert_lt(world_now(w), deadline, "%s: %llu of %llu messages came", w->name, (unsigned long long)received,
+                     (unsigned long long)n);
+        for (struct seen *s; (s = find(to, RMIG_FEV_RECV, 0, true)) != NULL; received++) {
+            s->used = true;
+            cr_assert_eq(s->e.id, received, "%s: receives complete out of order", w->name);
+            cr_assert_eq(s->e.length, lengths[received], "%s: message %llu of %llu bytes came with %llu", w->name,
+                         (unsigned long long)received, (unsigned long long)lengths[received],
+                         (unsigned long long)s->e.length);
+            cr_assert_arr_eq(in.p + received % slots * SLOT, out.p + at_check, lengths[received]);
+            at_check += lengths[received];
+        }
+        for (struct seen *s; (s = find(from, RMIG_FEV_SEND, 0, true)) != NULL; completed++)
+            s->used = true;
+        from->count = to->count = 0; // all of it was used
+    }
+    drop(w, &in);
+    drop(w, &out);
+}
+
+CONFORMANCE(messages_of_every_length_come_whole_and_in_order) {
+    struct end a, p;
+    uint64_t lengths[120] = {1, 2, 3, 7, 8, 63, 64, 65, 127, 128, 129, 255, 256, 257, 1023, 4095, 4096, 4097,
+                             16383, 65535, 65536, 65537, 131072, SLOT - 1, SLOT};
+    for (size_t i = 25; i < 120; i++)
+        lengths[i] = 1 + below((uint64_t)1 << (1 + below(17)));
+    connect_pair(w, &a, &p);
+    send_many(w, &a, &p, lengths, 120);
+    send_many(w, &p, &a, lengths, 120);
+    leave_pair(w, &a, &p);
+}
+
+CONFORMANCE(a_full_send_queue_says_so_and_recovers) {
+    struct end a, p;
+    connect_pair(w, &a, &p);
+    struct region out = region(w, &a, 4096, ALL_ACCESS), in = region(w, &p, 4096, ALL_ACCESS);
+    uint64_t sent = 0, posted = 0, slots = sim_min(p.caps.recv_depth, 8);
+    for (; posted < slots; posted++)
+        post_recv(w, &p, &in, 0, 256, posted);
+    while (try_send(w, &a, &out, 0, 256, sent) == RMIG_OK)
+        cr_assert_lt(++sent, 100000u, "%s: the queue never fills", w->name);
+    cr_assert_geq(sent, (uint64_t)a.caps.send_depth, "%s: room for fewer than caps says", w->name);
+    for (uint64_t i = 0; i < sent; i++) {
+        expect_id(w, &p, RMIG_FEV_RECV, i);
+        post_recv(w, &p, &in, 0, 256, posted++);
+    }
+    for (uint64_t i = 0; i < sent; i++)
+        expect_id(w, &a, RMIG_FEV_SEND, i);
+    post_send(w, &a, &out, 0, 256, sent);
+    expect_id(w, &p, RMIG_FEV_RECV, sent);
+    expect_id(w, &a, RMIG_FEV_SEND, sent);
+    leave(w, &w->listener);
+    drop(w, &out);
+    drop(w, &in);
+    leave_pair(w, &a, &p);
+}
+
+CONFORMANCE(a_full_receive_queue_says_so) {
+    struct end a, p;
+    connect_pair(w, &a, &p);
+    struct region in = region(w, &p, 4096, ALL_ACCESS);
+    uint64_t posted = 0;
+    while (try_recv(&p, &in, 0, 256, posted) == RMIG_OK)
+        cr_assert_lt(++posted, 100000u, "%s: the queue never fills", w->name);
+    cr_assert_geq(posted, (uint64_t)p.caps.recv_depth, "%s: room for fewer than caps says", w->name);
+    drop(w, &in);
+    leave_pair(w, &a, &p);
+}
+
+CONFORMANCE(a_message_too_long_never_leaves_its_buffer) {
+    struct end a, p;
+    connect_pair(w, &a, &p);
+    struct region out = region(w, &a, 65536, ALL_ACCESS), in = region(w, &p, 65536, ALL_ACCESS);
+    memset(out.p, 0xee, 65536);
+    post_recv(w, &p, &in, 0, 100, 1);
+    post_send(w, &a, &out, 0, 65536, 2);
+    uint64_t deadline = world_now(w) + 2 * LIMIT;
+    while (last_words(&a) == NULL && last_words(&p) == NULL && find(&p, RMIG_FEV_RECV, 1, false) == NULL) {
+        cr_assert_lt(world_now(w), deadline, "%s: neither a receive nor an error", w->name);
+        pump(w);
+    }
+    for (size_t i = 100; i < 65536; i++)
+        cr_assert_eq(in.p[i], 0, "%s: byte %zu beyond the buffer was written", w->name, i - 100);
+    drop(w, &in);
+    drop(w, &out);
+    leave_pair(w, &a, &p);
+}
+
+CONFORMANCE(polling_for_one_event_at_a_time_loses_none) {
+    struct end a, p;
+    connect_pair(w, &a, &p);
+    struct region out = region(w, &a, 4096, ALL_ACCESS), in = region(w, &p, 4096, ALL_ACCESS);
+    uint64_t deadline = world_now(w) + 2 * LIMIT;
+    post_recv(w, &p, &in, 0, 256, 0);
+    post_recv(w, &p, &in, 256, 256, 1);
+    p.quiet = true;
+    for (uint64_t i = 0; i < 2; i++) {
+        post_send(w, &a, &out, 0, 256, i);
+        if (a.caps.send_depth == 1) {
+            p.quiet = !p.caps.target_must_poll;
+            expect_id(w, &a, RMIG_FEV_SEND, i);
+        }
+    }
+    p.quiet = true;
+    for (uint64_t want = count_events(&p, RMIG_FEV_RECV); want < 2;) {
+        struct rmig_fabric_event e;
+        struct rmig_error err = {0};
+        int n = p.ops->poll(p.ep, &e, 1, &err);
+        cr_assert(n == 0 || n == 1, "%s: poll for 1: %d: %s", w->name, n, err.text);
+        cr_assert_lt(world_now(w), deadline, "%s: event %llu lost", w->name, (unsigned long long)want);
+        if (n == 0)
+            pump(w);
+        else {
+            cr_assert(e.type == RMIG_FEV_RECV && e.id == want, "%s: %s %llu", w->name, type_name(e.type),
+                      (unsigned long long)e.id);
+            want++;
+        }
+        if (n == 0)
+            cr_assert_eq(p.ops->wait(p.f, &p.ep, 1, p.ops->now(p.f) + SIM_MS, &err), RMIG_OK, "%s", err.text);
+    }
+    drop(w, &in);
+    drop(w, &out);
+    leave_pair(w, &a, &p);
+}
+
+// >>writes
+
+/* Until all writes, the last of which has this id and is signalled, are in the target's memory. */
+static void settle(struct world *w, struct end *from, struct end *to, const struct rmig_write *writes, size_t n) {
+    to->quiet = from->caps.completion_is_delivery && !to->caps.target_must_poll;
+    for (size_t i = 0; i < n; i++)
+        if (writes[i].signal)
+            expect_id(w, from, RMIG_FEV_WRITE, writes[i].id);
+    to->quiet = false;
+    if (!from->caps.completion_is_delivery)
+        send_message(w, from, to);
+}
+
+CONFORMANCE(completed_writes_are_in_the_target_memory) {
+    struct end a, p;
+    connect_pair(w, &a, &p);
+    const uint64_t sizes[] = {1, 2, 8, 127, 128, 129, 4096, 65536, 1000003, 4 << 20};
+    const uint64_t n = 16 << 20;
+    struct end *from = &a, *to = &p;
+    for (int way = 0; way < 2; way++, from = &p, to = &a) {
+        struct region src = region(w, from, n, ALL_ACCESS), dst = region(w, to, n, ALL_ACCESS);
+        uint8_t *model = calloc(1, n);
+        fill(src.p, n);
+        for (uint64_t i = 0; i < 30; i++) {
+            uint64_t length = i < 10 ? sizes[i] : 1 + below((uint64_t)1 << (1 + below(20)));
+            uint64_t at = below(n - length + 1), read = below(n - length + 1);
+            length = sim_min(length, from->caps.write_max);
+            struct rmig_write write = make_write(&src, read, &dst, at, length, 1000 + i, true);
+            write_all(w, from, &write, 1);
+            settle(w, from, to, &write, 1);
+            memcpy(model + at, src.p + read, length);
+            cr_assert_eq(memcmp(dst.p + at, model + at, length), 0, "%s: %llu bytes at %llu are not there", w->name,
+                         (unsigned long long)length, (unsigned long long)at);
+        }
+        cr_assert_eq(memcmp(dst.p, model, n), 0, "%s: bytes beside the writes changed", w->name);
+        free(model);
+        drop(w, &src);
+        drop(w, &dst);
+    }
+    leave_pair(w, &a, &p);
+}
+
+CONFORMANCE(a_batch_larger_than_the_queue_is_taken_in_parts) {
+    enum { COUNT = 400, SIZE = 10000 };
+    struct end a, p;
+    connect_pair(w, &a, &p);
+    struct region src = region(w, &a, COUNT * SIZE, ALL_ACCESS), dst = region(w, &p, COUNT * SIZE, ALL_ACCESS);
+    static struct rmig_write writes[COUNT];
+    fill(src.p, src.n);
+    for (uint64_t i = 0; i < COUNT; i++)
+        writes[i] = make_write(&src, i * SIZE, &dst, (COUNT - 1 - i) * SIZE, SIZE, i + 1, true);
+    int taken = post_writes(w, &a, writes, COUNT);
+    cr_assert_leq((uint32_t)taken, a.caps.write_depth, "%s: more taken than caps allows", w->name);
+    cr_assert_eq((uint32_t)taken, sim_min(COUNT, a.caps.write_depth), "%s: room for fewer than caps says", w->name);
+    write_all(w, &a, writes + taken, COUNT - (size_t)taken);
+    settle(w, &a, &p, writes, COUNT);
+    for (uint64_t i = 0; i < COUNT; i++)
+        cr_assert_eq(memcmp(dst.p + (COUNT - 1 - i) * SIZE, src.p + i * SIZE, SIZE), 0, "%s: write %llu", w->name,
+                     (unsigned long long)i);
+    cr_assert_eq(count_events(&a, RMIG_FEV_WRITE), (size_t)COUNT, "%s: one completion each", w->name);
+    if (a.caps.writes_in_order)
+        for (uint64_t i = 0, id = 1; i < a.count; i++)
+            if (a.seen[i].e.type == RMIG_FEV_WRITE)
+                cr_assert_eq(a.seen[i].e.id, id++, "%s: completions out of order", w->name);
+    drop(w, &src);
+    drop(w, &dst);
+    leave_pair(w, &a, &p);
+}
+
+CONFORMANCE(a_completion_covers_the_unsignalled_writes_before_it) {
+    enum { ROUNDS = 60, SIZE = 3000 };
+    struct end a, p;
+    connect_pair(w, &a, &p);
+    uint64_t per = sim_min(a.caps.write_depth, 16), id = 0;
+    struct region src = region(w, &a, per * SIZE, ALL_ACCESS), dst = region(w, &p, per * SIZE, ALL_ACCESS);
+    for (int round = 0; round < ROUNDS && a.caps.writes_in_order; round++) {
+        struct rmig_write writes[16];
+        fill(src.p, src.n);
+        for (uint64_t i = 0; i < per; i++)
+            writes[i] = make_write(&src, i * SIZE, &dst, i * SIZE, SIZE, ++id, i == per - 1);
+        write_all(w, &a, writes, per);
+        settle(w, &a, &p, writes, per);
+        cr_assert_eq(memcmp(dst.p, src.p, src.n), 0, "%s: not all there in round %d", w->name, round);
+    }
+    drop(w, &src);
+    drop(w, &dst);
+    leave_pair(w, &a, &p);
+}
+
+CONFORMANCE(overlapping_writes_land_in_order) {
+    enum { COUNT = 300, SIZE = 40000 };
+    struct end a, p;
+    connect_pair(w, &a, &p);
+    struct region src = region(w, &a, COUNT * 64 + SIZE, ALL_ACCESS), dst = region(w, &p, SIZE * 2, ALL_ACCESS);
+    static struct rmig_write writes[COUNT];
+    uint8_t *model = calloc(1, dst.n);
+    fill(src.p, src.n);
+    for (uint64_t i = 0; i < COUNT && a.caps.writes_in_order; i++) {
+        uint64_t at = below(SIZE), n = 1 + below(SIZE);
+        writes[i] = make_write(&src, i * 64, &dst, at, n, i + 1, i % 2 == 1);
+        memcpy(model + at, src.p + i * 64, n);
+    }
+    if (a.caps.writes_in_order) {
+        write_all(w, &a, writes, COUNT);
+        settle(w, &a, &p, writes, COUNT);
+        cr_assert_eq(memcmp(dst.p, model, dst.n), 0, "%s: a later write was overwritten by an earlier one", w->name);
+    }
+    free(model);
+    drop(w, &src);
+    drop(w, &dst);
+    leave_pair(w, &a, &p);
+}
+
+CONFORMANCE(a_message_after_writes_finds_their_data) {
+    enum { ROUNDS = 30 };
+    struct end a, p;
+    connect_pair(w, &a, &p);
+    const uint64_t part = 100000;
+    uint64_t per = sim_min(a.caps.write_depth, 8);
+    struct region src = region(w, &a, per * part, ALL_ACCESS), dst = region(w, &p, per * part, ALL_ACCESS);
+    struct region in = region(w, &p, 4096, ALL_ACCESS), out = region(w, &a, 4096, ALL_ACCESS);
+    for (uint64_t round = 1; round <= ROUNDS && a.caps.sends_after_writes; round++) {
+        struct rmig_write writes[8];
+        memset(src.p, (int)round, src.n);
+        for (uint64_t i = 0; i < per; i++)
+            writes[i] = make_write(&src, i * part, &dst, i * part, part, round * 100 + i, i == per - 1);
+        post_recv(w, &p, &in, 0, 4096, round);
+        write_all(w, &a, writes, per);
+        post_send(w, &a, &out, 0, 1 + below(4096), round);
+        expect_id(w, &p, RMIG_FEV_RECV, round);
+        for (size_t i = 0; i < dst.n; i += 997)
+            cr_assert_eq(dst.p[i], (uint8_t)round, "%s: the message overtook byte %zu in round %llu", w->name, i,
+                         (unsigned long long)round);
+        expect_id(w, &a, RMIG_FEV_SEND, round);
+        expect_id(w, &a, RMIG_FEV_WRITE, round * 100 + per - 1);
+    }
+    drop(w, &src);
+    drop(w, &dst);
+    drop(w, &in);
+    drop(w, &out);
+    leave_pair(w, &a, &p);
+}
+
+CONFORMANCE(a_large_write_comes_whole) {
+    struct end a, p;
+    connect_pair(w, &a, &p);
+    uint64_t n = sim_min((uint64_t)48 << 20, sim_min(a.caps.write_max, p.caps.registration_max));
+    struct region src = region(w, &a, n, ALL_ACCESS), dst = region(w, &p, n, ALL_ACCESS);
+    for (uint64_t i = 0; i < n / 8; i++)
+        memcpy(src.p + 8 * i, &i, 8);
+    struct rmig_write write = make_write(&src, 0, &dst, 0, n, 1, true);
+    write_all(w, &a, &write, 1);
+    settle(w, &a, &p, &write, 1);
+    cr_assert_eq(memcmp(src.p, dst.p, n), 0, "%s: %llu bytes", w->name, (unsigned long long)n);
+    drop(w, &src);
+    drop(w, &dst);
+    leave_pair(w, &a, &p);
+}
+
+// >>registration
+
+CONFORMANCE(a_thousand_regions_have_keys_of_their_own) {
+    enum { COUNT = 1000, SIZE = 4096 };
+    struct end a, p;
+    static struct region in[COUNT];
+    connect_pair(w, &a, &p);
+    struct region src = region(w, &a, SIZE, ALL_ACCESS);
+    uint8_t *memory = pages((size_t)COUNT * SIZE);
+    for (size_t i = 0; i < COUNT; i++) {
+        in[i] = region_at(w, &p, memory + i * SIZE, SIZE, ALL_ACCESS);
+        for (size_t k = 0; k < i; k++)
+            cr_assert_neq(in[k].mr.key, in[i].mr.key, "%s: regions %zu and %zu share a key", w->name, k, i);
+    }
+    fill(src.p, SIZE);
+    for (uint64_t i = 0; i < 100; i++) {
+        uint64_t r = below(COUNT), at = below(SIZE);
+        struct rmig_write write = make_write(&src, at, &in[r], at, 1, i + 1, true);
+        write_all(w, &a, &write, 1);
+        settle(w, &a, &p, &write, 1);
+        cr_assert_eq(in[r].p[at], src.p[at], "%s: region %llu", w->name, (unsigned long long)r);
+    }
+    for (size_t i = 0; i < COUNT; i++)
+        deregister(w, &in[i * 7 % COUNT]);
+    munmap(memory, (size_t)COUNT * SIZE);
+    drop(w, &src);
+    leave_pair(w, &a, &p);
+}
+
+CONFORMANCE(memory_can_be_registered_again_and_again) {
+    struct end a, p;
+    connect_pair(w, &a, &p);
+    struct region src = region(w, &a, 65536, ALL_ACCESS);
+    uint8_t *memory = pages(1 << 20);
+    fill(src.p, src.n);
+    for (uint64_t i = 0; i < 200; i++) {
+        uint64_t at = below(1 << 19), n = 1 + below(65536);
+        struct region whole = region_at(w, &p, memory, 1 << 20, ALL_ACCESS); // overlaps the other
+        struct region part = region_at(w, &p, memory + at, n, ALL_ACCESS);
+        struct rmig_write write = make_write(&src, 0, &part, 0, n, i + 1, true);
+        write_all(w, &a, &write, 1);
+        settle(w, &a, &p, &write, 1);
+        cr_assert_eq(memcmp(memory + at, src.p, n), 0, "%s", w->name);
+        deregister(w, &whole);
+        deregister(w, &part);
+    }
+    munmap(memory, 1 << 20);
+    drop(w, &src);
+    leave_pair(w, &a, &p);
+}
+
+CONFORMANCE(large_memory_can_be_registered) {
+    struct end a, p;
+    connect_pair(w, &a, &p);
+    uint64_t n = sim_min((uint64_t)1 << 28, p.caps.registration_max);
+    struct region big = region(w, &p, n, ALL_ACCESS), src = region(w, &a, 4096, ALL_ACCESS);
+    fill(src.p, 4096);
+    struct rmig_write write = make_write(&src, 0, &big, n - 4096, 4096, 1, true);
+    write_all(w, &a, &write, 1);
+    settle(w, &a, &p, &write, 1);
+    cr_assert_arr_eq(big.p + n - 4096, src.p, 4096, "%s", w->name);
+    drop(w, &big);
+    drop(w, &src);
+    leave_pair(w, &a, &p);
+}
+
+enum { GUARD = 8192 }; // bytes on each side of the region, and the region's own length
+
+/* A write that the target must refuse: `spoil` makes it so, given the good one. The target's memory stays as it was, at
+   least one end learns of it, and other connections go on. */
+static void refuse_write(struct world *w, unsigned access, void (*spoil)(struct world *, struct rmig_write *, struct region *)) {
+    struct end a, p, other_a, other_p;
+    connect_pair(w, &other_a, &other_p);
+    connect_pair(w, &a, &p);
+    uint8_t *memory = pages(3 * GUARD);
+    memset(memory, 0x5a, 3 * GUARD);
+    struct region dst = region_at(w, &p, memory + GUARD, GUARD, access), src = region(w, &a, GUARD, ALL_ACCESS);
+    memset(src.p, 0xee, GUARD);
+    struct rmig_write write = make_write(&src, 0, &dst, 0, GUARD / 2, 1, true);
+    spoil(w, &write, &dst);
+    struct rmig_error err = {0};
+    int taken = a.ops->write(a.ep, &write, 1, &err); // a fabric may see it at once
+    cr_assert(taken == 1 || (taken < 0 && err.text[0] != '\0'), "%s: write: %d", w->name, taken);
+    uint64_t deadline = world_now(w) + 2 * LIMIT;
+    while (taken == 1 && last_words(&a) == NULL && last_words(&p) == NULL) {
+        cr_assert_lt(world_now(w), deadline, "%s: no end learns of a write that must be refused", w->name);
+        pump(w);
+    }
+    cr_assert(!a.caps.completion_is_delivery || find(&a, RMIG_FEV_WRITE, 1, false) == NULL, "%s: it completed", w->name);
+    for (size_t i = 0; i < 3 * GUARD; i++)
+        cr_assert_eq(memory[i], 0x5a, "%s: byte %td of the region was written", w->name, (ptrdiff_t)i - GUARD);
+    send_message(w, &other_a, &other_p);
+    if (dst.mr.key != 0)
+        deregister(w, &dst);
+    munmap(memory, 3 * GUARD);
+    drop(w, &src);
+    leave(w, &other_a);
+    leave(w, &other_p);
+    leave_pair(w, &a, &p);
+}
+
+static void spoil_key(struct world *w, struct rmig_write *write, struct region *dst) {
+    (void)w, (void)dst;
+    write->key ^= 0x15400000u;
+}
+
+static void spoil_key_zero(struct world *w, struct rmig_write *write, struct region *dst) {
+    (void)w, (void)dst;
+    write->key = 0;
+}
+
+static void spoil_end(struct world *w, struct rmig_write *write, struct region *dst) {
+    (void)w;
+    write->remote_address = dst->mr.remote_address + GUARD - write->length + 1;
+}
+
+static void spoil_start(struct world *w, struct rmig_write *write, struct region *dst) {
+    (void)w;
+    write->remote_address = dst->mr.remote_address - 1;
+}
+
+static void spoil_beyond(struct world *w, struct rmig_write *write, struct region *dst) {
+    (void)w;
+    write->remote_address = dst->mr.remote_address + GUARD;
+}
+
+static void spoil_wrap(struct world *w, struct rmig_write *write, struct region *dst) {
+    (void)w, (void)dst;
+    write->remote_address = UINT64_MAX - write->length / 2; // its end comes around to 0
+}
+
+static void spoil_region(struct world *w, struct rmig_write *write, struct region *dst) {
+    (void)write;
+    deregister(w, dst);
+    dst->mr.key = 0;
+}
+
+static void spoil_nothing(struct world *w, struct rmig_write *write, struct region *dst) { (void)w, (void)write, (void)dst; }
+
+CONFORMANCE(a_write_with_an_unknown_key_is_refused) { refuse_write(w, ALL_ACCESS, spoil_key); }
+CONFORMANCE(a_write_with_key_0_is_refused) { refuse_write(w, ALL_ACCESS, spoil_key_zero); }
+CONFORMANCE(a_write_past_the_end_is_refused) { refuse_write(w, ALL_ACCESS, spoil_end); }
+CONFORMANCE(a_write_before_the_start_is_refused) { refuse_write(w, ALL_ACCESS, spoil_start); }
+CONFORMANCE(a_write_beyond_the_end_is_refused) { refuse_write(w, ALL_ACCESS, spoil_beyond); }
+CONFORMANCE(a_write_whose_end_wraps_around_is_refused) { refuse_write(w, ALL_ACCESS, spoil_wrap); }
+CONFORMANCE(a_write_after_deregistration_is_refused) { refuse_write(w, ALL_ACCESS, spoil_region); }
+CONFORMANCE(a_write_to_memory_not_meant_for_the_peer_is_refused) {
+    refuse_write(w, RMIG_ACCESS_LOCAL_READ | RMIG_ACCESS_LOCAL_WRITE, spoil_nothing);
+}
+
+// >>the end of a connection
+
+static void send_then(struct world *w, bool wait_for_completions, bool orderly) {
+    struct end a, p;
+    connect_pair(w, &a, &p);
+    struct region out = region(w, &a, 4096, ALL_ACCESS), in = region(w, &p, 4096, ALL_ACCESS);
+    uint64_t n = sim_min(sim_min(p.caps.recv_depth, a.caps.send_depth), 4);
+    fill(out.p, 4096);
+    for (uint64_t i = 0; i < n; i++)
+        post_recv(w, &p, &in, i * 1024, 1024, i);
+    for (uint64_t i = 0; i < n; i++)
+        post_send(w, &a, &out, i * 1024, 1024, i);
+    for (uint64_t i = 0; i < n && wait_for_completions; i++)
+        expect_id(w, &a, RMIG_FEV_SEND, i);
+    /* A completion says that the buffer is free, not that the peer has the message: only disconnect promises that. */
+    bool arrived = orderly || (wait_for_completions && a.caps.completion_is_delivery && !p.caps.target_must_poll);
+    if (orderly)
+        a.ops->disconnect(a.ep);
+    else {
+        deregister(w, &out);
+        a.ops->close(a.ep);
+        a.ep = NULL;
+    }
+    expect_end_of(w, &p);
+    uint64_t got = 0;
+    for (size_t i = 0; i < p.count; i++) {
+        cr_assert(!is_last(p.seen[i].e.type) || i == p.count - 1, "%s: events after the last", w->name);
+        if (p.seen[i].e.type == RMIG_FEV_RECV)
+            cr_assert_eq(p.seen[i].e.id, got++, "%s", w->name);
+    }
+    cr_assert(got == n || !arrived, "%s: %llu of %llu messages came before the end", w->name, (unsigned long long)got,
+              (unsigned long long)n);
+    cr_assert_arr_eq(in.p, out.p, got * 1024, "%s", w->name);
+    if (orderly)
+        deregister(w, &out);
+    munmap(out.p, out.n);
+    drop(w, &in);
+    leave_pair(w, &a, &p);
+}
+
+CONFORMANCE(disconnecting_comes_after_what_was_sent) { send_then(w, true, true); }
+CONFORMANCE(disconnecting_at_once_still_delivers) { send_then(w, false, true); }
+CONFORMANCE(closing_is_told_to_the_peer) { send_then(w, true, false); }
+CONFORMANCE(closing_in_the_middle_of_sending_is_told_to_the_peer) { send_then(w, false, false); }
+
+CONFORMANCE(the_passive_side_can_end_it_too) {
+    struct end a, p;
+    connect_pair(w, &a, &p);
+    p.ops->disconnect(p.ep);
+    expect_end_of(w, &a);
+    cr_assert_not_null(find(&a, RMIG_FEV_DISCONNECTED, 0, true), "%s: %s", w->name, last_words(&a));
+    leave_pair(w, &a, &p);
+    connect_pair(w, &a, &p);
+    leave(w, &p);
+    expect_end_of(w, &a);
+    leave_pair(w, &a, &p);
+}
+
+CONFORMANCE(work_posted_after_the_end_fails_or_vanishes) {
+    struct end a, p;
+    connect_pair(w, &a, &p);
+    struct region out = region(w, &a, 4096, ALL_ACCESS), dst = region(w, &p, 4096, ALL_ACCESS);
+    deregister(w, &dst);
+    leave(w, &p);
+    expect_end_of(w, &a);
+    for (uint64_t i = 0; i < 3; i++) {
+        struct rmig_error err = {0};
+        struct rmig_write write = make_write(&out, 0, &dst, 0, 4096, i, true);
+        int status = a.ops->send(a.ep, out.p, 64, &out.mr, i, &err);
+        cr_assert(status >= 0 || err.text[0] != '\0', "%s: send failed without a text", w->name);
+        memset(&err, 0, sizeof err);
+        status = a.ops->write(a.ep, &write, 1, &err);
+        cr_assert(status >= 0 || err.text[0] != '\0', "%s: write failed without a text", w->name);
+        memset(&err, 0, sizeof err);
+        status = a.ops->recv(a.ep, out.p, 64, &out.mr, i, &err);
+        cr_assert(status >= 0 || err.text[0] != '\0', "%s: recv failed without a text", w->name);
+        for (int k = 0; k < 5; k++)
+            pump(w);
+    }
+    cr_assert_eq(count_events(&a, RMIG_FEV_WRITE) + count_events(&a, RMIG_FEV_SEND), 0, "%s: it completed", w->name);
+    munmap(dst.p, dst.n);
+    drop(w, &out);
+    leave_pair(w, &a, &p);
+}
+
+// >>closing in every state
+
+enum state { OPENED, RESOLVED, ASKED, REQUESTED, HALF, ACCEPTED, UP, RECEIVING, SENDING, WRITING, DISCONNECTED, STATES };
+
+struct stage {
+    struct end a, p;
+    struct region out, in;
+    bool passive;
+};
+
+static void keep_busy(struct world *w, struct stage *s, enum state state) {
+    s->out = region(w, &s->a, 1 << 20, ALL_ACCESS);
+    s->in = region(w, &s->p, 1 << 20, ALL_ACCESS);
+    if (state == RECEIVING || state == SENDING)
+        for (uint64_t i = 0; i < 2; i++) {
+            post_recv(w, &s->p, &s->in, i * SLOT, SLOT, i);
+            post_recv(w, &s->a, &s->out, i * SLOT, SLOT, i);
+        }
+    for (uint64_t i = 0; i < s->a.caps.send_depth && i < 2 && state == SENDING; i++) {
+        post_send(w, &s->a, &s->out, 0, SLOT, i);
+        post_send(w, &s->p, &s->in, 0, SLOT, i);
+    }
+    struct rmig_write writes[3];
+    for (uint64_t i = 0; i < 3; i++)
+        writes[i] = make_write(&s->out, 0, &s->in, 0, 1 << 20, i + 1, true);
+    if (state == WRITING)
+        post_writes(w, &s->a, writes, 3);
+}
+
+/* Takes a connection to a state of its life, and leaves it there. */
+static void reach(struct world *w, struct stage *s, enum state state) {
+    struct rmig_ep_config cfg = wanted();
+    struct rmig_error err = {0};
+    struct rmig_ep *ep = NULL;
+    memset(s, 0, sizeof *s);
+    cr_assert_eq(w->active->ops->open(w->active, w->address, &cfg, &ep, &err), RMIG_OK, "%s: %s", w->name, err.text);
+    enter(w, &s->a, w->active, ep);
+    if (state == OPENED)
+        return;
+    expect(w, &s->a, RMIG_FEV_RESOLVED);
+    get_caps(w, &s->a);
+    if (state == RESOLVED)
+        return;
+    start_connect(w, &s->a, "request.", 8);
+    if (state == ASKED)
+        return;
+    void *request = expect(w, &w->listener, RMIG_FEV_REQUEST)->e.request;
+    if (state == REQUESTED) {
+        cr_assert_eq(w->passive->ops->reject(w->listener.ep, request, NULL, 0, &err), RMIG_OK, "%s", err.text);
+        return;
+    }
+    open_passive(w, &s->p, request);
+    s->passive = true;
+    if (state == HALF)
+        return;
+    start_accept(w, &s->p, "reply...", 8);
+    if (state == ACCEPTED)
+        return;
+    expect(w, &s->a, RMIG_FEV_ESTABLISHED);
+    expect(w, &s->p, RMIG_FEV_ESTABLISHED);
+    if (state > UP)
+        keep_busy(w, s, state);
+    if (state == DISCONNECTED)
+        s->a.ops->disconnect(s->a.ep);
+}
+
+static void close_active(struct world *w, struct stage *s) {
+    if (s->out.p != NULL)
+        drop(w, &s->out);
+    leave(w, &s->a);
+}
+
+static void close_passive(struct world *w, struct stage *s) {
+    if (s->in.p != NULL)
+        drop(w, &s->in);
+    if (s->passive)
+        leave(w, &s->p);
+}
+
+/* Requests of connections that went away may have come meanwhile. */
+static void refuse_pending(struct world *w) {
+    struct rmig_error err = {0};
+    for (int i = 0; i < 20; i++)
+        pump(w);
+    for (struct seen *s; (s = find(&w->listener, RMIG_FEV_REQUEST, 0, true)) != NULL; s->used = true)
+        w->passive->ops->reject(w->listener.ep, s->e.request, NULL, 0, &err);
+}
+
+CONFORMANCE(an_endpoint_can_be_closed_in_every_state) {
+    listen_on(w, "127.0.0.1:0");
+    for (int state = 0; state < STATES; state++)
+        for (int order = 0; order < 2; order++) {
+            struct stage s;
+            struct end a, p;
+            reach(w, &s, (enum state)state);
+            if (order == 0)
+                close_active(w, &s);
+            close_passive(w, &s);
+            if (order == 1)
+                close_active(w, &s);
+            refuse_pending(w);
+            connect_pair(w, &a, &p); // nothing is left that disturbs the next
+            send_message(w, &a, &p);
+            leave(w, &a);
+            leave(w, &p);
+        }
+    leave(w, &w->listener);
+}
+
+CONFORMANCE(a_listener_can_be_closed_in_every_state) {
+    for (int state = 0; state < STATES; state++) {
+        struct stage s;
+        listen_on(w, "127.0.0.1:0");
+        reach(w, &s, (enum state)state);
+        leave(w, &w->listener);
+        for (int i = 0; i < 5; i++)
+            pump(w);
+        close_active(w, &s);
+        close_passive(w, &s);
+    }
+}
+
+// >>waiting
+
+CONFORMANCE(waiting_ends_at_its_deadline) {
+    struct end a, p;
+    struct rmig_error err = {0};
+    connect_pair(w, &a, &p);
+    uint64_t begin = p.ops->now(p.f), deadline = begin + 30 * SIM_MS, before = begin;
+    while (before < deadline) {
+        cr_assert_eq(p.ops->wait(p.f, &p.ep, 1, deadline, &err), RMIG_OK, "%s: wait: %s", w->name, err.text);
+        uint64_t now = p.ops->now(p.f);
+        cr_assert_geq(now, before, "%s: the clock went back", w->name);
+        cr_assert_eq(poll_end(w, &p), 0, "%s: an event from nowhere", w->name);
+        before = now;
+    }
+    cr_assert_eq(p.ops->wait(p.f, &p.ep, 1, 0, &err), RMIG_OK, "%s: a deadline in the past: %s", w->name, err.text);
+    cr_assert_eq(p.ops->wait(p.f, NULL, 0, p.ops->now(p.f) + SIM_MS, &err), RMIG_OK, "%s: nothing to wait for: %s", w->name,
+                 err.text);
+    leave_pair(w, &a, &p);
+}
+
+CONFORMANCE(waiting_ends_when_something_happens) {
+    struct end a, p;
+    struct rmig_error err = {0};
+    connect_pair(w, &a, &p);
+    struct region out = region(w, &a, 4096, ALL_ACCESS), in = region(w, &p, 4096, ALL_ACCESS);
+    for (uint64_t i = 0; i < 10; i++) {
+        post_recv(w, &p, &in, 0, 4096, i);
+        post_send(w, &a, &out, 0, 64, i);
+        uint64_t far = p.ops->now(p.f) + 3600 * SIM_SECOND; // this test's own limit is far shorter
+        struct rmig_ep *both[] = {w->listener.ep, p.ep};
+        while (find(&p, RMIG_FEV_RECV, i, false) == NULL) {
+            cr_assert_eq(p.ops->wait(p.f, both, 2, far, &err), RMIG_OK, "%s: wait: %s", w->name, err.text);
+            poll_end(w, &p);
+            cr_assert_null(last_words(&p));
+            cr_assert_lt(p.ops->now(p.f), far, "%s: a message does not end the wait", w->name);
+        }
+        expect_id(w, &a, RMIG_FEV_SEND, i);
+    }
+    p.ops->disconnect(p.ep);
+    uint64_t far = a.ops->now(a.f) + 3600 * SIM_SECOND;
+    while (last_words(&a) == NULL) {
+        cr_assert_eq(a.ops->wait(a.f, &a.ep, 1, far, &err), RMIG_OK, "%s: wait: %s", w->name, err.text);
+        poll_end(w, &a);
+        cr_assert_lt(a.ops->now(a.f), far, "%s: the peer's disconnecting does not end the wait", w->name);
+    }
+    drop(w, &in);
+    drop(w, &out);
+    leave_pair(w, &a, &p);
+}
+
+CONFORMANCE(descriptors_tell_of_messages) {
+    struct end a, p;
+    struct rmig_error err = {0};
+    connect_pair(w, &a, &p);
+    struct region out = region(w, &a, 4096, ALL_ACCESS), in = region(w, &p, 4096, ALL_ACCESS);
+    for (uint64_t i = 0; i < 10; i++) {
+        struct rmig_fd fds[4];
+        bool ready = true;
+        post_recv(w, &p, &in, 0, 4096, i);
+        int n = p.ops->fds(p.ep, fds, 4, &ready, &err);
+        cr_assert(n >= 0 && n <= 4, "%s: fds: %d: %s", w->name, n, err.text);
+        while (ready) {
+            poll_end(w, &p);
+            n = p.ops->fds(p.ep, fds, 4, &ready, &err);
+        }
+        post_send(w, &a, &out, 0, 64, i);
+        while (n > 0 && !ready && find(&p, RMIG_FEV_RECV, i, false) == NULL) {
+            struct pollfd wait_for[4];
+            for (int k = 0; k < n; k++) {
+                wait_for[k].fd = fds[k].fd;
+                wait_for[k].events = (short)(POLLIN | (fds[k].write ? POLLOUT : 0));
+            }
+            cr_assert_gt(poll(wait_for, (nfds_t)n, (int)(LIMIT / SIM_MS)), 0, "%s: a message wakes nobody", w->name);
+            poll_end(w, &p);
+            n = p.ops->fds(p.ep, fds, 4, &ready, &err);
+            if (ready)
+                poll_end(w, &p), ready = false;
+        }
+        expect_id(w, &p, RMIG_FEV_RECV, i);
+        expect_id(w, &a, RMIG_FEV_SEND, i);
+    }
+    drop(w, &in);
+    drop(w, &out);
+    leave_pair(w, &a, &p);
+}
+
+// >>death of a process
+
+/* In a process of its own: connects to the address that comes from the pipe, sends a message, and stays until killed. */
+static void child_main(const struct fabric_row *row, int from_parent) {
+    struct world w = {0};
+    char address[128] = "";
+    w.name = row->name;
+    if (read(from_parent, address, sizeof address - 1) <= 0)
+        _exit(1);
+    row->open(&w);
+    struct end a;
+    open_active(&w, &a, address);
+    struct region out = region(&w, &a, 1 << 20, ALL_ACCESS);
+    start_connect(&w, &a, "request.", 8);
+    expect(&w, &a, RMIG_FEV_ESTABLISHED);
+    memset(out.p, 0x77, 1 << 20);
+    post_send(&w, &a, &out, 0, 1000, 1);
+    for (;;)
+        pump(&w);
+}
+
+static void survive_peer(const struct fabric_row *row) {
+    int pipe_fds[2];
+    cr_assert_eq(pipe(pipe_fds), 0);
+    pid_t child = fork(); // before either process opens a fabric
+    cr_assert_geq(child, 0);
+    if (child == 0) {
+        alarm(60);
+        child_main(row, pipe_fds[0]);
+    }
+    struct world w = {0};
+    struct end p;
+    w.name = row->name;
+    row->open(&w);
+    listen_on(&w, "127.0.0.1:0");
+    cr_assert_gt(write(pipe_fds[1], w.address, strlen(w.address)), 0);
+    open_passive(&w, &p, expect(&w, &w.listener, RMIG_FEV_REQUEST)->e.request);
+    struct region in = region(&w, &p, 4096, ALL_ACCESS);
+    post_recv(&w, &p, &in, 0, 2048, 1);
+    post_recv(&w, &p, &in, 2048, 2048, 2);
+    start_accept(&w, &p, "reply...", 8);
+    expect(&w, &p, RMIG_FEV_ESTABLISHED);
+    expect_id(&w, &p, RMIG_FEV_RECV, 1);
+    cr_assert_eq(in.p[999], 0x77);
+    kill(child, SIGKILL);
+    cr_assert_eq(waitpid(child, NULL, 0), child);
+    expect_end_of(&w, &p);
+    drop(&w, &in);
+    leave(&w, &p);
+    struct end a;
+    connect_pair(&w, &a, &p); // the listener goes on
+    send_message(&w, &a, &p);
+    leave_pair(&w, &a, &p);
+    world_close(&w);
+}
+
+Test(fabric, a_killed_peer_is_noticed, .timeout = 120) {
+    for (size_t i = 0; i < FABRICS; i++)
+        if (fabrics[i].real)
+            survive_peer(&fabrics[i]);
+}
+
+// >>what only the simulator can show
+
+struct talker { // sends and receives a number of messages
+    struct world *w;
+    struct end *end;
+    struct region r;
+    uint64_t sent, received, goal;
+    bool speaks;
+};
+
+static uint64_t talk(void *user, uint64_t now) {
+    struct talker *t = user;
+    (void)now;
+    poll_end(t->w, t->end);
+    for (struct seen *s; (s = find(t->end, RMIG_FEV_RECV, 0, true)) != NULL; s->used = true, t->received++)
+        post_recv(t->w, t->end, &t->r, 0, 1000, 1);
+    if (last_words(t->end) != NULL || t->received >= t->goal)
+        return SIM_DONE;
+    if (t->speaks ? t->sent == t->received : t->sent < t->received) {
+        post_send(t->w, t->end, &t->r, 2000, 100 + t->sent % 800, 2);
+        t->sent++;
+    }
+    return RMIG_FOREVER;
+}
+
+struct run {
+    int status;
+    uint64_t hash, received, time;
+    bool failed[2];
+    char text[320];
+};
+
+/* 50 messages back and forth in a world of the given configuration. */
+static struct run ping_pong(const struct sim_config *cfg) {
+    struct world w = {0};
+    struct end a, p;
+    struct run run = {0};
+    struct rmig_error err = {0};
+    w.name = "sim";
+    open_sim(&w, cfg);
+    connect_pair(&w, &a, &p);
+    struct talker talkers[2] = {{&w, &a, region(&w, &a, 4096, ALL_ACCESS), 0, 0, 50, true},
+                                {&w, &p, region(&w, &p, 4096, ALL_ACCESS), 0, 0, 50, false}};
+    for (unsigned i = 0; i < 2; i++) {
+        post_recv(&w, talkers[i].end, &talkers[i].r, 0, 1000, 1);
+        sim_actor(w.sim, i, talk, &talkers[i]);
+    }
+    run.status = sim_run(w.sim, 10 * SIM_SECOND, &err);
+    memcpy(run.text, err.text, sizeof run.text);
+    run.hash = sim_hash(w.sim);
+    run.received = talkers[0].received;
+    run.time = sim_op_now(w.active);
+    run.failed[0] = last_words(&a) != NULL;
+    run.failed[1] = last_words(&p) != NULL;
+    drop(&w, &talkers[0].r);
+    drop(&w, &talkers[1].r);
+    leave_pair(&w, &a, &p);
+    world_close(&w);
+    return run;
+}
+
+Test(sim, the_same_seed_gives_the_same_run) {
+    for (int mode = SIM_ORDERED; mode <= SIM_LOCAL; mode++) {
+        struct sim_config cfg;
+        uint64_t first = 0;
+        for (uint64_t i = 0; i < 6; i++) {
+            sim_defaults(&cfg, (enum sim_mode)mode, 100 + i / 3);
+            struct run run = ping_pong(&cfg);
+            cr_assert_eq(run.status, RMIG_OK, "%s", run.text);
+            cr_assert_eq(run.received, 50);
+            cr_assert(i % 3 == 0 || run.hash == first, "mode %d: the same seed, another run", mode);
+            if (mode == SIM_UNORDERED && i == 3)
+                cr_assert_neq(run.hash, first, "another seed, the same run");
+            first = run.hash;
+        }
+    }
+}
+
+Test(sim, varied_worlds_work) {
+    for (uint64_t seed = 0; seed < 200; seed++) {
+        struct sim_config cfg;
+        sim_vary(&cfg, seed);
+        struct run run = ping_pong(&cfg);
+        cr_assert_eq(run.status, RMIG_OK, "seed %llu: %s", (unsigned long long)seed, run.text);
+        cr_assert_eq(run.received, 50);
+    }
+}
+
+Test(sim, time_passes_as_configured) {
+    struct sim_config cfg;
+    sim_defaults(&cfg, SIM_ORDERED, 1);
+    cfg.latency_ns = 10 * SIM_MS;
+    uint64_t slow = ping_pong(&cfg).time;
+    cr_assert(slow > 1000 * SIM_MS && slow < 1200 * SIM_MS, "100 crossings of 10 ms took %llu ns", (unsigned long long)slow);
+}
+
+static struct run with_fault(enum sim_fault_kind kind, enum sim_op op, int side, uint64_t nth) {
+    struct sim_config cfg;
+    sim_defaults(&cfg, SIM_ORDERED, 1);
+    struct sim_fault fault = {kind, op, side, nth};
+    cfg.faults[0] = fault;
+    return ping_pong(&cfg);
+}
+
+Test(sim, a_dead_peer_is_told_and_the_dead_hear_nothing) {
+    struct run run = with_fault(SIM_FAULT_DEATH, SIM_SEND, 1, 20);
+    cr_assert_eq(run.status, RMIG_ERR_STATE, "a dead side that ends: %s", run.text);
+    cr_assert(run.failed[0] && !run.failed[1]);
+    cr_assert_eq(run.received, 19);
+    run = with_fault(SIM_FAULT_DEATH, SIM_TIME, 0, 200 * SIM_US);
+    cr_assert(!run.failed[0] && run.failed[1], "a death at a time");
+}
+
+Test(sim, silence_is_silent) {
+    struct run run = with_fault(SIM_FAULT_SILENCE, SIM_RECV, 0, 11);
+    cr_assert_eq(run.status, RMIG_ERR_STATE, "%s", run.text);
+    cr_assert_not_null(strstr(run.text, "deadlock"), "%s", run.text);
+    cr_assert(!run.failed[0] && !run.failed[1]);
+}
+
+Test(sim, a_failed_completion_ends_both_sides) {
+    struct run run = with_fault(SIM_FAULT_COMPLETION, SIM_SEND, 0, 30);
+    cr_assert_eq(run.status, RMIG_OK, "%s", run.text);
+    cr_assert(run.failed[0] && run.failed[1]);
+    cr_assert_eq(run.received, 29);
+}
+
+static uint64_t spin(void *user, uint64_t now) {
+    (void)user, (void)now;
+    return 0;
+}
+
+Test(sim, an_endless_loop_is_found) {
+    struct sim_config cfg;
+    sim_defaults(&cfg, SIM_ORDERED, 1);
+    struct sim *sim = sim_open(&cfg);
+    struct rmig_error err = {0};
+    sim_actor(sim, 0, spin, NULL);
+    cr_assert_eq(sim_run(sim, SIM_SECOND, &err), RMIG_ERR_STATE);
+    cr_assert_not_null(strstr(err.text, "endless"), "%s", err.text);
+    sim_close(sim);
+}
+
+Test(sim, a_blocking_side_lets_the_other_run) {
+    struct sim_config cfg;
+    sim_defaults(&cfg, SIM_UNORDERED, 9);
+    struct world w = {0};
+    struct end a, p;
+    w.name = "sim";
+    open_sim(&w, &cfg);
+    connect_pair(&w, &a, &p);
+    struct talker answer = {&w, &p, region(&w, &p, 4096, ALL_ACCESS), 0, 0, 50, false};
+    struct talker ask = {&w, &a, region(&w, &a, 4096, ALL_ACCESS), 0, 0, 50, true};
+    post_recv(&w, &p, &answer.r, 0, 1000, 1);
+    post_recv(&w, &a, &ask.r, 0, 1000, 1);
+    sim_actor(w.sim, 1, talk, &answer);
+    while (talk(&ask, 0) != SIM_DONE) {
+        struct rmig_error err = {0};
+        cr_assert_eq(a.ops->wait(a.f, &a.ep, 1, RMIG_FOREVER, &err), RMIG_OK, "%s", err.text);
+    }
+    cr_assert_eq(ask.received, 50);
+    drop(&w, &answer.r);
+    drop(&w, &ask.r);
+    leave_pair(&w, &a, &p);
+    world_close(&w);
+}
+
+/* What the caller may not do is found: each case breaks the contract once. */
+static void misuse(int which, struct world *w, struct end *a, struct end *p, struct region *r) {
+    struct rmig_error err = {0};
+    uint8_t elsewhere[8] = {0};
+    struct rmig_mr other = r->mr;
+    struct rmig_write write = make_write(r, 0, r, 0, 8, 1, true);
+    switch (which) {
+    case 0:
+        a->ops->send(a->ep, elsewhere, 8, &r->mr, 1, &err);
+        break;
+    case 1:
+        write.local = r->p + r->n - 4;
+        a->ops->write(a->ep, &write, 1, &err);
+        break;
+    case 2:
+        p->ops->dereg(p->ep, &other, &err);
+        break;
+    case 3:
+        a->ops->connect(a->ep, NULL, 0, &err);
+        break;
+    case 4:
+        w->passive->ops->reject(w->listener.ep, &other, NULL, 0, &err);
+        break;
+    case 5:
+        write.length = 0;
+        a->ops->write(a->ep, &write, 1, &err);
+        break;
+    default:
+        a->ops->reg(a->ep, r->p, 0, ALL_ACCESS, &other, &err);
+        break;
+    }
+    cr_assert_lt(err.status, 0, "case %d is taken", which);
+    cr_assert_neq(err.text[0], '\0');
+}
+
+Test(sim, misuse_of_the_contract_is_found) {
+    for (int which = 0; which <= 6; which++) {
+        struct sim_config cfg;
+        struct world w = {0};
+        struct end a, p;
+        struct rmig_error err = {0};
+        sim_defaults(&cfg, SIM_ORDERED, 1);
+        w.name = "sim";
+        open_sim(&w, &cfg);
+        connect_pair(&w, &a, &p);
+        struct region r = region(&w, &a, 4096, ALL_ACCESS);
+        cr_assert_eq(w.sim->violations, 0);
+        misuse(which, &w, &a, &p, &r);
+        cr_assert_eq(w.sim->violations, 1, "case %d", which);
+        drop(&w, &r);
+        leave_pair(&w, &a, &p);
+        cr_assert_eq(sim_clean(w.sim, &err), RMIG_ERR_STATE, "case %d", which);
+        sim_close(w.sim);
+    }
+}
+
+Test(sim, leaks_are_found) {
+    struct sim_config cfg;
+    struct world w = {0};
+    struct end a, p;
+    struct rmig_error err = {0};
+    sim_defaults(&cfg, SIM_ORDERED, 1);
+    w.name = "sim";
+    open_sim(&w, &cfg);
+    connect_pair(&w, &a, &p);
+    struct region r = region(&w, &a, 4096, ALL_ACCESS);
+    cr_assert_eq(sim_clean(w.sim, &err), RMIG_ERR_STATE);
+    cr_assert_not_null(strstr(err.text, "leaks"), "%s", err.text);
+    drop(&w, &r);
+    leave_pair(&w, &a, &p);
+    cr_assert_eq(sim_clean(w.sim, &err), RMIG_OK, "%s", err.text);
+    sim_close(w.sim);
+}
+
+Test(sim, memory_is_read_between_post_and_completion) {
+    /* The source changes while writes are under way: what arrives is old or new, and over many seeds it is both. */
+    uint64_t old = 0, new = 0;
+    for (uint64_t seed = 0; seed < 40; seed++) {
+        struct sim_config cfg;
+        struct world w = {0};
+        struct end a, p;
+        sim_defaults(&cfg, SIM_ORDERED, seed);
+        w.name = "sim";
+        open_sim(&w, &cfg);
+        connect_pair(&w, &a, &p);
+        struct region src = region(&w, &a, 1 << 20, ALL_ACCESS), dst = region(&w, &p, 1 << 20, ALL_ACCESS);
+        struct rmig_write write = make_write(&src, 0, &dst, 0, 1 << 20, 1, true);
+        memset(src.p, 1, src.n);
+        write_all(&w, &a, &write, 1);
+        cr_assert_eq(a.ops->wait(a.f, NULL, 0, a.ops->now(a.f) + 40 * SIM_US, NULL), RMIG_OK);
+        memset(src.p, 2, src.n);
+        expect_id(&w, &a, RMIG_FEV_WRITE, 1);
+        memset(src.p, 3, src.n);
+        old += dst.p[0] == 1;
+        new += dst.p[0] == 2;
+        drop(&w, &src);
+        drop(&w, &dst);
+        leave_pair(&w, &a, &p);
+        world_close(&w);
+    }
+    cr_assert_eq(old + new, 40, "memory was read after the completion");
+    cr_assert(old > 0 && new > 0, "%llu old, %llu new", (unsigned long long)old, (unsigned long long)new);
+}
+
+Test(sim, without_copies_memory_need_not_be_there) {
+    const uint64_t chunk = 1 << 20, total = (uint64_t)8 << 30;
+    struct sim_config cfg;
+    struct world w = {0};
+    struct end a, p;
+    sim_defaults(&cfg, SIM_ORDERED, 1);
+    cfg.no_copy = true;
+    w.name = "sim";
+    open_sim(&w, &cfg);
+    connect_pair(&w, &a, &p);
+    void *nothing = mmap(NULL, total, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    cr_assert_neq(nothing, MAP_FAILED);
+    struct region src = region_at(&w, &a, nothing, total, ALL_ACCESS), dst = region_at(&w, &p, nothing, total, ALL_ACCESS);
+    uint64_t begin = a.ops->now(a.f);
+    for (uint64_t i = 0; i < total / chunk; i++) {
+        struct rmig_write write = make_write(&src, i * chunk, &dst, i * chunk, chunk, i + 1, i % 8 == 7);
+        write_all(&w, &a, &write, 1);
+        a.count = 0;
+    }
+    while (sim_stats(w.sim, 0)->bytes_written < total)
+        pump(&w);
+    uint64_t took = a.ops->now(a.f) - begin, wire = (uint64_t)((double)total / (double)cfg.bandwidth * 1e9);
+    cr_assert(took >= wire && took < wire + wire / 10, "%llu ns, the wire alone %llu", (unsigned long long)took,
+              (unsigned long long)wire);
+    deregister(&w, &src);
+    deregister(&w, &dst);
+    munmap(nothing, total);
+    leave_pair(&w, &a, &p);
+    world_close(&w);
+}

@@ -1,0 +1,574 @@
+#!/usr/bin/env bash
+# migrate.sh PROGRAM: rmig_migrate between two processes on the loopback device: images, parameters, protocols, and
+# what either end says when the other one dies, lies, or is told nonsense.
+set -u
+cd "$(dirname "$0")/.." || exit 1
+. tests/tap.sh
+program=$1
+export tmp
+tmp=$(mktemp -d)
+trap 'rm -rf "$tmp"' EXIT
+
+# >>tools
+
+rmig() { timeout -k 5 60 "$program" "$@"; }
+
+# Starts a receiver into $out (made empty); sets receiver and address. Its words go to recv.out and recv.err.
+start_recv() { # HOST OPTION...
+    local host=$1
+    shift
+    rm -rf "$out"
+    mkdir -p "$out"
+    : >"$tmp/recv.out"
+    timeout -k 5 60 "$program" recv --listen "$host:0" --out "$out" "$@" >"$tmp/recv.out" 2>"$tmp/recv.err" &
+    receiver=$!
+    wait_for "grep -q listening $tmp/recv.out" || { cat "$tmp/recv.err"; return 1; }
+    address=$(sed -n 's/^listening on //p; s/^{"listening":"\(.*\)"}$/\1/p' "$tmp/recv.out")
+}
+
+wait_for() { # CONDITION: at most 10 s
+    local i
+    for ((i = 0; i < 200; i++)); do
+        eval "$1" && return 0
+        sleep 0.05
+    done
+    echo "waited 10 s in vain for: $1"
+    return 1
+}
+
+# The real process under `timeout`, to be hit by signals.
+real_pid() { pgrep -P "$1" | head -1; }
+
+# both SEND-STATUS RECV-STATUS: runs send with the array `send` against a receiver with the array `recv`.
+both() {
+    local sent received
+    start_recv "${host:-127.0.0.1}" "${recv[@]}" || return 1
+    rmig send --connect "$address" "${send[@]}" >"$tmp/send.out" 2>"$tmp/send.err"
+    sent=$?
+    wait "$receiver"
+    received=$?
+    [ "$sent $received" = "$1 $2" ] && return 0
+    echo "send ended with $sent, recv with $received; wanted $1 and $2"
+    cat "$tmp/send.err" "$tmp/recv.err"
+    return 1
+}
+
+same() { # FILE NAME-IN-OUT
+    cmp "$1" "$out/$2"
+}
+
+says() { # FILE WORD...: all words are in it
+    local file=$1 word
+    shift
+    for word in "$@"; do
+        grep -qiF -- "$word" "$file" || { echo "\"$word\" is not said:"; cat "$file"; return 1; }
+    done
+}
+
+nothing_left() {
+    [ -z "$(ls -A "$out")" ] || { echo "left behind:"; ls -lA "$out"; return 1; }
+}
+
+# json FILE EXPRESSION: the last line of FILE as $j
+json() {
+    perl -MJSON::PP -e 'open my $in, "<", $ARGV[0] or die; my @l = <$in>; my $j = decode_json($l[-1]);
+        exit(eval($ARGV[1]) ? 0 : 1)' "$1" "$2" || { echo "not so: $2"; cat "$1"; return 1; }
+}
+
+# >>images
+
+make_images() {
+    head -c 12345678 /dev/urandom >"$tmp/odd"
+    head -c 1 /dev/urandom >"$tmp/byte"
+    head -c 4096 /dev/urandom >"$tmp/page"
+    head -c 33554432 /dev/urandom >"$tmp/big"
+    head -c 100001 /dev/urandom >"$tmp/device"
+    # 80 MiB + 3 bytes: holes, zeros and data, more than one chunk of 64 MiB
+    truncate -s $((80 * 1048576 + 3)) "$tmp/holes"
+    local at
+    for at in 0 1 17 4096 16384 20479; do
+        dd if=/dev/urandom of="$tmp/holes" bs=4096 seek=$at count=1 conv=notrunc status=none
+    done
+    dd if=/dev/zero of="$tmp/holes" bs=4096 seek=8000 count=500 conv=notrunc status=none
+    head -c 3 /dev/urandom >>"$tmp/holes"
+    : >"$tmp/empty"
+}
+
+# >>what is moved
+
+one_block() {
+    send=(--block "ram=$tmp/odd")
+    recv=("$@")
+    both 0 0 && same "$tmp/odd" ram && [ ! -e "$out/state" ]
+}
+
+one_block_with() { # OPTION...: given to the sender
+    send=(--block "ram=$tmp/odd" --block "holes=$tmp/holes" "$@")
+    recv=()
+    both 0 0 && same "$tmp/odd" ram && same "$tmp/holes" holes
+}
+
+many_blocks() {
+    local i
+    send=()
+    recv=(--block "block 7=$out.seven")
+    rm -f "$out.seven"
+    for ((i = 1; i <= 40; i++)); do
+        head -c $((i * i * 4099)) "$tmp/big" | tail -c $((i * 2000 + i)) >"$tmp/block$i"
+        send+=(--block "block $i=$tmp/block$i")
+    done
+    both 0 0 || return 1
+    for ((i = 1; i <= 40; i++)); do
+        [ $i = 7 ] || same "$tmp/block$i" "block%20$i" || return 1
+    done
+    cmp "$tmp/block7" "$out.seven"
+}
+
+sizes() {
+    send=(--block "byte=$tmp/byte" --block "page=$tmp/page" --block "odd=$tmp/odd" --block "holes=$tmp/holes")
+    recv=()
+    both 0 0 && same "$tmp/byte" byte && same "$tmp/page" page && same "$tmp/odd" odd && same "$tmp/holes" holes
+}
+
+state_goes_along() {
+    send=(--block "ram=$tmp/page" --state "$tmp/device")
+    recv=()
+    both 0 0 && same "$tmp/page" ram && same "$tmp/device" state || return 1
+    recv=(--state "$tmp/given")
+    rm -f "$tmp/given"
+    both 0 0 && cmp "$tmp/device" "$tmp/given" && [ ! -e "$out/state" ]
+}
+
+rounds_repeat() {
+    send=(--block "ram=$tmp/odd" --rounds 3 --json)
+    recv=()
+    both 0 0 && same "$tmp/odd" ram && json "$tmp/send.out" '$j->{stats}{rounds} == 3'
+}
+
+holes_stay() {
+    send=(--block "holes=$tmp/holes")
+    recv=(--sparse)
+    both 0 0 && same "$tmp/holes" holes || return 1
+    [ "$(du -k "$out/holes" | cut -f1)" -lt 8192 ] || { echo "81920 KiB with holes took $(du -k "$out/holes") KiB"; return 1; }
+}
+
+two_at_once() {
+    local first first_address
+    out=$tmp/out1
+    start_recv 127.0.0.1 || return 1
+    first=$receiver first_address=$address
+    out=$tmp/out2
+    start_recv 127.0.0.1 || return 1
+    rmig send --connect "$first_address" --block "ram=$tmp/odd" --quiet &
+    local sender=$!
+    rmig send --connect "$address" --block "ram=$tmp/holes" --quiet && wait $sender && wait "$first" &&
+        wait "$receiver" && cmp "$tmp/odd" "$tmp/out1/ram" && cmp "$tmp/holes" "$tmp/out2/ram"
+}
+
+over_ipv6() {
+    local host='[::1]'
+    one_block
+}
+
+plain_version_1() { # SEND-VALUE RECV-VALUE
+    send=(--block "ram=$tmp/odd" --block "holes=$tmp/holes" --state "$tmp/device" --set "extension=$1" --json)
+    recv=(--set "extension=$2")
+    both 0 0 && same "$tmp/odd" ram && same "$tmp/holes" holes && same "$tmp/device" state &&
+        json "$tmp/send.out" '!$j->{extension}'
+}
+
+plain_version_1_pinned() {
+    send=(--block "ram=$tmp/odd" --set extension=off --set pin-all=on)
+    recv=()
+    both 0 0 && same "$tmp/odd" ram
+}
+
+the_source_chunk_size_holds() { # SOURCE
+    send=(--block "holes=$tmp/holes" --block "ram=$tmp/odd" --set "chunk-size=$1")
+    recv=(--trace)
+    both 0 0 && same "$tmp/holes" holes && same "$tmp/odd" ram
+}
+
+# A sink that was told a chunk size does not take another one, and both ends say which two they are.
+chunk_sizes_differ() { # SOURCE SINK SOURCE-BYTES SINK-BYTES
+    send=(--block "ram=$tmp/odd" --set "chunk-size=$1")
+    recv=(--set "chunk-size=$2")
+    both 4 5 && says "$tmp/send.err" chunk-size "$3" "$4" && says "$tmp/recv.err" chunk-size "$3" "$4" && nothing_left
+}
+
+# >>parameters
+
+# A value that is not the default, for each parameter there is.
+declare -A value=(
+    [chunk-size]=4M [merge-max]=1M [pin-all]=on [signal-every]=3 [write-depth]=8 [register-ahead]=0 [zero-detect]=off
+    [max-bandwidth]=200M [connect-timeout]=7s [io-timeout]=9s [page-size]=16K [peer-chunk-size]=2M [extension]=off
+)
+
+set_of_each() {
+    local name names
+    names=$(rmig --list-params | awk 'NR > 1 { print $1 }')
+    for name in $names; do
+        if [ -z "${value[$name]:-}" ]; then
+            not_ok "--set $name" "the test has no value for the parameter $name"
+            continue
+        fi
+        local set=(--set "$name=${value[$name]}")
+        [ "$name" = signal-every ] || [ "$name" = write-depth ] && set+=(--set signal-every=3)
+        check "--set $name=${value[$name]}" one_block_with "${set[@]}"
+        check "--set $name=${value[$name]} is listed" listed "$name" "${value[$name]}"
+    done
+}
+
+listed() {
+    rmig --list-params --json --set "$1=$2" >"$tmp/params" || return 1
+    NAME=$1 VALUE=$2 json "$tmp/params" 'grep { $_->{name} eq $ENV{NAME} && $_->{value} eq $ENV{VALUE} } @$j'
+}
+
+refused() { # STATUS WORDS... -- ARGUMENT...: exit status and what must be said
+    local status=$1 words=() got
+    shift
+    while [ "$1" != -- ]; do
+        words+=("$1")
+        shift
+    done
+    shift
+    rmig "$@" >"$tmp/refused.out" 2>"$tmp/refused"
+    got=$?
+    [ $got = "$status" ] || { echo "exit status $got, $status wanted"; cat "$tmp/refused"; return 1; }
+    says "$tmp/refused" "${words[@]}"
+}
+
+usage_errors() {
+    local to=(--connect 127.0.0.1:1) ram=(--block "ram=$tmp/page")
+    check 'no command is refused' refused 2 'send or recv' --
+    check 'an unknown command is refused' refused 2 'copy' 'send or recv' -- copy
+    check 'send without --connect is refused' refused 2 '--connect' -- send "${ram[@]}"
+    check 'send without --block is refused' refused 2 '--block' -- send "${to[@]}"
+    check 'recv without --out is refused' refused 2 '--out' -- recv --listen 127.0.0.1:0
+    check 'an option of the other command is refused' refused 2 '--force' recv -- send "${to[@]}" "${ram[@]}" --force
+    check '--block without = is refused' refused 2 'NAME=FILE' "$tmp/page" -- send "${to[@]}" --block "$tmp/page"
+    check 'a block named twice is refused' refused 2 ram before -- send "${to[@]}" "${ram[@]}" "${ram[@]}"
+    check 'a long block name is refused' refused 2 255 -- send "${to[@]}" --block "$(printf 'x%.0s' {1..256})=$tmp/page"
+    check 'an unknown parameter is refused' refused 2 'chunk-zize' -- send "${to[@]}" "${ram[@]}" --set chunk-zize=1M
+    check 'a chunk size that is no power of two' refused 2 chunk-size 3M 'power of two' -- \
+        send "${to[@]}" "${ram[@]}" --set chunk-size=3M
+    check 'a chunk size out of range' refused 2 chunk-size 512K 1M 1G -- send "${to[@]}" "${ram[@]}" --set chunk-size=512K
+    check 'a switch that is no switch' refused 2 pin-all perhaps on off -- send "${to[@]}" "${ram[@]}" --set pin-all=perhaps
+    check '--set without a value' refused 2 'NAME=VALUE' -- send "${to[@]}" "${ram[@]}" --set pin-all
+    check 'parameters that contradict each other' refused 2 signal-every write-depth -- \
+        send "${to[@]}" "${ram[@]}" --set write-depth=4 --set signal-every=100
+    check '--rounds 0 is refused' refused 2 '--rounds 0' 1000000 -- send "${to[@]}" "${ram[@]}" --rounds 0
+    check '--rounds x is refused' refused 2 '--rounds 2x' -- send "${to[@]}" "${ram[@]}" --rounds 2x
+    check '--max-size nonsense is refused' refused 2 '--max-size' '1Q' -- recv --listen :0 --out "$tmp" --max-size 1Q
+    check 'an address without a port number is refused' refused 2 'abc' -- send --connect 127.0.0.1:abc "${ram[@]}"
+    check 'a port above 65535 is refused' refused 2 '65536' -- recv --listen 127.0.0.1:65536 --out "$tmp"
+}
+
+# >>files
+
+file_errors() {
+    local to=(--connect 127.0.0.1:1)
+    check 'a missing image' refused 3 ram "$tmp/none" 'No such file' -- send "${to[@]}" --block "ram=$tmp/none"
+    check 'an empty image' refused 3 ram "$tmp/empty" 'empty' -- send "${to[@]}" --block "ram=$tmp/empty"
+    check 'an image that is a folder' refused 3 "$tmp" -- send "${to[@]}" --block "ram=$tmp"
+    check 'an image that is a device' refused 3 /dev/null 'regular file' -- send "${to[@]}" --block ram=/dev/null
+    check 'a missing state file' refused 3 "$tmp/none" -- send "${to[@]}" --block "ram=$tmp/page" --state "$tmp/none"
+    check 'a missing folder' refused 3 "$tmp/no/where" -- recv --listen 127.0.0.1:0 --out "$tmp/no/where"
+    check 'a folder that is a file' refused 3 "$tmp/page" -- recv --listen 127.0.0.1:0 --out "$tmp/page"
+    check 'a block in a missing folder' refused 3 "$tmp/no" -- recv --listen 127.0.0.1:0 --out "$tmp" --block "a=$tmp/no/a"
+    check 'a file that exists is not replaced' existing_stays
+    check '--force replaces a file that exists' existing_is_replaced
+    check 'one file for two blocks is refused' one_file_twice
+    check 'a block that the source has not is refused' unknown_block
+    check 'more than --max-size is refused' too_large
+    if [ "$(id -u)" = 0 ]; then
+        skip 'an unreadable image' 'root reads everything'
+        skip 'a read-only folder' 'root writes everywhere'
+    else
+        check 'an unreadable image' unreadable
+        check 'a read-only folder' read_only_folder
+    fi
+    if unshare -rm true 2>/dev/null; then
+        check 'no space left' no_space
+        check 'no space left, reserved nothing' no_space --sparse
+    else
+        skip 'no space left' 'no small file system can be mounted here'
+    fi
+}
+
+unreadable() {
+    cp "$tmp/page" "$tmp/secret" && chmod 000 "$tmp/secret" &&
+        refused 3 "$tmp/secret" 'Permission denied' -- send --connect 127.0.0.1:1 --block "ram=$tmp/secret"
+}
+
+read_only_folder() {
+    mkdir -p "$tmp/closed" && chmod 555 "$tmp/closed" &&
+        refused 3 "$tmp/closed" 'Permission denied' -- recv --listen 127.0.0.1:0 --out "$tmp/closed"
+}
+
+existing_stays() {
+    echo precious >"$tmp/precious"
+    send=(--block "ram=$tmp/odd")
+    recv=(--block "ram=$tmp/precious")
+    both 5 3 && says "$tmp/send.err" precious exists && says "$tmp/recv.err" precious --force &&
+        [ "$(cat "$tmp/precious")" = precious ] && nothing_left
+}
+
+existing_is_replaced() {
+    send=(--block "ram=$tmp/odd")
+    recv=(--block "ram=$tmp/precious" --force)
+    both 0 0 && cmp "$tmp/odd" "$tmp/precious"
+}
+
+one_file_twice() {
+    send=(--block "a=$tmp/odd" --block "b=$tmp/page")
+    recv=(--block "a=$tmp/target" --block "b=$tmp/target")
+    both 5 3 && says "$tmp/recv.err" "$tmp/target" && [ ! -e "$tmp/target" ]
+}
+
+unknown_block() {
+    send=(--block "ram=$tmp/odd")
+    recv=(--block "rom=$tmp/rom")
+    both 5 2 && says "$tmp/recv.err" rom && says "$tmp/send.err" rom && nothing_left
+}
+
+too_large() {
+    send=(--block "ram=$tmp/odd")
+    recv=(--max-size 11M)
+    ! both 0 0 >"$tmp/both.out" && grep -q 'recv with 5' "$tmp/both.out" && says "$tmp/recv.err" --max-size && nothing_left
+}
+
+# The receiver runs in a namespace of its own with 4 MiB for files; the sender wants to send 32 MiB.
+no_space() {
+    rm -rf "$out"
+    mkdir -p "$out"
+    : >"$tmp/recv.out"
+    timeout -k 5 60 unshare -rm sh -c 'mount -t tmpfs -o size=4m none "$1" && shift && exec "$@"' sh "$out" \
+        "$program" recv --listen 127.0.0.1:0 --out "$out" "$@" >"$tmp/recv.out" 2>"$tmp/recv.err" &
+    receiver=$!
+    wait_for "grep -q listening $tmp/recv.out" || { cat "$tmp/recv.err"; return 1; }
+    rmig send --connect "$(sed -n 's/^listening on //p' "$tmp/recv.out")" --set io-timeout=5s --block "ram=$tmp/big" \
+        >"$tmp/send.out" 2>"$tmp/send.err"
+    local sent=$?
+    wait "$receiver"
+    local received=$?
+    [ $sent = 5 ] || { echo "send ended with $sent, 5 wanted"; cat "$tmp/send.err"; return 1; }
+    if [ "${1:-}" = --sparse ]; then # the provider meets the full disk, or the program itself
+        [ $received = 3 ] || [ $received = 5 ] || { echo "recv ended with $received"; cat "$tmp/recv.err"; return 1; }
+        [ -s "$tmp/recv.err" ]
+    else
+        [ $received = 3 ] || { echo "recv ended with $received, 3 wanted"; cat "$tmp/recv.err"; return 1; }
+        says "$tmp/recv.err" 'No space left' 33554432 && says "$tmp/send.err" 'No space left'
+    fi
+}
+
+# Names come from the peer: none may lead out of the folder, hide, or pose as an unfinished file.
+hostile_names() {
+    local newline=$'a\nb'
+    send=(--block "../up=$tmp/page" --block "/abs/olute=$tmp/byte" --block ".hidden=$tmp/page" --block "..=$tmp/byte"
+        --block "$newline=$tmp/page" --block "x=$tmp/byte" --block "x.part=$tmp/page" --block "%2E=$tmp/byte")
+    recv=()
+    both 0 0 || return 1
+    printf '%s\n' %252E %2E. %2E.%2Fup %2Ehidden %2Fabs%2Folute a%0Ab x x%2Epart | sort >"$tmp/wanted"
+    ls -A "$out" | sort | diff "$tmp/wanted" - || return 1
+    [ ! -e "$tmp/up" ] && same "$tmp/byte" x && same "$tmp/page" x%2Epart
+}
+
+state_poses_as_block() {
+    send=(--block "state=$tmp/page" --state "$tmp/device")
+    recv=()
+    ! both 0 0 >"$tmp/both.out" && says "$tmp/recv.err" state && nothing_left
+}
+
+# >>peers that go wrong
+
+# A migration slow enough to be hit in the middle: 32 MiB at 4 MiB/s. io-timeout 2 s bounds what the other end may take.
+start_slow() {
+    start_recv 127.0.0.1 --set io-timeout=2s || return 1
+    timeout -k 5 60 "$program" send --connect "$address" --block "ram=$tmp/big" --set max-bandwidth=4M \
+        --set io-timeout=2s >"$tmp/send.out" 2>"$tmp/send.err" &
+    sender=$!
+    wait_for "[ -e $out/ram.part ]" && sleep 0.7
+}
+
+# ends PID STATUS SECONDS WHO: within so many seconds
+ends() {
+    local begin=$SECONDS status
+    wait "$1"
+    status=$?
+    [ $status = "$2" ] || { echo "$4 ended with $status, $2 wanted"; cat "$tmp/send.err" "$tmp/recv.err"; return 1; }
+    [ $((SECONDS - begin)) -le "$3" ] || { echo "$4 took $((SECONDS - begin)) s"; return 1; }
+}
+
+kill_receiver() { # SIGNAL
+    start_slow || return 1
+    local victim
+    victim=$(real_pid "$receiver")
+    kill "-$1" "$victim"
+    ends "$sender" 5 6 send
+    local rc=$?
+    kill -KILL "$victim" 2>/dev/null
+    wait "$receiver"
+    [ $rc = 0 ] && [ -s "$tmp/send.err" ] && [ ! -e "$out/ram" ]
+}
+
+kill_sender() { # SIGNAL
+    start_slow || return 1
+    local victim
+    victim=$(real_pid "$sender")
+    kill "-$1" "$victim"
+    ends "$receiver" 5 6 recv
+    local rc=$?
+    kill -KILL "$victim" 2>/dev/null
+    wait "$sender"
+    [ $rc = 0 ] && [ -s "$tmp/recv.err" ] && nothing_left
+}
+
+cancel() { # WHO SIGNAL
+    start_slow || return 1
+    kill "-$2" "$(real_pid "${!1}")"
+    if [ "$1" = sender ]; then
+        ends "$sender" 7 6 send && ends "$receiver" 5 6 recv && nothing_left
+    else
+        ends "$receiver" 7 6 recv && ends "$sender" 5 6 send && nothing_left
+    fi
+}
+
+cancel_waiting() {
+    start_recv 127.0.0.1 || return 1
+    kill -INT "$(real_pid "$receiver")"
+    ends "$receiver" 7 3 recv
+}
+
+nobody_listens() {
+    start_recv 127.0.0.1 || return 1 # a port that is free for sure: its owner leaves
+    kill -INT "$(real_pid "$receiver")"
+    wait "$receiver"
+    local begin=$SECONDS
+    refused 4 "$address" -- send --connect "$address" --block "ram=$tmp/page" || return 1
+    [ $((SECONDS - begin)) -le 12 ] || { echo "took $((SECONDS - begin)) s"; return 1; }
+}
+
+nobody_comes() { refused 4 '--wait' 1 -- recv --listen 127.0.0.1:0 --out "$tmp" --wait 1; }
+
+# A listener that takes the connection and never says a word.
+deaf_listener() {
+    perl -MIO::Socket::INET -e 'my $s = IO::Socket::INET->new(Listen => 5, LocalAddr => "127.0.0.1:0") or die;
+        $| = 1; print $s->sockport, "\n"; my $c = $s->accept; sleep 30' >"$tmp/port" &
+    local deaf=$!
+    wait_for "[ -s $tmp/port ]" || return 1
+    refused 4 "127.0.0.1:$(cat "$tmp/port")" -- send --connect "127.0.0.1:$(cat "$tmp/port")" \
+        --set connect-timeout=1s --block "ram=$tmp/page"
+    local rc=$?
+    kill $deaf
+    wait $deaf 2>/dev/null
+    return $rc
+}
+
+# Noise on the port must neither end nor crash the receiver: a real source that comes later succeeds.
+noise_before_a_source() {
+    start_recv 127.0.0.1 || return 1
+    local port=${address##*:} i
+    for i in 1 2 3; do
+        head -c $((i * 1000)) "$tmp/big" >"/dev/tcp/127.0.0.1/$port"
+    done
+    rmig send --connect "$address" --block "ram=$tmp/odd" --quiet 2>"$tmp/send.err" || { cat "$tmp/send.err" "$tmp/recv.err"; return 1; }
+    wait "$receiver" && same "$tmp/odd" ram
+}
+
+port_in_use() {
+    start_recv 127.0.0.1 || return 1
+    refused 4 "$address" -- recv --listen "$address" --out "$out"
+    local rc=$?
+    kill -INT "$(real_pid "$receiver")"
+    wait "$receiver"
+    return $rc
+}
+
+# >>output
+
+json_of_both() {
+    send=(--block "ram=$tmp/odd" --block "holes=$tmp/holes" --state "$tmp/device" --json)
+    recv=(--json)
+    both 0 0 || return 1
+    local total=$((12345678 + $(stat -c %s "$tmp/holes")))
+    TOTAL=$total json "$tmp/send.out" '$j->{ok} && $j->{exit_code} == 0 && $j->{status} =~ /OK$/ && !defined $j->{error}
+        && $j->{mode} eq "send" && $j->{bytes} == $ENV{TOTAL} && $j->{state_bytes} == 100001 && $j->{extension}
+        && @{$j->{blocks}} == 2 && $j->{stats}{bytes_written} + $j->{stats}{bytes_zero} >= $ENV{TOTAL}
+        && $j->{stats}{bytes_zero} > 60e6 && $j->{total_ns} > 0' || return 1
+    TOTAL=$total json "$tmp/recv.out" '$j->{ok} && $j->{mode} eq "recv" && $j->{bytes} == $ENV{TOTAL}
+        && $j->{state_bytes} == 100001 && $j->{stats}{bytes_registered} == 0 && $j->{stats}{registrations} > 0'
+}
+
+json_of_failure() {
+    rmig send --connect 127.0.0.1:1 --block "ram=$tmp/page" --json >"$tmp/send.out" 2>"$tmp/send.err"
+    json "$tmp/send.out" '!$j->{ok} && $j->{exit_code} == 4 && length $j->{error} && $j->{status} =~ /ERR/'
+}
+
+quiet_is_quiet() {
+    send=(--block "ram=$tmp/page" --quiet)
+    recv=(--quiet)
+    both 0 0 && [ ! -s "$tmp/send.out" ] && [ ! -s "$tmp/send.err" ] && [ "$(wc -l <"$tmp/recv.out")" = 1 ]
+}
+
+trace_is_told() {
+    send=(--block "ram=$tmp/page" --trace)
+    recv=(--trace)
+    both 0 0 && says "$tmp/send.err" trace: && says "$tmp/recv.err" trace:
+}
+
+help_names_exit_status() { rmig --help >"$tmp/help" && says "$tmp/help" 'Exit status' '--set' '--list-params' && rmig --version; }
+
+# >>the list
+
+out=$tmp/out
+make_images
+check 'one block' one_block
+check 'sizes that are no multiple of anything' sizes
+check 'forty blocks, one of them with its own file' many_blocks
+check 'device state goes along' state_goes_along
+check 'three rounds' rounds_repeat
+check 'holes stay holes' holes_stay
+check 'two migrations at once' two_at_once
+if grep -q '00000000000000000000000000000001' /proc/net/if_inet6 2>/dev/null; then
+    check 'IPv6' over_ipv6
+else
+    skip 'IPv6' 'the loopback device has no IPv6 address'
+fi
+check 'no extension at the source' plain_version_1 off on
+check 'no extension at the sink' plain_version_1 on off
+check 'no extension at either end' plain_version_1 off off
+check 'no extension, pinned whole' plain_version_1_pinned
+for chunk in 1M 64M 1G; do
+    check "chunks of $chunk" one_block_with --set chunk-size=$chunk
+    check "chunks of $chunk, pinned whole" one_block_with --set chunk-size=$chunk --set pin-all=on
+    check "chunks of $chunk, one at a time" one_block_with --set chunk-size=$chunk --set register-ahead=0
+    check "chunks of $chunk without the extension" one_block_with --set chunk-size=$chunk --set extension=off
+done
+check 'the source chooses the chunk size' the_source_chunk_size_holds 256M
+check 'a larger chunk size than the sink is told' chunk_sizes_differ 64M 1M 67108864 1048576
+check 'a smaller chunk size than the sink is told' chunk_sizes_differ 1M 64M 1048576 67108864
+set_of_each
+usage_errors
+file_errors
+check 'hostile block names stay in the folder' hostile_names
+check 'a block named as the state is refused' state_poses_as_block
+check 'the receiver is killed' kill_receiver KILL
+check 'the sender is killed' kill_sender KILL
+check 'the receiver is frozen' kill_receiver STOP
+check 'the sender is frozen' kill_sender STOP
+check 'the sender is interrupted' cancel sender INT
+check 'the receiver is interrupted' cancel receiver INT
+check 'the sender is terminated' cancel sender TERM
+check 'a waiting receiver is interrupted' cancel_waiting
+check 'nobody listens' nobody_listens
+check 'nobody comes' nobody_comes
+check 'a listener that says nothing' deaf_listener
+check 'noise before a source' noise_before_a_source
+check 'a port in use' port_in_use
+check '--json at both ends' json_of_both
+check '--json of a failure' json_of_failure
+check '--quiet' quiet_is_quiet
+check '--trace' trace_is_told
+check '--help' help_names_exit_status
+done_testing

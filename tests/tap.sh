@@ -1,0 +1,37 @@
+# Test Anything Protocol for shell scripts, to be sourced: ok, not_ok, skip, check, done_testing.
+tap_count=0
+tap_failed=0
+
+ok() { # NAME
+    tap_count=$((tap_count + 1))
+    echo "ok $tap_count - $1"
+}
+
+not_ok() { # NAME [TEXT]
+    tap_count=$((tap_count + 1))
+    tap_failed=$((tap_failed + 1))
+    echo "not ok $tap_count - $1"
+    printf '%s\n' "${2:-}" | sed 's/^/# /'
+}
+
+skip() { # NAME REASON
+    tap_count=$((tap_count + 1))
+    echo "ok $tap_count - $1 # SKIP $2"
+}
+
+# Passes when the command succeeds; shows what it printed when not.
+check() { # NAME COMMAND...
+    tap_name=$1
+    shift
+    if tap_output=$("$@" 2>&1); then
+        ok "$tap_name"
+    else
+        not_ok "$tap_name" "$tap_output"
+    fi
+}
+
+done_testing() {
+    echo "1..$tap_count"
+    [ "$tap_failed" = 0 ]
+    exit $?
+}
