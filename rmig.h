@@ -356,7 +356,7 @@ RMIG_API const char *rmig_size_format(uint64_t bytes, char *buf, size_t buf_size
 RMIG_API int rmig_set(struct rmig_config *cfg, enum rmig_param param, uint64_t value, struct rmig_error *err);
 /* The value in force: what was set, or the default. 0 for a number that is no parameter. */
 RMIG_API uint64_t rmig_get(const struct rmig_config *cfg, enum rmig_param param);
-/* The same by name and text: sizes as rmig_size_parse, switches on/off, times "500ms", "10s" (ns us ms s; a bare
+/* The same by name and text: sizes as rmig_size_parse, switches on/off (or yes/no, true/false, 1/0), times "500ms", "10s" (ns us ms s; a bare
    number is milliseconds). Unknown names and values are refused with RMIG_ERR_PARAM. */
 RMIG_API int rmig_set_param(struct rmig_config *cfg, const char *name, const char *text, struct rmig_error *err);
 /* Writes the value in force as text that rmig_set_param takes. */
@@ -424,7 +424,7 @@ struct rmig_block_desc {
     uint64_t length; // bytes, more than 0; both ends must agree
     uint64_t guest_offset; // where the block begins in the guest's RAM address space; ranges must not overlap
     enum rmig_backing backing;
-    int fd; // RMIG_BACKING_SHARED_FD: the file; must stay open until close
+    int fd; // RMIG_BACKING_SHARED_FD: the file; must stay open until close. Its file position is moved
     uint64_t fd_offset; // RMIG_BACKING_SHARED_FD: file offset of the block's first byte
 };
 
@@ -458,7 +458,7 @@ RMIG_API int rmig_blocks_by_offset(struct rmig_blocks *t, uint64_t guest_offset,
 
 // >>zero
 
-/* Is the range all zero? Reads no further than the first byte that is not. Any alignment, any length. Any thread. */
+/* Is the range all zero? Stops within 128 bytes of the first byte that is not. Any alignment, any length. Any thread. */
 RMIG_API bool rmig_is_zero(const void *p, size_t n);
 RMIG_API bool rmig_is_zero_portable(const void *p, size_t n); // without SIMD: the fallback, and the tests' second method
 
@@ -686,7 +686,7 @@ RMIG_API int rmig_decode_ram_block(const uint8_t *p, size_t n, struct rmig_ram_b
 #define RMIG_COMPRESS_SIZE 24
 struct rmig_compress { // COMPRESS, and each entry of CLEAR_BATCH: u32 value, u32 block, u64 start, u64 length
     uint32_t value, block;
-    uint64_t start, length;
+    uint64_t start, length; // start in the sink's RAM address space; in CLEAR_BATCH in the block
 };
 RMIG_API int rmig_encode_compress(uint8_t *out, size_t cap, const struct rmig_compress *in);
 RMIG_API int rmig_decode_compress(const uint8_t *p, size_t n, struct rmig_compress *out);
@@ -729,7 +729,7 @@ struct rmig_hello {
 RMIG_API int rmig_encode_hello(uint8_t *out, size_t cap, const struct rmig_hello *in);
 RMIG_API int rmig_decode_hello(const uint8_t *p, size_t n, struct rmig_hello *out); // consumes all of p, n
 
-struct rmig_block_entry { // BLOCKS: after u32 total, u32 first: u64 length, u64 guest offset, u8 n, n bytes name
+struct rmig_block_entry { // BLOCKS: after u32 total (at most 131072), u32 first, `repeat` times: u64 length, u64 guest offset, u8 n, name
     uint64_t length, guest_offset;
     char name[RMIG_NAME_MAX + 1];
 };
@@ -1776,6 +1776,7 @@ static void rmig__holes_pagemap(const struct rmig_holes *h, const struct rmig_bl
     *data = to;
     *end = to;
     uint64_t entries[512];
+    memset(entries, 0, sizeof entries);
     for (uint64_t page = first; page < last;) {
         uint64_t n = rmig__min(last - page, sizeof entries / sizeof entries[0]);
         off_t at = (off_t)(page * sizeof entries[0]);
@@ -2147,7 +2148,7 @@ RMIG__DEF int rmig_split_address(const char *address, char *host, size_t host_si
 
 #define RMIG__RECVS 4 // a source meets a reply and the next READY back to back; the rest is room for an ERROR
 #define RMIG__SENDS 4
-#define RMIG__CONTROL_BYTES ((RMIG__RECVS + RMIG__SENDS) * RMIG_CONTROL_SIZE)
+#define RMIG__CONTROL_BYTES ((uint64_t)(RMIG__RECVS + RMIG__SENDS) * RMIG_CONTROL_SIZE)
 #define RMIG__EVENTS 16
 #define RMIG__LINGER (100 * RMIG__MS) // for the last message of a failed session, in close
 
@@ -2283,7 +2284,7 @@ static int rmig__session_end(struct rmig__session *ss) {
 #define RMIG__END(ss, ...) (rmig_fail(&(ss)->error, __VA_ARGS__), rmig__session_end(ss))
 
 /* A call that was refused: nothing changes but the error text. */
-#define RMIG__REFUSE(ss, ...) rmig_fail(&(ss)->error, __VA_ARGS__)
+#define RMIG__REFUSE(ss, status, ...) (rmig_fail(&(ss)->error, status, __VA_ARGS__), (int)(status))
 
 static int rmig__session_open(struct rmig__session *ss, struct rmig_fabric *fabric, const struct rmig_config *cfg,
                               struct rmig_error *err) {
@@ -2315,10 +2316,10 @@ static int rmig__check_caps(struct rmig__session *ss) {
         c->registration_max < RMIG__CONTROL_BYTES)
         return RMIG__END(ss, RMIG_ERR_SETUP, 0,
                          "fabric %s: too small: receives %u (need %d), sends %u (need %d), writes %u (need 1), private "
-                         "data %u and %u bytes (need %d), registration %llu bytes (need %d)",
+                         "data %u and %u bytes (need %d), registration %llu bytes (need %llu)",
                          ss->fabric->ops->name, c->recv_depth, RMIG__RECVS, c->send_depth, RMIG__SENDS, c->write_depth,
                          c->private_data_request, c->private_data_reply, RMIG_PRIVATE_DATA_SIZE,
-                         (unsigned long long)c->registration_max, RMIG__CONTROL_BYTES);
+                         (unsigned long long)c->registration_max, (unsigned long long)RMIG__CONTROL_BYTES);
     return RMIG_OK;
 }
 
@@ -2330,7 +2331,7 @@ static int rmig__session_setup(struct rmig__session *ss) {
     int status = rmig__check_caps(ss);
     if (status != RMIG_OK)
         return status;
-    size_t size = RMIG__CONTROL_BYTES;
+    size_t size = (size_t)RMIG__CONTROL_BYTES;
     if (ss->control == NULL)
         ss->control = (uint8_t *)RMIG_MALLOC(size);
     if (ss->control == NULL)
@@ -2676,8 +2677,10 @@ RMIG__DEF int rmig_source_open(struct rmig_fabric *fabric, const struct rmig_con
         return rmig_fail(err, RMIG_ERR_ARGUMENT, 0, "rmig_source_open: out is NULL");
     *out = NULL;
     struct rmig_source *s = (struct rmig_source *)rmig__calloc(1, sizeof *s);
-    if (s == NULL)
-        return rmig_fail(err, RMIG_ERR_NO_MEMORY, 0, "out of memory for a source (%zu bytes)", sizeof *s);
+    if (s == NULL) {
+        rmig_fail(err, RMIG_ERR_NO_MEMORY, 0, "out of memory for a source (%zu bytes)", sizeof *s);
+        return RMIG_ERR_NO_MEMORY;
+    }
     int status = rmig__session_open(&s->ss, fabric, cfg, err);
     if (status != RMIG_OK) {
         RMIG_FREE(s);
@@ -2832,6 +2835,10 @@ static int rmig__source_connect_step(struct rmig_source *s) {
     if (ss->caps.write_max < s->page_size)
         return RMIG__END(ss, RMIG_ERR_SETUP, 0, "fabric %s: its longest write of %llu bytes is below page-size %llu",
                          ss->fabric->ops->name, (unsigned long long)ss->caps.write_max, (unsigned long long)s->page_size);
+    if (ss->caps.local_mr && ss->caps.registration_max < s->chunk_size)
+        return RMIG__END(ss, RMIG_ERR_SETUP, 0, "fabric %s: registers at most %llu bytes at once: use a smaller chunk-size than %llu",
+                         ss->fabric->ops->name, (unsigned long long)ss->caps.registration_max,
+                         (unsigned long long)s->chunk_size);
     bool offered = rmig_get(&ss->cfg, RMIG_PARAM_EXTENSION) != 0;
     ss->extended = offered && (ss->peer.flags & RMIG_FLAG_EXTENSION) != 0;
     if (!ss->extended)
@@ -2878,7 +2885,7 @@ static void rmig__source_blocks_agreed(struct rmig_source *s) {
 }
 
 static struct rmig__region *rmig__region_new(struct rmig_source *s, uint32_t block, uint64_t offset, uint64_t length) {
-    RMIG_ASSERT(s->region_count < s->region_capacity);
+    RMIG_ASSERT(s->region != NULL && s->region_count < s->region_capacity);
     struct rmig__region *r = &s->region[s->region_count++];
     r->block = block;
     r->offset = offset;
@@ -3411,7 +3418,7 @@ static int rmig__control_out(struct rmig_source *s, bool *moved) {
         status = rmig__send(&s->ss, RMIG_MSG_GOODBYE, 1, 0);
     } else if (!s->credit || s->await != 0)
         return RMIG_OK;
-    else if (s->prelude)
+    else if (s->prelude || (rmig__settled(s) && rmig__stream_due(s)))
         status = rmig__say_stream(s, payload);
     else if (s->exchange == RMIG__BLOCKS_SENDING)
         status = rmig__say_blocks(s, payload);
@@ -3419,8 +3426,6 @@ static int rmig__control_out(struct rmig_source *s, bool *moved) {
         status = rmig__say_register(s, w, payload);
     else if (rmig__zero_due(s))
         status = rmig__say_zero(s, payload);
-    else if (rmig__settled(s) && rmig__stream_due(s))
-        status = rmig__say_stream(s, payload);
     else if (rmig__settled(s) && s->op == RMIG__OP_END_ROUND && s->in_round && rmig__pinned(s))
         status = rmig__round_over(s);
     else if (s->op == RMIG__OP_FINISH && rmig__settled(s) && s->finish == RMIG__FINISH_NONE)
@@ -4029,8 +4034,10 @@ RMIG__DEF int rmig_sink_open(struct rmig_fabric *fabric, const struct rmig_confi
         return rmig_fail(err, RMIG_ERR_ARGUMENT, 0, "rmig_sink_open: out is NULL");
     *out = NULL;
     struct rmig_sink *s = (struct rmig_sink *)rmig__calloc(1, sizeof *s);
-    if (s == NULL)
-        return rmig_fail(err, RMIG_ERR_NO_MEMORY, 0, "out of memory for a sink (%zu bytes)", sizeof *s);
+    if (s == NULL) {
+        rmig_fail(err, RMIG_ERR_NO_MEMORY, 0, "out of memory for a sink (%zu bytes)", sizeof *s);
+        return RMIG_ERR_NO_MEMORY;
+    }
     int status = rmig__session_open(&s->ss, fabric, cfg, err);
     if (status != RMIG_OK) {
         RMIG_FREE(s);
@@ -4596,8 +4603,8 @@ RMIG__DEF size_t rmig_sink_get(struct rmig_sink *s, void *buf, size_t n) {
 
 // --- the blocks are agreed
 
-/* The source's block i is which of ours? */
-static int rmig__sink_match(struct rmig_sink *s, uint32_t i, uint32_t *local) {
+/* The source's block i is which of ours? taken: a flag for each of ours. */
+static int rmig__sink_match(struct rmig_sink *s, uint32_t i, uint8_t *taken, uint32_t *local) {
     if (!s->ss.extended) {
         *local = i;
         return RMIG_OK;
@@ -4610,7 +4617,21 @@ static int rmig__sink_match(struct rmig_sink *s, uint32_t i, uint32_t *local) {
     if (s->blocks.block[*local].length != s->peer[i].length)
         return RMIG__END(&s->ss, RMIG_ERR_SETUP, 0, "block \"%s\" has %llu bytes at the source and %llu at the sink", shown,
                          (unsigned long long)s->peer[i].length, (unsigned long long)s->blocks.block[*local].length);
+    if (taken[*local])
+        return RMIG__END(&s->ss, RMIG_ERR_PROTOCOL, 0, "the source named block \"%s\" twice", shown);
+    taken[*local] = 1;
     return RMIG_OK;
+}
+
+static int rmig__sink_match_all(struct rmig_sink *s, uint32_t count) {
+    uint8_t *taken = (uint8_t *)rmig__calloc(s->blocks.count, 1);
+    if (taken == NULL)
+        return RMIG__END(&s->ss, RMIG_ERR_SETUP, 0, "out of memory for the tables of %u blocks", count);
+    int status = RMIG_OK;
+    for (uint32_t i = 0; i < count && status == RMIG_OK; i++)
+        status = rmig__sink_match(s, i, taken, &s->block[i].local);
+    RMIG_FREE(taken);
+    return status;
 }
 
 static int rmig__sink_tables(struct rmig_sink *s, uint32_t count) {
@@ -4622,11 +4643,11 @@ static int rmig__sink_tables(struct rmig_sink *s, uint32_t count) {
     s->block = (struct rmig__sink_block *)rmig__calloc(count, sizeof *s->block);
     if (s->block == NULL)
         return RMIG__END(ss, RMIG_ERR_SETUP, 0, "out of memory for the tables of %u blocks", count);
+    int status = rmig__sink_match_all(s, count);
+    if (status != RMIG_OK)
+        return status;
     uint64_t units = 0;
     for (uint32_t i = 0; i < count; i++) {
-        int status = rmig__sink_match(s, i, &s->block[i].local);
-        if (status != RMIG_OK)
-            return status;
         s->block[i].units = rmig_chunk_count(rmig__sink_local(s, &s->block[i])->length, s->unit);
         units += s->block[i].units;
         s->ram_bytes += rmig__sink_local(s, &s->block[i])->length;

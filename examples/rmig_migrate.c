@@ -135,7 +135,7 @@ static int fail_source(struct run *r) {
     if (r->connected)
         return fail_rmig(r, EXIT_MIGRATION, &err);
     if (strstr(err.text, r->opt.address) == NULL) // to whom, is what a user wants to know first
-        snprintf(err.text, sizeof err.text, "%s: %s", r->opt.address, rmig_source_error(r->source)->text);
+        rmig_fail(&err, err.status, err.provider_code, "%s: %s", r->opt.address, rmig_source_error(r->source)->text);
     return fail_rmig(r, EXIT_CONNECT, &err);
 }
 

@@ -8,7 +8,7 @@ tidy() { # FILE FLAGS...
     local file=$1 out
     shift
     out=$(clang-tidy --quiet --warnings-as-errors='*' --header-filter='rmig[a-z_]*\.h|examples/.*' \
-        --checks='-*,bugprone-*,clang-analyzer-*,cert-err34-c,cert-mem57-cpp,misc-redundant-expression,performance-*,portability-*,-bugprone-easily-swappable-parameters,-bugprone-reserved-identifier,-bugprone-narrowing-conversions,-bugprone-macro-parentheses,-bugprone-assignment-in-if-condition,-clang-analyzer-security.insecureAPI.DeprecatedOrUnsafeBufferHandling' \
+        --checks='-*,bugprone-*,clang-analyzer-*,cert-err34-c,cert-mem57-cpp,misc-redundant-expression,performance-*,portability-*,-bugprone-easily-swappable-parameters,-bugprone-reserved-identifier,-bugprone-narrowing-conversions,-bugprone-macro-parentheses,-bugprone-assignment-in-if-condition,-clang-analyzer-security.insecureAPI.DeprecatedOrUnsafeBufferHandling,-clang-analyzer-optin.performance.Padding,-performance-no-int-to-ptr' \
         "$file" -- "$@" 2>/dev/null) || { printf '%s\n' "$out"; return 1; }
 }
 

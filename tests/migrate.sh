@@ -22,7 +22,7 @@ start_recv() { # HOST OPTION...
     : >"$tmp/recv.out"
     timeout -k 5 60 "$program" recv --listen "$host:0" --out "$out" "$@" >"$tmp/recv.out" 2>"$tmp/recv.err" &
     receiver=$!
-    wait_for "grep -q listening $tmp/recv.out" || { cat "$tmp/recv.err"; return 1; }
+    listens || return 1
     address=$(sed -n 's/^listening on //p; s/^{"listening":"\(.*\)"}$/\1/p' "$tmp/recv.out")
 }
 
@@ -33,6 +33,14 @@ wait_for() { # CONDITION: at most 10 s
         sleep 0.05
     done
     echo "waited 10 s in vain for: $1"
+    return 1
+}
+
+# The receiver has said where it listens, or has given up.
+listens() {
+    wait_for "grep -q listening $tmp/recv.out || ! kill -0 $receiver 2>/dev/null" &&
+        grep -q listening "$tmp/recv.out" && return
+    cat "$tmp/recv.err"
     return 1
 }
 
@@ -346,7 +354,7 @@ no_space() {
     timeout -k 5 60 unshare -rm sh -c 'mount -t tmpfs -o size=4m none "$1" && shift && exec "$@"' sh "$out" \
         "$program" recv --listen 127.0.0.1:0 --out "$out" "$@" >"$tmp/recv.out" 2>"$tmp/recv.err" &
     receiver=$!
-    wait_for "grep -q listening $tmp/recv.out" || { cat "$tmp/recv.err"; return 1; }
+    listens || return 1
     rmig send --connect "$(sed -n 's/^listening on //p' "$tmp/recv.out")" --set io-timeout=5s --block "ram=$tmp/big" \
         >"$tmp/send.out" 2>"$tmp/send.err"
     local sent=$?

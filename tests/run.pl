@@ -32,6 +32,11 @@ sub slurp {
 
 sub judge_tap {
     my ($r, $tap) = @_;
+    if ($tap !~ /\S/) {
+        $r->{failed}++;
+        push @{$r->{why}}, "it reported nothing";
+        return;
+    }
     # Without its version line the parser leaves Criterion's YAML alone, of which it knows only a part.
     $tap =~ s/^TAP version \d+\n//;
     my $parser = TAP::Parser->new({tap => $tap});
@@ -72,6 +77,13 @@ sub judge {
     return $r;
 }
 
+# The first file that the command names and that is not there.
+sub missing_file {
+    my ($command) = @_;
+    my ($missing) = grep { m{^[\w.-]*/[\w./-]+$} && !-e } split / /, $command;
+    return $missing;
+}
+
 sub begin {
     my ($kind, $name, $seconds, $command) = @_;
     (my $base = "$out/$name") =~ s/[^\w.\/-]/_/g;
@@ -80,7 +92,10 @@ sub begin {
     $command .= " --tap=$base.tap" if $kind eq 'criterion';
     my $to = $kind eq 'tap' ? ">$base.tap 2>$base.log" : ">$base.log 2>&1";
     my $pid = fork // die "fork: $!\n";
-    exec 'sh', '-c', "exec timeout -k 10 $seconds $command $to </dev/null" or die "exec: $!\n" if $pid == 0;
+    my $missing = missing_file($command);
+    my $shell = $missing ? "echo $missing was not built >$base.log; exit 127"
+        : "exec timeout -k 10 $seconds $command $to </dev/null";
+    exec "sh", "-c", $shell or die "exec: $!\n" if $pid == 0;
     return ($pid, {kind => $kind, name => $name, base => $base, command => $command, began => time});
 }
 

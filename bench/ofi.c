@@ -1,6 +1,6 @@
 /* Bulk throughput of rmig over libfabric on loopback: one process sends `bytes` of random RAM to another.
 
-   bench_ofi [--bytes SIZE] [--file PATH] [--provider NAME] [--touched] [--set NAME=VALUE]...
+   ofi [--bytes SIZE] [--file PATH] [--provider NAME] [--touched] [--set NAME=VALUE]...
 
    Prints one line of JSON: bytes, round_ns (begin of the round to its end: delivered and announced), total_ns (connect to
    handover). --file takes the RAM from a file (on /dev/shm, say) and its size. --touched populates the sink's memory before; by default it is fresh, as at a real destination. */
@@ -23,7 +23,7 @@ struct options {
 };
 
 static void die(const char *what, const char *why) {
-    fprintf(stderr, "bench_ofi: %s: %s\n", what, why);
+    fprintf(stderr, "ofi: %s: %s\n", what, why);
     exit(1);
 }
 

@@ -2,7 +2,7 @@
    (register-ahead 0), and with rmig's registration ahead of the wire; at two prices of a registration, at each side.
    One thread a side registers, posts and waits. The time is virtual: any machine gives the same.
 
-   bench_sim [DATA]     prints "name value unit"; DATA gets the table for bench/plot.gp. */
+   sim [DATA]     prints "name value unit"; DATA gets the table for bench/plot.gp. */
 #define _GNU_SOURCE
 #define RMIG_IMPLEMENTATION
 #include "../tests/sim_fabric.h"
@@ -24,7 +24,7 @@ struct run {
 };
 
 static void die(const char *what, const char *why) {
-    fprintf(stderr, "bench_sim: %s: %s\n", what, why);
+    fprintf(stderr, "sim: %s: %s\n", what, why);
     exit(1);
 }
 

@@ -1,6 +1,6 @@
 /* What the core itself costs per dirty page: for callgrind, which counts the instructions below measured().
 
-   bench_core bitmap|page|range     prints "pages N": pages saved in measured()
+   core bitmap|page|range     prints "pages N": pages saved in measured()
 
    2 GiB of RAM, all registered; runs of 64 dirty pages and 64 clean ones, not aligned to words or chunks, go the given way into the source
    and out as writes. The fabric is the simulator, but its writes complete at once and cost nothing. */
@@ -36,7 +36,7 @@ static int free_poll(struct rmig_ep *ep, struct rmig_fabric_event *events, size_
 }
 
 static void die(const char *why) {
-    fprintf(stderr, "bench_core: %s\n", why);
+    fprintf(stderr, "core: %s\n", why);
     exit(1);
 }
 
@@ -82,7 +82,7 @@ int main(int argc, char **argv) {
     struct rmig_sink *sink;
     struct rmig_block_desc block = {.name = "ram", .length = RAM_BYTES};
     if (argc != 2 || strchr("bpr", argv[1][0]) == NULL)
-        die("usage: bench_core bitmap|page|range");
+        die("usage: core bitmap|page|range");
     sim_defaults(&world, SIM_ORDERED, 1);
     world.no_copy = true;
     struct sim *sim = sim_open(&world);

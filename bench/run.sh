@@ -1,0 +1,76 @@
+#!/usr/bin/env bash
+# All measurements of `make bench`. Absolute times of a shared machine mean little, so what counts is the ratio of neighbours within
+# this run, pair by pair, of which the median is told.
+#   run.sh BUILD_DIR            writes BUILD_DIR/bench.json, .png, .svg; prints a table
+# BENCH_BYTES: RAM to move over libfabric (2G). BENCH_PAIRS: pairs of runs (5).
+set -euo pipefail
+build=$1
+here=$(dirname "$0")
+bytes=${BENCH_BYTES:-2G}
+pairs=${BENCH_PAIRS:-5}
+work=$(mktemp -d /dev/shm/rmig-bench.XXXXXX)
+trap 'rm -rf "$work"' EXIT
+
+field() { sed -n "s/.*\"$1\": *\([0-9]*\).*/\1/p"; } # of a line of JSON
+median() { sort -g | awk '{v[NR] = $1} END {print v[int((NR + 1) / 2)]}'; }
+say() { printf '%s\n' "$*" >&2; }
+rmig() { timeout 300 "$build/bench/ofi" --file "$work/ram" "$@"; }
+raw() { timeout 300 "$build/bench/ofi_raw" --bytes "$size" --write 1M --depth 64 --touched | field ns; }
+
+over_libfabric() { # throughput over that of a raw write loop, the target's memory populated in both
+    local chunk r m i name
+    for chunk in 1M 4M 16M 64M 256M 1G; do
+        say "over libfabric tcp, chunk size $chunk"
+        : >"$work/ratio" >"$work/speed"
+        for ((i = 0; i < pairs; i++)); do
+            r=$(raw)
+            m=$(rmig --touched --set chunk-size=$chunk | field round_ns)
+            awk "BEGIN {print $r / $m}" >>"$work/ratio"
+            awk "BEGIN {print $size * 1e9 / $m}" >>"$work/speed"
+        done
+        name=$(printf '%s' "$chunk" | tr MG mg)
+        echo "ofi.tcp.chunk${name}_over_raw $(median <"$work/ratio") ratio of throughputs"
+        echo "ofi.tcp.chunk${name}_throughput $(median <"$work/speed") B/s"
+    done
+}
+
+in_the_simulator() {
+    say 'in the simulator, 8 GiB at 100 Gb/s'
+    "$build/bench/sim" "$build/bench.dat"
+}
+
+instructions() { # of the core alone, per dirty page
+    local path pages count
+    for path in bitmap range page; do
+        say "instructions per page, $path"
+        valgrind --tool=callgrind --callgrind-out-file="$work/callgrind" --collect-atstart=no \
+            --toggle-collect=measured "$build/bench/core" "$path" >"$work/core" 2>"$work/valgrind"
+        pages=$(sed -n 's/^pages //p' "$work/core")
+        count=$(sed -n 's/.*Collected : \([0-9]*\).*/\1/p' "$work/valgrind")
+        awk "BEGIN {printf \"core.${path}_instructions_per_page %.3f instructions\n\", $count / $pages}"
+    done
+}
+
+beside_qemu() { # the same RAM into fresh memory, from connect to handover
+    local i q m
+    : >"$work/ratio"
+    for ((i = 0; i < pairs; i++)); do
+        say "beside QEMU's multifd TCP, pair $((i + 1)) of $pairs"
+        q=$("$here/qemu_multifd.sh" "$work/ram" "$work")
+        m=$(rmig | field total_ns)
+        awk "BEGIN {print $q * 1e6 / $m}" >>"$work/ratio"
+    done
+    echo "ofi.tcp.rmig_over_qemu_multifd $(median <"$work/ratio") ratio of throughputs"
+}
+
+head -c "$bytes" /dev/urandom >"$work/ram"
+size=$(stat -c %s "$work/ram")
+{
+    in_the_simulator
+    instructions
+    over_libfabric
+    beside_qemu
+} >"$work/lines"
+"$build/bench/report" "$build/bench.json" <"$work/lines"
+gnuplot -e "data='$build/bench.dat'; out='$build/bench'" "$here/plot.gp"
+say "wrote $build/bench.json, $build/bench.png and $build/bench.svg"
