@@ -2138,9 +2138,11 @@ RMIG__DEF int rmig_split_address(const char *address, char *host, size_t host_si
     const char *number = after == NULL ? NULL : *after == ':' ? after + 1 : after;
     if (number == NULL || text[0] == '\0' || !rmig__is_port(number) ||
         !rmig__copy_part(host, host_size, from, (size_t)(to - from)) ||
-        !rmig__copy_part(port, port_size, number, strlen(number)))
-        return rmig_fail(err, RMIG_ERR_ARGUMENT, 0,
-                         "address \"%.80s\": must be HOST:PORT or [IPV6]:PORT, port 0 to 65535", text);
+        !rmig__copy_part(port, port_size, number, strlen(number))) {
+        rmig_fail(err, RMIG_ERR_ARGUMENT, 0, "address \"%.80s\": must be HOST:PORT or [IPV6]:PORT, port 0 to 65535",
+                  text);
+        return RMIG_ERR_ARGUMENT;
+    }
     return RMIG_OK;
 }
 

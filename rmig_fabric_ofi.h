@@ -729,8 +729,8 @@ static int rmig__ofi_make_ops(struct rmig__ofi_conn *c, const struct rmig_ep_con
     c->recv_depth = rmig__ofi_clamp(cfg->recv_depth, rx, 2);
     uint32_t sends = c->send_depth, recvs = c->recv_depth, all = sends + recvs + c->write_depth;
     c->ops = (struct rmig__ofi_op *)rmig__ofi_alloc(all, sizeof *c->ops);
-    c->events = (struct rmig__ofi_op **)rmig__ofi_alloc(all, sizeof *c->events);
-    c->free_sends = (struct rmig__ofi_op **)rmig__ofi_alloc((size_t)sends + recvs, sizeof *c->free_sends);
+    c->events = (struct rmig__ofi_op **)rmig__ofi_alloc(all, sizeof(struct rmig__ofi_op *));
+    c->free_sends = (struct rmig__ofi_op **)rmig__ofi_alloc((size_t)sends + recvs, sizeof(struct rmig__ofi_op *));
     if (c->ops == NULL || c->events == NULL || c->free_sends == NULL)
         return rmig_fail(err, RMIG_ERR_NO_MEMORY, 0, "out of memory for %lu operations", (unsigned long)all);
     c->free_recvs = c->free_sends + sends;

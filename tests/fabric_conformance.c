@@ -152,8 +152,8 @@ static void world_close(struct world *w) {
     sim_close(w->sim);
 }
 
-/* A test of one behaviour, run for each fabric in a process of its own; that process may be mapped elsewhere, so that only
-   the row's number is passed. */
+/* A test of one behaviour, run for each fabric in a process of its own. That process may be mapped elsewhere: only the
+   row's number is passed. */
 #define CONFORMANCE(behaviour)                                                                                         \
     static void behaviour(struct world *w);                                                                            \
     ParameterizedTestParameters(fabric, behaviour) {                                                                   \
@@ -215,7 +215,7 @@ static size_t poll_end(struct world *w, struct end *end) {
     return (size_t)n;
 }
 
-/* Of the two fabrics, lets that one wait whose clock is behind: in a simulated world both clocks must go on together. */
+/* Lets that fabric wait whose clock is behind: in a simulated world both clocks must go on together. */
 static void wait_behind(struct world *w, uint64_t ns) {
     bool passive = w->passive->ops->now(w->passive) <= w->active->ops->now(w->active);
     struct rmig_fabric *f = passive ? w->passive : w->active;
@@ -282,7 +282,8 @@ static const char *last_words(const struct end *end) {
 
 static uint64_t world_now(struct world *w) { return w->passive->ops->now(w->passive) + w->active->ops->now(w->active); }
 
-static struct seen *await(struct world *w, struct end *end, enum rmig_fabric_event_type type, uint64_t id, bool any_id) {
+static struct seen *await(struct world *w, struct end *end, enum rmig_fabric_event_type type, uint64_t id,
+                          bool any_id) {
     uint64_t deadline = world_now(w) + 2 * LIMIT;
     for (;;) {
         struct seen *s = find(end, type, id, any_id);
@@ -363,7 +364,8 @@ static void listen_on(struct world *w, const char *address) {
     struct rmig_ep *ep = NULL;
     cr_assert_eq(w->passive->ops->listen(w->passive, address, &ep, &err), RMIG_OK, "%s: listen: %s", w->name, err.text);
     enter(w, &w->listener, w->passive, ep);
-    cr_assert_eq(w->passive->ops->address(ep, w->address, sizeof w->address, &err), RMIG_OK, "%s: %s", w->name, err.text);
+    cr_assert_eq(w->passive->ops->address(ep, w->address, sizeof w->address, &err), RMIG_OK, "%s: %s", w->name,
+                 err.text);
 }
 
 static void get_caps(struct world *w, struct end *end) {
@@ -529,18 +531,21 @@ static int try_recv(struct end *end, const struct region *r, uint64_t offset, ui
     return status;
 }
 
-static void post_recv(struct world *w, struct end *end, const struct region *r, uint64_t offset, uint64_t n, uint64_t id) {
+static void post_recv(struct world *w, struct end *end, const struct region *r, uint64_t offset, uint64_t n,
+                      uint64_t id) {
     cr_assert_eq(try_recv(end, r, offset, n, id), RMIG_OK, "%s: no room for a receive", w->name);
 }
 
-static int try_send(struct world *w, struct end *end, const struct region *r, uint64_t offset, uint64_t n, uint64_t id) {
+static int try_send(struct world *w, struct end *end, const struct region *r, uint64_t offset, uint64_t n,
+                    uint64_t id) {
     struct rmig_error err = {0};
     int status = end->ops->send(end->ep, r->p + offset, n, &r->mr, id, &err);
     cr_assert(status == RMIG_OK || status == RMIG_ERR_FULL, "%s: send: %d: %s", w->name, status, err.text);
     return status;
 }
 
-static void post_send(struct world *w, struct end *end, const struct region *r, uint64_t offset, uint64_t n, uint64_t id) {
+static void post_send(struct world *w, struct end *end, const struct region *r, uint64_t offset, uint64_t n,
+                      uint64_t id) {
     cr_assert_eq(try_send(w, end, r, offset, n, id), RMIG_OK, "%s: no room for a send", w->name);
 }
 
@@ -569,7 +574,8 @@ CONFORMANCE(a_listener_tells_the_port_it_bound) {
     cr_assert_eq(rmig_split_address(w->address, host, sizeof host, port, sizeof port, &err), RMIG_OK, "%s: \"%s\"",
                  w->name, w->address);
     cr_assert_neq(atoi(port), 0, "%s: \"%s\" has no port", w->name, w->address);
-    cr_assert_lt(w->passive->ops->address(w->listener.ep, small, sizeof small, &err), 0, "%s: 4 bytes suffice?", w->name);
+    cr_assert_lt(w->passive->ops->address(w->listener.ep, small, sizeof small, &err), 0, "%s: 4 bytes suffice?",
+                 w->name);
     cr_assert_neq(err.text[0], '\0');
     leave(w, &w->listener);
 }
@@ -588,7 +594,8 @@ CONFORMANCE(bad_addresses_are_refused_with_a_text) {
     for (size_t i = 0; i < sizeof bad / sizeof bad[0]; i++) {
         struct rmig_error err = {0};
         struct rmig_ep *ep = NULL;
-        cr_assert_lt(w->passive->ops->listen(w->passive, bad[i], &ep, &err), 0, "%s: listens on \"%s\"", w->name, bad[i]);
+        cr_assert_lt(w->passive->ops->listen(w->passive, bad[i], &ep, &err), 0, "%s: listens on \"%s\"", w->name,
+                     bad[i]);
         cr_assert_neq(err.text[0], '\0', "%s: no text for \"%s\"", w->name, bad[i]);
         memset(&err, 0, sizeof err);
         cr_assert_lt(w->active->ops->open(w->active, bad[i], &cfg, &ep, &err), 0, "%s: opens \"%s\"", w->name, bad[i]);
@@ -646,7 +653,8 @@ CONFORMANCE(private_data_beyond_its_limit_is_refused) {
     listen_on(w, "127.0.0.1:0");
     open_active(w, &a, w->address);
     cr_assert_leq(a.caps.private_data_request, (uint32_t)DATA_MAX);
-    cr_assert_lt(a.ops->connect(a.ep, data, a.caps.private_data_request + 1, &err), 0, "%s: too much is taken", w->name);
+    cr_assert_lt(a.ops->connect(a.ep, data, a.caps.private_data_request + 1, &err), 0, "%s: too much is taken",
+                 w->name);
     cr_assert_neq(err.text[0], '\0');
     leave(w, &a);
     half_connect(w, &a, &p);
@@ -680,8 +688,8 @@ static void reject_one(struct world *w, size_t reason) {
     open_active(w, &a, w->address);
     start_connect(w, &a, data, 8);
     void *request = expect(w, &w->listener, RMIG_FEV_REQUEST)->e.request;
-    cr_assert_eq(w->passive->ops->reject(w->listener.ep, request, data, reason, &err), RMIG_OK, "%s: reject: %s", w->name,
-                 err.text);
+    cr_assert_eq(w->passive->ops->reject(w->listener.ep, request, data, reason, &err), RMIG_OK, "%s: reject: %s",
+                 w->name, err.text);
     struct seen *s = expect(w, &a, RMIG_FEV_REJECTED);
     if (s->e.private_data_length > 0 && reason > 0) // a fabric need not carry it
         check_private(w, s, data, reason, DATA_MAX);
@@ -1192,9 +1200,11 @@ CONFORMANCE(large_memory_can_be_registered) {
 
 enum { GUARD = 8192 }; // bytes on each side of the region, and the region's own length
 
-/* A write that the target must refuse: `spoil` makes it so, given the good one. The target's memory stays as it was, at
+typedef void spoiler(struct world *w, struct rmig_write *write, struct region *dst);
+
+/* A write that the target must refuse: `spoil` makes it so, given a good one. The target's memory stays as it was, at
    least one end learns of it, and other connections go on. */
-static void refuse_write(struct world *w, unsigned access, void (*spoil)(struct world *, struct rmig_write *, struct region *)) {
+static void refuse_write(struct world *w, unsigned access, spoiler *spoil) {
     struct end a, p, other_a, other_p;
     connect_pair(w, &other_a, &other_p);
     connect_pair(w, &a, &p);
@@ -1212,7 +1222,8 @@ static void refuse_write(struct world *w, unsigned access, void (*spoil)(struct 
         cr_assert_lt(world_now(w), deadline, "%s: no end learns of a write that must be refused", w->name);
         pump(w);
     }
-    cr_assert(!a.caps.completion_is_delivery || find(&a, RMIG_FEV_WRITE, 1, false) == NULL, "%s: it completed", w->name);
+    cr_assert(!a.caps.completion_is_delivery || find(&a, RMIG_FEV_WRITE, 1, false) == NULL, "%s: it completed",
+              w->name);
     for (size_t i = 0; i < 3 * GUARD; i++)
         cr_assert_eq(memory[i], 0x5a, "%s: byte %td of the region was written", w->name, (ptrdiff_t)i - GUARD);
     send_message(w, &other_a, &other_p);
@@ -1261,7 +1272,9 @@ static void spoil_region(struct world *w, struct rmig_write *write, struct regio
     dst->mr.key = 0;
 }
 
-static void spoil_nothing(struct world *w, struct rmig_write *write, struct region *dst) { (void)w, (void)write, (void)dst; }
+static void spoil_nothing(struct world *w, struct rmig_write *write, struct region *dst) {
+    (void)w, (void)write, (void)dst;
+}
 
 CONFORMANCE(a_write_with_an_unknown_key_is_refused) { refuse_write(w, ALL_ACCESS, spoil_key); }
 CONFORMANCE(a_write_with_key_0_is_refused) { refuse_write(w, ALL_ACCESS, spoil_key_zero); }
@@ -1361,7 +1374,10 @@ CONFORMANCE(work_posted_after_the_end_fails_or_vanishes) {
 
 // >>closing in every state
 
-enum state { OPENED, RESOLVED, ASKED, REQUESTED, HALF, ACCEPTED, UP, RECEIVING, SENDING, WRITING, DISCONNECTED, STATES };
+enum state {
+    OPENED, RESOLVED, ASKED, REQUESTED, HALF, ACCEPTED, UP, RECEIVING, SENDING, WRITING, DISCONNECTED,
+    STATES
+};
 
 struct stage {
     struct end a, p;
@@ -1496,8 +1512,8 @@ CONFORMANCE(waiting_ends_at_its_deadline) {
         before = now;
     }
     cr_assert_eq(p.ops->wait(p.f, &p.ep, 1, 0, &err), RMIG_OK, "%s: a deadline in the past: %s", w->name, err.text);
-    cr_assert_eq(p.ops->wait(p.f, NULL, 0, p.ops->now(p.f) + SIM_MS, &err), RMIG_OK, "%s: nothing to wait for: %s", w->name,
-                 err.text);
+    cr_assert_eq(p.ops->wait(p.f, NULL, 0, p.ops->now(p.f) + SIM_MS, &err), RMIG_OK, "%s: nothing to wait for: %s",
+                 w->name, err.text);
     leave_pair(w, &a, &p);
 }
 
@@ -1569,7 +1585,7 @@ CONFORMANCE(descriptors_tell_of_messages) {
 
 // >>death of a process
 
-/* In a process of its own: connects to the address that comes from the pipe, sends a message, and stays until killed. */
+/* In a process of its own: connects to the address that comes from the pipe, sends a message, stays until killed. */
 static void child_main(const struct fabric_row *row, int from_parent) {
     struct world w = {0};
     char address[128] = "";
@@ -1724,7 +1740,8 @@ Test(sim, time_passes_as_configured) {
     sim_defaults(&cfg, SIM_ORDERED, 1);
     cfg.latency_ns = 10 * SIM_MS;
     uint64_t slow = ping_pong(&cfg).time;
-    cr_assert(slow > 1000 * SIM_MS && slow < 1200 * SIM_MS, "100 crossings of 10 ms took %llu ns", (unsigned long long)slow);
+    cr_assert(slow > 1000 * SIM_MS && slow < 1200 * SIM_MS, "100 crossings of 10 ms took %llu ns",
+              (unsigned long long)slow);
 }
 
 static struct run with_fault(enum sim_fault_kind kind, enum sim_op op, int side, uint64_t nth) {
@@ -1915,7 +1932,8 @@ Test(sim, without_copies_memory_need_not_be_there) {
     connect_pair(&w, &a, &p);
     void *nothing = mmap(NULL, total, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     cr_assert_neq(nothing, MAP_FAILED);
-    struct region src = region_at(&w, &a, nothing, total, ALL_ACCESS), dst = region_at(&w, &p, nothing, total, ALL_ACCESS);
+    struct region src = region_at(&w, &a, nothing, total, ALL_ACCESS);
+    struct region dst = region_at(&w, &p, nothing, total, ALL_ACCESS);
     uint64_t begin = a.ops->now(a.f);
     for (uint64_t i = 0; i < total / chunk; i++) {
         struct rmig_write write = make_write(&src, i * chunk, &dst, i * chunk, chunk, i + 1, i % 8 == 7);

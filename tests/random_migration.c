@@ -185,6 +185,11 @@ static int source_next(struct run *r) {
     case IN_ROUND:
         if (!last && chance(r, 60)) {
             guest_runs(r, r->writes_per_step);
+            if (chance(r, 50)) { // pages may be saved again while they are on the wire
+                int status = save_dirty(r, (uint32_t)below(r, r->blocks));
+                if (status != RMIG_OK)
+                    return status;
+            }
             return chance(r, 50) ? RMIG_PENDING : RMIG_OK;
         }
         r->stage = last ? STREAMING : BEGIN;
@@ -277,7 +282,8 @@ static uint64_t sink_step(void *user, uint64_t now) {
     case RMIG_SINK_DISCONNECTED: // version 1: the reader of the stream knows whether this is the end
         status = r->got_size == r->state_size ? rmig_sink_complete(r->sink) : (rmig_sink_cancel(r->sink), RMIG_OK);
         break;
-    case RMIG_SINK_FINISHED:
+    case RMIG_SINK_FINISHED: // nothing is writable any more: the control buffers are the one region left
+        cr_assert_leq(sim_stats(r->sim, 1)->regions, 1);
         return sink_over(r, RMIG_OK);
     default:
         break;

@@ -1,0 +1,1245 @@
+/* A peer that is not rmig. It is written from the description of the protocol straight on struct rmig_fabric_ops, makes its bytes by hand,
+   and does what it likes:
+
+     honest_source, honest_sink    as stock QEMU does: must be able to migrate to and from rmig
+     hostile_source                against rmig's sink
+     hostile_sink                  against rmig's source
+
+   The raw peer is plain code that may block; rmig's end is an actor of the simulator. What must hold for every hostile test: rmig's session
+   ends in time, with the status expected and a text that names the thing and the value; nothing is written outside the blocks (there are
+   guard pages on both sides of them) nor inside unless that was asked for properly; the peer is told; nothing leaks.
+
+   RMIG_TRACE=1 shows what rmig says. */
+#define _GNU_SOURCE
+#define RMIG_IMPLEMENTATION
+#include "sim_fabric.h"
+
+#include <criterion/criterion.h>
+#include <stdarg.h>
+#include <sys/mman.h>
+
+#define PAGE 4096u
+#define MIB ((uint64_t)1 << 20)
+#define BLOCKS 2
+#define FILL 0x5a // what a sink's RAM holds before
+#define STREAM_MAX 300000
+
+/* Stock QEMU knows of these alone. */
+enum {
+    T_ERROR = 1, T_READY, T_QEMU_FILE, T_RAM_BLOCKS_REQUEST, T_RAM_BLOCKS_RESULT, T_COMPRESS, T_REGISTER_REQUEST,
+    T_REGISTER_RESULT, T_REGISTER_FINISHED, T_UNREGISTER_REQUEST, T_UNREGISTER_FINISHED,
+    T_HELLO = 64, T_HELLO_RESULT, T_BLOCKS, T_BLOCKS_RESULT, T_REGISTER_BATCH, T_REGISTER_BATCH_RESULT, T_CLEAR_BATCH,
+    T_KEEPALIVE, T_FINISH, T_FINISH_RESULT, T_GOODBYE
+};
+#define PIN_ALL 0x00000001u
+#define EXTENSION 0x00010000u
+
+// --- bytes, by hand
+
+static void put_be32(uint8_t *p, uint32_t v) {
+    for (unsigned i = 0; i < 4; i++)
+        p[i] = (uint8_t)(v >> (24 - 8 * i));
+}
+
+static void put_be64(uint8_t *p, uint64_t v) {
+    put_be32(p, (uint32_t)(v >> 32));
+    put_be32(p + 4, (uint32_t)v);
+}
+
+static uint32_t get_be32(const uint8_t *p) {
+    return (uint32_t)p[0] << 24 | (uint32_t)p[1] << 16 | (uint32_t)p[2] << 8 | (uint32_t)p[3];
+}
+
+static uint64_t get_be64(const uint8_t *p) { return (uint64_t)get_be32(p) << 32 | get_be32(p + 4); }
+
+/* b: a byte, h: 16 bits, w: 32 bits, q: 64 bits. Returns the bytes written. */
+static size_t pack(uint8_t *out, const char *format, const uint64_t *v) {
+    uint8_t *p = out;
+    for (; *format != '\0'; format++, v++) {
+        switch (*format) {
+        case 'b':
+            *p++ = (uint8_t)*v;
+            break;
+        case 'h':
+            *p++ = (uint8_t)(*v >> 8);
+            *p++ = (uint8_t)*v;
+            break;
+        case 'w':
+            put_be32(p, (uint32_t)*v);
+            p += 4;
+            break;
+        default:
+            put_be64(p, *v);
+            p += 8;
+        }
+    }
+    return (size_t)(p - out);
+}
+
+// --- the raw peer
+
+#define BUFFER 524288u
+#define RECEIVES 4
+#define SENDS 16
+#define SLOTS (RECEIVES + SENDS)
+
+struct message {
+    uint32_t len, type, repeat;
+    uint8_t *payload;
+};
+
+struct raw {
+    struct sim *sim;
+    struct rmig_fabric *fabric;
+    const struct rmig_fabric_ops *ops;
+    struct rmig_ep *listener, *ep;
+    uint8_t *memory; // buffers to receive into, then buffers to send from
+    struct rmig_mr mr;
+    unsigned free_receives, free_sends; // a bit each
+    bool by_hand; // receives are posted by post_receive alone
+    struct {
+        unsigned buffer;
+        size_t length;
+    } inbox[RECEIVES];
+    unsigned inbox_count;
+    bool resolved, established, rejected, gone;
+    uint64_t writes, writes_done;
+    uint8_t private_data[256]; // the peer's
+    size_t private_data_length;
+    void *request;
+    char text[200]; // of what ended the connection
+    struct message m; // received last
+};
+
+static uint64_t raw_now(const struct raw *r) { return r->ops->now(r->fabric); }
+
+static void raw_open(struct raw *r, struct sim *sim, unsigned side) {
+    memset(r, 0, sizeof *r);
+    r->sim = sim;
+    r->fabric = sim_fabric(sim, side);
+    r->ops = r->fabric->ops;
+    r->memory = calloc(SLOTS + 1, BUFFER);
+    cr_assert_not_null(r->memory);
+    r->m.payload = r->memory + (size_t)SLOTS * BUFFER;
+}
+
+/* Gives one buffer to the fabric, as a receive. */
+static void post_receive(struct raw *r) {
+    struct rmig_error err = {0};
+    cr_assert_neq(r->free_receives, 0u, "the raw peer posts more receives than it has buffers");
+    unsigned i = (unsigned)__builtin_ctz(r->free_receives);
+    if (r->ops->recv(r->ep, r->memory + (size_t)i * BUFFER, BUFFER, &r->mr, i, &err) == RMIG_OK)
+        r->free_receives &= ~(1u << i);
+}
+
+static void raw_setup(struct raw *r, unsigned receives) {
+    struct rmig_error err = {0};
+    cr_assert_eq(r->ops->reg(r->ep, r->memory, (uint64_t)SLOTS * BUFFER, RMIG_ACCESS_LOCAL_READ | RMIG_ACCESS_LOCAL_WRITE,
+                             &r->mr, &err), RMIG_OK, "%s", err.text);
+    r->free_receives = (1u << RECEIVES) - 1;
+    r->free_sends = (1u << SENDS) - 1;
+    for (unsigned i = 0; i < receives; i++)
+        post_receive(r);
+}
+
+static void raw_drop(struct raw *r) { // without a word
+    if (r->ep == NULL)
+        return;
+    r->ops->dereg(r->ep, &r->mr, NULL);
+    r->ops->close(r->ep);
+    r->ep = NULL;
+    r->resolved = r->established = r->rejected = r->gone = false;
+    r->inbox_count = 0;
+}
+
+static void raw_close(struct raw *r) {
+    raw_drop(r);
+    if (r->listener != NULL)
+        r->ops->close(r->listener);
+    r->listener = NULL;
+    free(r->memory);
+}
+
+static void keep_private_data(struct raw *r, const struct rmig_fabric_event *e) {
+    r->private_data_length = e->private_data_length;
+    if (e->private_data_length > 0)
+        memcpy(r->private_data, e->private_data, e->private_data_length);
+}
+
+static void raw_event(struct raw *r, const struct rmig_fabric_event *e) {
+    switch (e->type) {
+    case RMIG_FEV_REQUEST:
+        r->request = e->request;
+        keep_private_data(r, e);
+        break;
+    case RMIG_FEV_RESOLVED:
+        r->resolved = true;
+        break;
+    case RMIG_FEV_ESTABLISHED:
+        r->established = true;
+        if (r->listener == NULL)
+            keep_private_data(r, e);
+        break;
+    case RMIG_FEV_SEND:
+        r->free_sends |= 1u << e->id;
+        break;
+    case RMIG_FEV_RECV:
+        r->inbox[r->inbox_count].buffer = (unsigned)e->id;
+        r->inbox[r->inbox_count++].length = (size_t)e->length;
+        break;
+    case RMIG_FEV_WRITE:
+        r->writes_done = e->id > r->writes_done ? e->id : r->writes_done;
+        break;
+    case RMIG_FEV_REJECTED:
+        r->rejected = true; // and gone
+        __attribute__((fallthrough));
+    case RMIG_FEV_DISCONNECTED:
+    case RMIG_FEV_ERROR:
+        r->gone = true;
+        snprintf(r->text, sizeof r->text, "%s", e->text);
+        break;
+    }
+}
+
+static void raw_poll(struct raw *r, struct rmig_ep *ep) {
+    struct rmig_fabric_event e;
+    struct rmig_error err = {0};
+    int n;
+    while (ep != NULL && r->inbox_count < RECEIVES && (n = r->ops->poll(ep, &e, 1, &err)) != 0) {
+        cr_assert(n > 0, "%s", err.text);
+        raw_event(r, &e);
+    }
+}
+
+typedef bool raw_condition(const struct raw *r);
+
+/* Waits until it holds, at most so long. */
+static bool raw_until(struct raw *r, raw_condition *holds, uint64_t span) {
+    uint64_t until = raw_now(r) + span;
+    for (;;) {
+        struct rmig_ep *eps[2];
+        size_t n = 0;
+        raw_poll(r, r->listener);
+        raw_poll(r, r->ep);
+        if (holds(r))
+            return true;
+        if (raw_now(r) >= until)
+            return false;
+        if (r->listener != NULL)
+            eps[n++] = r->listener;
+        if (r->ep != NULL)
+            eps[n++] = r->ep;
+        struct rmig_error err = {0};
+        cr_assert_eq(r->ops->wait(r->fabric, eps, n, until, &err), RMIG_OK, "%s", err.text);
+    }
+}
+
+static bool is_never(const struct raw *r) { return r == NULL; }
+static bool is_resolved(const struct raw *r) { return r->resolved; }
+static bool is_connected(const struct raw *r) { return r->established || r->gone; }
+static bool is_asked(const struct raw *r) { return r->request != NULL; }
+static bool is_gone(const struct raw *r) { return r->gone; }
+static bool is_sent(const struct raw *r) { return r->free_sends == (1u << SENDS) - 1 || r->gone; }
+static bool is_written(const struct raw *r) { return r->writes_done == r->writes || r->gone; }
+static bool has_message(const struct raw *r) { return r->inbox_count > 0 || r->gone; }
+
+static void pass_time(struct raw *r, uint64_t span) { raw_until(r, is_never, span); }
+
+static const struct rmig_ep_config raw_depths = {64, SENDS, RECEIVES, 5 * SIM_SECOND};
+
+/* As the active side; the peer's answer is in r->private_data. */
+static void raw_connect(struct raw *r, const uint8_t *private_data, size_t n, unsigned receives) {
+    struct rmig_error err = {0};
+    cr_assert_eq(r->ops->open(r->fabric, "sink:7000", &raw_depths, &r->ep, &err), RMIG_OK, "%s", err.text);
+    cr_assert(raw_until(r, is_resolved, SIM_SECOND));
+    raw_setup(r, receives);
+    cr_assert_eq(r->ops->connect(r->ep, private_data, n, &err), RMIG_OK, "%s", err.text);
+    cr_assert(raw_until(r, is_connected, SIM_SECOND), "the sink does not answer");
+}
+
+/* Sends any bytes: whether the fabric took them. */
+static bool send_bytes(struct raw *r, const uint8_t *p, size_t n) {
+    struct rmig_error err = {0};
+    raw_until(r, is_sent, 0);
+    cr_assert_neq(r->free_sends, 0u, "the raw peer sends more than it has buffers");
+    unsigned slot = (unsigned)__builtin_ctz(r->free_sends);
+    uint8_t *buffer = r->memory + (size_t)(RECEIVES + slot) * BUFFER;
+    memcpy(buffer, p, n < BUFFER ? n : BUFFER);
+    if (r->ops->send(r->ep, buffer, n, &r->mr, slot, &err) != RMIG_OK)
+        return false;
+    r->free_sends &= ~(1u << slot);
+    return true;
+}
+
+/* A message whose header says len, with n bytes behind it. What pads is garbage: nobody may read it. */
+static bool say_bytes(struct raw *r, uint32_t type, uint32_t repeat, uint32_t len, const uint8_t *payload, size_t n) {
+    static uint8_t bytes[BUFFER];
+    put_be32(bytes, len);
+    put_be32(bytes + 4, type);
+    put_be32(bytes + 8, repeat);
+    put_be32(bytes + 12, 0xdeadbeef);
+    if (n > 0)
+        memcpy(bytes + 16, payload, n);
+    return send_bytes(r, bytes, 16 + n);
+}
+
+static bool say(struct raw *r, uint32_t type, uint32_t repeat, const char *format, const uint64_t *values) {
+    uint8_t payload[4096];
+    size_t n = pack(payload, format, values);
+    return say_bytes(r, type, repeat, (uint32_t)n, payload, n);
+}
+#define SAY(r, type, repeat, format, ...) say(r, type, repeat, format, (const uint64_t[]){__VA_ARGS__})
+#define SAY_EMPTY(r, type) say_bytes(r, type, 1, 0, NULL, 0)
+#define PADDING 0xbadc0de5u
+
+/* The next message, in r->m; false: the connection is gone, or nothing came within `span`. */
+static bool next_message(struct raw *r, uint64_t span) {
+    if (!raw_until(r, has_message, span) || r->inbox_count == 0)
+        return false;
+    unsigned buffer = r->inbox[0].buffer;
+    size_t n = r->inbox[0].length;
+    const uint8_t *p = r->memory + (size_t)buffer * BUFFER;
+    cr_assert_geq(n, 16u);
+    r->m.len = get_be32(p);
+    r->m.type = get_be32(p + 4);
+    r->m.repeat = get_be32(p + 8);
+    cr_assert_eq(n, 16 + (size_t)r->m.len, "message %u of %zu bytes says len %u", r->m.type, n, r->m.len);
+    cr_assert_eq(get_be32(p + 12), 0u, "padding of message %u", r->m.type);
+    if (r->m.type == T_READY)
+        cr_assert(r->m.len == 0 && r->m.repeat == 1, "READY has len %u, repeat %u", r->m.len, r->m.repeat);
+    memcpy(r->m.payload, p + 16, n - 16);
+    r->free_receives |= 1u << buffer;
+    memmove(r->inbox, r->inbox + 1, --r->inbox_count * sizeof r->inbox[0]);
+    if (!r->by_hand)
+        post_receive(r);
+    return true;
+}
+
+static void expect(struct raw *r, uint32_t type) {
+    cr_assert(next_message(r, 5 * SIM_SECOND), "message %u was due: %s", type, r->gone ? r->text : "nothing came");
+    cr_assert_eq(r->m.type, type, "message %u was due, %u came: %.*s", type, r->m.type,
+                 r->m.type == T_ERROR ? (int)r->m.len : 0, (const char *)r->m.payload);
+}
+
+static void raw_leave(struct raw *r) {
+    r->ops->disconnect(r->ep);
+    raw_until(r, is_gone, SIM_SECOND);
+}
+
+// --- both ends together
+
+struct ram {
+    const char *name;
+    uint8_t *map, *host; // host: between two guard pages
+    uint64_t length;
+};
+
+enum step { PUT_HEAD, PUT_PART, PUT_TAIL, BEGIN, SAVE_ALL, SAVE_DIRTY, END, FINISH, OVER };
+
+struct play {
+    struct sim_config world;
+    struct sim *sim;
+    struct raw raw;
+    struct ram ram[BLOCKS]; // rmig's
+    struct rmig_config cfg;
+    bool done;
+    int status;
+    char text[320];
+
+    struct rmig_sink *sink;
+    unsigned connected, rounds, finished, disconnected;
+    uint8_t stream[STREAM_MAX]; // received by rmig's sink, or to be sent by its source
+    size_t stream_size, stream_due;
+    uint64_t regions_at_end;
+
+    struct rmig_source *source;
+    const enum step *script;
+    unsigned put; // bytes of the present PUT that were taken
+    uint64_t *dirty[BLOCKS];
+};
+
+static void map_ram(struct ram *b, const char *name, uint64_t length) {
+    b->name = name;
+    b->length = length;
+    b->map = mmap(NULL, length + 2 * PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    cr_assert_neq((void *)b->map, MAP_FAILED);
+    b->host = b->map + PAGE;
+    cr_assert_eq(mprotect(b->host, length, PROT_READ | PROT_WRITE), 0);
+}
+
+static void set(struct play *p, enum rmig_param param, uint64_t value) {
+    struct rmig_error err = {0};
+    cr_assert_eq(rmig_set(&p->cfg, param, value, &err), RMIG_OK, "%s", err.text);
+}
+
+static void trace(void *user, const char *line) { fprintf(stderr, "%s %s\n", (const char *)user, line); }
+
+#define RAM 0 // blocks
+#define ROM 1
+#define RAM_LENGTH (4 * MIB)
+#define ROM_LENGTH (MIB + PAGE)
+#define CONNECT_TIMEOUT (2 * SIM_SECOND)
+#define IO_TIMEOUT (3 * SIM_SECOND)
+
+/* The defaults of a test, which may change them before play_sink or play_source. */
+static struct play *play_new(enum sim_mode mode) {
+    struct play *p = calloc(1, sizeof *p);
+    cr_assert_not_null(p);
+    sim_defaults(&p->world, mode, 7);
+    p->world.key_bits = 32;
+    set(p, RMIG_PARAM_CONNECT_TIMEOUT, CONNECT_TIMEOUT);
+    set(p, RMIG_PARAM_IO_TIMEOUT, IO_TIMEOUT);
+    if (getenv("RMIG_TRACE") != NULL) {
+        p->cfg.trace = trace;
+        p->cfg.trace_user = (void *)(uintptr_t)"rmig";
+    }
+    return p;
+}
+
+static void play_free(struct play *p) {
+    struct rmig_error err = {0};
+    raw_close(&p->raw);
+    rmig_source_close(p->source);
+    rmig_sink_close(p->sink);
+    cr_assert_eq(sim_clean(p->sim, &err), RMIG_OK, "%s", err.text);
+    sim_close(p->sim);
+    for (unsigned i = 0; i < BLOCKS; i++) {
+        munmap(p->ram[i].map, p->ram[i].length + 2 * PAGE);
+        free(p->dirty[i]);
+    }
+    free(p);
+}
+
+static uint64_t over(struct play *p, int status, const struct rmig_error *error) {
+    p->done = true;
+    p->status = status;
+    snprintf(p->text, sizeof p->text, "%s", status < 0 ? error->text : "");
+    return SIM_DONE;
+}
+
+/* Runs rmig's end until it is over, within so much time. */
+static void run_to_end(struct play *p, uint64_t within) {
+    struct rmig_error err = {0};
+    uint64_t until = raw_now(&p->raw) + within;
+    cr_assert_eq(sim_run(p->sim, until, &err), RMIG_OK, "rmig has not come to an end within %llu ms: %s",
+                 (unsigned long long)(within / SIM_MS), err.text);
+}
+
+/* Every part of `needles`, which are separated by |, is in the text. */
+static void check_text(const char *text, const char *needles) {
+    char copy[200];
+    snprintf(copy, sizeof copy, "%s", needles);
+    for (char *save = NULL, *part = strtok_r(copy, "|", &save); part != NULL; part = strtok_r(NULL, "|", &save))
+        cr_expect(strstr(text, part) != NULL, "the error does not name \"%s\": %s", part, text);
+    for (const char *c = text; *c != '\0'; c++)
+        cr_expect(*c >= 0x20 && *c < 0x7f, "the error has byte 0x%02x in it", (unsigned)(uint8_t)*c);
+}
+
+/* Regions of this side that the peer could write. */
+static uint64_t exposed(const struct sim *sim, unsigned side) {
+    uint64_t n = 0;
+    for (uint32_t i = 0; i < sim->side[side].region_count; i++)
+        if (sim->side[side].regions[i].live && (sim->side[side].regions[i].access & RMIG_ACCESS_REMOTE_WRITE) != 0)
+            n++;
+    return n;
+}
+
+/* The session failed as expected, in time, and the raw peer was told if it could be. */
+static void must_fail(struct play *p, int status, const char *needles) {
+    bool slow = status == RMIG_ERR_TIMEOUT || status == RMIG_ERR_HANDOVER;
+    bool extended = p->sink != NULL ? rmig_sink_extended(p->sink) : rmig_source_extended(p->source);
+    run_to_end(p, slow ? 5 * SIM_SECOND : SIM_SECOND);
+    cr_assert_eq(p->status, status, "%s was due, %s came: %s", rmig_status_name(status), rmig_status_name(p->status), p->text);
+    check_text(p->text, needles);
+    if (status != RMIG_ERR_PROTOCOL || p->raw.gone || p->raw.ep == NULL || !p->raw.established)
+        return;
+    while (next_message(&p->raw, 200 * SIM_MS) && p->raw.m.type != T_ERROR) {
+    }
+    cr_expect_eq(p->raw.m.type, (uint32_t)T_ERROR, "the peer was not told");
+    cr_expect_eq(p->raw.m.len, extended ? strlen(p->text) : 0, "ERROR has %u bytes", p->raw.m.len);
+    if (extended && p->raw.m.len == strlen(p->text))
+        cr_expect_eq(memcmp(p->raw.m.payload, p->text, p->raw.m.len), 0, "the peer was told something else");
+    cr_expect(raw_until(&p->raw, is_gone, SIM_SECOND), "rmig did not hang up");
+}
+
+// --- rmig's sink as an actor
+
+static uint64_t sink_over(struct play *p, int status) { return over(p, status, rmig_sink_error(p->sink)); }
+
+static int give_blocks(struct play *p) {
+    int status = RMIG_OK;
+    for (unsigned i = 0; i < BLOCKS && status == RMIG_OK; i++) {
+        struct rmig_block_desc d = {0};
+        d.name = p->ram[i].name;
+        d.host = p->ram[i].host;
+        d.length = p->ram[i].length;
+        d.guest_offset = (uint64_t)i << 36;
+        status = rmig_sink_add_block(p->sink, &d, NULL);
+    }
+    return status == RMIG_OK ? rmig_sink_accept_blocks(p->sink) : status;
+}
+
+static uint64_t sink_step(void *user, uint64_t now) {
+    struct play *p = user;
+    struct rmig_sink_event ev;
+    (void)now;
+    int status = rmig_sink_process(p->sink, &ev);
+    if (status != RMIG_OK)
+        return sink_over(p, status);
+    switch (ev.type) {
+    case RMIG_SINK_CONNECTED:
+        p->connected++;
+        break;
+    case RMIG_SINK_BLOCKS:
+        status = give_blocks(p);
+        break;
+    case RMIG_SINK_ROUND:
+        p->rounds++;
+        break;
+    case RMIG_SINK_STREAM:
+        for (size_t n; (n = rmig_sink_get(p->sink, p->stream + p->stream_size, STREAM_MAX - p->stream_size)) > 0;)
+            p->stream_size += n;
+        break;
+    case RMIG_SINK_DISCONNECTED: // only the stream's reader knows whether this is the end
+        p->disconnected++;
+        if (p->stream_due == 0 || p->stream_size != p->stream_due)
+            rmig_sink_cancel(p->sink);
+        else
+            status = rmig_sink_complete(p->sink);
+        break;
+    case RMIG_SINK_FINISHED:
+        p->finished++;
+        p->regions_at_end = exposed(p->sim, 1);
+        return sink_over(p, RMIG_OK);
+    default:
+        break;
+    }
+    return status < 0 ? sink_over(p, status) : rmig_sink_next_deadline(p->sink);
+}
+
+static void play_sink(struct play *p, uint64_t ram, uint64_t rom) {
+    struct rmig_error err = {0};
+    p->sim = sim_open(&p->world);
+    raw_open(&p->raw, p->sim, 0);
+    map_ram(&p->ram[RAM], "ram", ram);
+    map_ram(&p->ram[ROM], "rom", rom);
+    for (unsigned i = 0; i < BLOCKS; i++)
+        if (p->ram[i].length <= 16 * MIB)
+            memset(p->ram[i].host, FILL, p->ram[i].length);
+    cr_assert_eq(rmig_sink_open(sim_fabric(p->sim, 1), &p->cfg, &p->sink, &err), RMIG_OK, "%s", err.text);
+    cr_assert_eq(rmig_sink_listen(p->sink, "sink:7000"), RMIG_OK, "%s", rmig_sink_error(p->sink)->text);
+    sim_actor(p->sim, 1, sink_step, p);
+}
+
+// --- rmig's source as an actor
+
+static const uint8_t hook_word[8] = {0, 0, 0, 0, 0, 0, 0, 0x80};
+
+/* What the embedder puts in the stream at each PUT: [from, to) of p->stream. */
+static void put_range(const struct play *p, enum step step, size_t *from, size_t *to) {
+    *from = step == PUT_HEAD ? 0 : step == PUT_PART ? 200 : 230;
+    *to = step == PUT_HEAD ? 200 : step == PUT_PART ? 230 : p->stream_size;
+}
+
+static int put_step(struct play *p, enum step step) {
+    size_t from, to;
+    put_range(p, step, &from, &to);
+    while (from + p->put < to) {
+        int64_t taken = rmig_source_put_some(p->source, p->stream + from + p->put, to - from - p->put);
+        if (taken < 0)
+            return (int)taken;
+        p->put += (unsigned)taken;
+        if (taken == 0)
+            return rmig_source_flush_start(p->source);
+    }
+    p->put = 0;
+    p->script++;
+    return RMIG_OK;
+}
+
+static int source_next(struct play *p) {
+    enum step step = *p->script;
+    int status = RMIG_OK;
+    if (step <= PUT_TAIL)
+        return put_step(p, step);
+    p->script++;
+    switch (step) {
+    case BEGIN:
+        return rmig_source_begin_round(p->source);
+    case SAVE_ALL:
+        for (uint32_t i = 0; i < BLOCKS && status == RMIG_OK; i++)
+            status = rmig_source_save_range(p->source, i, 0, p->ram[i].length);
+        return status;
+    case SAVE_DIRTY:
+        for (uint32_t i = 0; i < BLOCKS && status == RMIG_OK; i++)
+            status = rmig_source_save_bitmap(p->source, i, p->dirty[i], 0, p->ram[i].length / PAGE);
+        return status;
+    case END:
+        return rmig_source_end_round_start(p->source);
+    default:
+        return rmig_source_finish_start(p->source);
+    }
+}
+
+static uint64_t source_step(void *user, uint64_t now) {
+    struct play *p = user;
+    (void)now;
+    for (;;) {
+        int status = rmig_source_process(p->source);
+        if (status == RMIG_PENDING)
+            return rmig_source_next_deadline(p->source);
+        if (status == RMIG_OK && *p->script == OVER)
+            return over(p, RMIG_OK, NULL);
+        if (status == RMIG_OK)
+            status = source_next(p);
+        if (status < 0)
+            return over(p, status, rmig_source_error(p->source));
+    }
+}
+
+static void play_source(struct play *p, uint64_t ram, uint64_t rom, const enum step *script) {
+    struct rmig_error err = {0};
+    p->sim = sim_open(&p->world);
+    p->script = script;
+    raw_open(&p->raw, p->sim, 1);
+    map_ram(&p->ram[RAM], "ram", ram);
+    map_ram(&p->ram[ROM], "rom", rom);
+    cr_assert_eq(p->raw.ops->listen(p->raw.fabric, "sink:7000", &p->raw.listener, &err), RMIG_OK, "%s", err.text);
+    cr_assert_eq(rmig_source_open(sim_fabric(p->sim, 0), &p->cfg, &p->source, &err), RMIG_OK, "%s", err.text);
+    for (unsigned i = 0; i < BLOCKS; i++) {
+        struct rmig_block_desc d = {0};
+        d.name = p->ram[i].name;
+        d.host = p->ram[i].host;
+        d.length = p->ram[i].length;
+        d.guest_offset = (uint64_t)i << 36;
+        cr_assert_eq(rmig_source_add_block(p->source, &d, NULL), RMIG_OK, "%s", rmig_source_error(p->source)->text);
+        p->dirty[i] = calloc(p->ram[i].length / PAGE / 64 + 1, 8);
+        cr_assert_not_null(p->dirty[i]);
+    }
+    cr_assert_eq(rmig_source_connect_start(p->source, "sink:7000"), RMIG_OK, "%s", rmig_source_error(p->source)->text);
+    sim_actor(p->sim, 0, source_step, p);
+}
+
+/* Takes rmig's request; its private data is in r->private_data. */
+static void raw_accept(struct raw *r, const uint8_t *reply, size_t n, unsigned receives) {
+    struct rmig_error err = {0};
+    cr_assert(raw_until(r, is_asked, SIM_SECOND), "no request came");
+    cr_assert_eq(r->ops->open_request(r->listener, r->request, &raw_depths, &r->ep, &err), RMIG_OK, "%s", err.text);
+    raw_setup(r, receives);
+    cr_assert_eq(r->ops->accept(r->ep, reply, n, &err), RMIG_OK, "%s", err.text);
+    raw_until(r, is_connected, SIM_SECOND);
+}
+
+// --- an honest source, as stock QEMU is
+
+#define STOCK_RUN_MAX (2 * MIB)
+#define CHUNKS_MAX 200
+
+struct stock_source {
+    struct play *p;
+    struct raw *r;
+    uint64_t chunk; // its own, which is not on the wire
+    bool pinned;
+    struct {
+        struct ram ram;
+        struct rmig_mr mr;
+        uint64_t base, offset; // at the sink
+        bool base_known;
+        uint32_t rkey[CHUNKS_MAX];
+    } block[BLOCKS];
+    uint64_t writing; // 1 + block and chunk with a write in flight
+    uint8_t stream[STREAM_MAX]; // what was sent
+    size_t stream_size;
+    unsigned readies, registrations, clears;
+};
+
+/* One message for one READY, and its reply if it has one; receives are posted when stock QEMU posts them. */
+static void stock_say(struct stock_source *q, uint32_t type, uint32_t repeat, const uint8_t *payload, size_t n, uint32_t reply) {
+    expect(q->r, T_READY);
+    q->readies++;
+    if (reply != 0)
+        post_receive(q->r);
+    post_receive(q->r);
+    cr_assert(say_bytes(q->r, type, repeat, (uint32_t)n, payload, n), "message %u cannot be sent", type);
+    cr_assert(raw_until(q->r, is_sent, SIM_SECOND) && !q->r->gone, "message %u was not taken: %s", type, q->r->text);
+    if (reply != 0)
+        expect(q->r, reply);
+}
+
+static void stock_stream(struct stock_source *q, const uint8_t *bytes, size_t n) {
+    memcpy(q->stream + q->stream_size, bytes, n);
+    q->stream_size += n;
+    for (size_t at = 0; at < n; at += 32768) // before QEMU 8.2 repeat was garbage
+        stock_say(q, T_QEMU_FILE, 0x7fedcba9, bytes + at, n - at < 32768 ? n - at : 32768, 0);
+}
+
+static void stock_setup(struct stock_source *q) {
+    uint8_t bytes[256];
+    size_t n = pack(bytes, "wwbwbwbwwq", (const uint64_t[]){0x5145564d, 3, 1, 2, 3, 0x72616d00, 0, 0, 4, 0x4082004});
+    memcpy(bytes + n, hook_word, 8);
+    stock_stream(q, bytes, n + 8);
+    stock_say(q, T_RAM_BLOCKS_REQUEST, 1, NULL, 0, T_RAM_BLOCKS_RESULT);
+    cr_assert_eq(q->r->m.len, 32u * BLOCKS);
+    for (unsigned i = 0; i < BLOCKS; i++) {
+        const uint8_t *e = q->r->m.payload + 32 * (size_t)i;
+        cr_assert_eq(get_be64(e + 16), q->block[i].ram.length, "length of block %u", i);
+        q->block[i].base = get_be64(e);
+        q->block[i].offset = get_be64(e + 8);
+        if (q->pinned)
+            cr_assert_neq(get_be32(e + 24), 0u, "pin-all was granted, but block %u has rkey 0", i);
+        for (unsigned c = 0; q->pinned && c < CHUNKS_MAX; c++)
+            q->block[i].rkey[c] = get_be32(e + 24);
+    }
+    stock_say(q, T_REGISTER_FINISHED, 1, NULL, 0, 0);
+    stock_stream(q, bytes, 8);
+}
+
+static void stock_register(struct stock_source *q, unsigned block, uint64_t offset) {
+    uint8_t bytes[24];
+    pack(bytes, "qwwq", (const uint64_t[]){q->block[block].offset + offset, block, PADDING, 0});
+    stock_say(q, T_REGISTER_REQUEST, 1, bytes, sizeof bytes, T_REGISTER_RESULT);
+    cr_assert_eq(q->r->m.len, 16u);
+    uint32_t rkey = get_be32(q->r->m.payload);
+    uint64_t base = get_be64(q->r->m.payload + 8);
+    cr_assert_neq(rkey, 0u, "rkey 0 for block %u, offset 0x%llx", block, (unsigned long long)offset);
+    if (q->block[block].base_known)
+        cr_assert_eq(base, q->block[block].base, "the base of block %u changes, at offset 0x%llx", block, (unsigned long long)offset);
+    q->block[block].base_known = true;
+    q->block[block].base = base;
+    q->block[block].rkey[offset / q->chunk] = rkey;
+    q->registrations++;
+}
+
+static void stock_write(struct stock_source *q, unsigned block, uint64_t offset, uint64_t n) {
+    struct rmig_error err = {0};
+    uint64_t chunk = offset / q->chunk, place = 1 + (chunk << 8 | block);
+    if (q->writing == place || q->r->writes - q->r->writes_done >= 64) // one write at a time in a chunk
+        cr_assert(raw_until(q->r, is_written, SIM_SECOND) && !q->r->gone, "a write failed: %s", q->r->text);
+    struct rmig_write w = {q->block[block].ram.host + offset, &q->block[block].mr, n, q->block[block].base + offset,
+                           q->block[block].rkey[chunk], ++q->r->writes, true};
+    cr_assert_eq(q->r->ops->write(q->r->ep, &w, 1, &err), 1, "%s", err.text);
+    q->writing = place;
+}
+
+static void stock_run(struct stock_source *q, unsigned block, uint64_t offset, uint64_t n) {
+    if (q->block[block].rkey[offset / q->chunk] == 0) {
+        if (rmig_is_zero_portable(q->block[block].ram.host + offset, n)) {
+            uint8_t bytes[24];
+            pack(bytes, "wwqq", (const uint64_t[]){0, block, q->block[block].offset + offset, n});
+            stock_say(q, T_COMPRESS, 1, bytes, sizeof bytes, 0);
+            q->clears++;
+            return;
+        }
+        stock_register(q, block, offset);
+    }
+    stock_write(q, block, offset, n);
+}
+
+/* A pass over the pages that `wanted` names: runs inside a chunk. */
+static void stock_pass(struct stock_source *q, bool (*wanted)(unsigned block, uint64_t page)) {
+    uint8_t hook[18] = {0x7e, 0, 0, 0, 2, 2, 0, 0, 0, 2};
+    memcpy(hook + 10, hook_word, 8);
+    stock_stream(q, hook, sizeof hook);
+    for (unsigned i = 0; i < BLOCKS; i++) {
+        uint64_t start = 0, n = 0, length = q->block[i].ram.length;
+        for (uint64_t at = 0; at <= length; at += PAGE) {
+            bool take = at < length && wanted(i, at / PAGE);
+            if (n > 0 && (!take || n == STOCK_RUN_MAX || at / q->chunk != start / q->chunk)) {
+                stock_run(q, i, start, n);
+                n = 0;
+            }
+            start = n == 0 ? at : start;
+            n += take ? PAGE : 0;
+        }
+    }
+    cr_assert(raw_until(q->r, is_written, SIM_SECOND) && !q->r->gone, "a write failed: %s", q->r->text);
+    stock_say(q, T_REGISTER_FINISHED, 1, NULL, 0, 0);
+    uint8_t eos[8] = {0, 0, 0, 0, 0, 0, 0, 0x10};
+    stock_stream(q, eos, sizeof eos);
+}
+
+static bool every_page(unsigned block, uint64_t page) { return block < BLOCKS && page < UINT64_MAX; }
+static bool some_pages(unsigned block, uint64_t page) { return (page * 7 + block) % 11 < 3; }
+
+static void fill_page(uint8_t *p, uint64_t seed) {
+    for (unsigned i = 0; i < PAGE; i += 8) {
+        uint64_t v = (seed + 1) * 0x9e3779b97f4a7c15u + i;
+        memcpy(p + i, &v, 8);
+    }
+}
+
+/* Data in some chunks, zeros in others, and both in the same. */
+static void fill_ram(const struct ram *b) {
+    for (uint64_t at = 0; at < b->length; at += PAGE)
+        if (at / MIB % 3 != 1 && at / PAGE % 5 != 2)
+            fill_page(b->host + at, at / PAGE);
+}
+
+static struct stock_source *stock_source_new(struct play *p, uint64_t chunk, uint32_t flags) {
+    struct stock_source *q = calloc(1, sizeof *q);
+    struct rmig_error err = {0};
+    cr_assert_not_null(q);
+    q->p = p;
+    q->r = &p->raw;
+    q->chunk = chunk;
+    q->pinned = (flags & PIN_ALL) != 0;
+    uint8_t data[8];
+    pack(data, "ww", (const uint64_t[]){1, flags});
+    q->r->by_hand = true;
+    raw_connect(q->r, data, sizeof data, 1);
+    cr_assert(q->r->established, "%s", q->r->text);
+    cr_assert_geq(q->r->private_data_length, 8u);
+    cr_assert_eq(get_be32(q->r->private_data), 1u);
+    cr_assert_eq(get_be32(q->r->private_data + 4), flags & PIN_ALL, "flags 0x%x were answered 0x%x", flags,
+                 get_be32(q->r->private_data + 4));
+    for (unsigned i = 0; i < BLOCKS; i++) {
+        map_ram(&q->block[i].ram, p->ram[i].name, p->ram[i].length);
+        fill_ram(&q->block[i].ram);
+        cr_assert_eq(q->r->ops->reg(q->r->ep, q->block[i].ram.host, q->block[i].ram.length, RMIG_ACCESS_LOCAL_READ,
+                                    &q->block[i].mr, &err), RMIG_OK, "%s", err.text);
+    }
+    return q;
+}
+
+static void stock_source_free(struct stock_source *q) {
+    for (unsigned i = 0; i < BLOCKS; i++) {
+        q->r->ops->dereg(q->r->ep, &q->block[i].mr, NULL);
+        munmap(q->block[i].ram.map, q->block[i].ram.length + 2 * PAGE);
+    }
+    raw_drop(q->r);
+    free(q);
+}
+
+/* The last of the stream, then the source leaves; rmig's sink must have it all. */
+static void stock_finish(struct stock_source *q) {
+    static uint8_t state[76000];
+    struct play *p = q->p;
+    for (size_t i = 0; i < sizeof state; i++)
+        state[i] = (uint8_t)(i * 31 + (i >> 8));
+    p->stream_due = q->stream_size + sizeof state;
+    stock_stream(q, state, sizeof state);
+    q->r->ops->disconnect(q->r->ep);
+    run_to_end(p, SIM_SECOND);
+    cr_assert_eq(p->status, RMIG_OK, "%s: %s", rmig_status_name(p->status), p->text);
+    cr_assert_eq(p->stream_size, q->stream_size);
+    cr_assert_eq(memcmp(p->stream, q->stream, q->stream_size), 0, "the stream differs");
+    cr_assert(p->connected == 1 && p->disconnected == 1 && p->finished == 1);
+    cr_assert_eq(p->regions_at_end, 0u, "%llu regions are still writable", (unsigned long long)p->regions_at_end);
+    for (unsigned i = 0; i < BLOCKS; i++)
+        cr_assert_eq(memcmp(p->ram[i].host, q->block[i].ram.host, p->ram[i].length), 0, "block %u differs", i);
+}
+
+struct stock_case {
+    uint64_t chunk, ram, peer_chunk_size;
+    bool pin_all, offset_addressing;
+    enum sim_mode mode;
+};
+
+static void stock_to_rmig(const struct stock_case *c) {
+    struct play *p = play_new(c->mode);
+    p->world.offset_addressing = c->offset_addressing;
+    p->world.no_retry = c->mode != SIM_UNORDERED; // rnr_retry_count 0
+    if (c->peer_chunk_size != 0)
+        set(p, RMIG_PARAM_PEER_CHUNK_SIZE, c->peer_chunk_size);
+    play_sink(p, c->ram, ROM_LENGTH);
+    struct stock_source *q = stock_source_new(p, c->chunk, c->pin_all ? PIN_ALL : 0);
+    stock_setup(q);
+    stock_pass(q, every_page);
+    unsigned first = q->registrations;
+    for (unsigned i = 0; i < BLOCKS; i++) { // the guest writes, and clears what it had
+        fill_page(q->block[i].ram.host + 3 * PAGE, 12345);
+        memset(q->block[i].ram.host + 7 * PAGE, 0, 4 * PAGE);
+    }
+    stock_pass(q, some_pages);
+    fill_page(q->block[ROM].ram.host + MIB, 999); // a block's last page
+    stock_pass(q, every_page);
+    cr_assert_eq(p->rounds, 4u, "%u rounds", p->rounds);
+    if (c->pin_all)
+        cr_assert(q->registrations == 0 && q->clears == 0);
+    else
+        cr_assert(first >= 2 && (c->chunk > MIB || q->clears > 0));
+    stock_finish(q);
+    stock_source_free(q);
+    play_free(p);
+}
+
+#define STOCK_TO_RMIG(name, ...)                                                                                       \
+    Test(honest_source, name) {                                                                                        \
+        const struct stock_case c = {__VA_ARGS__};                                                                     \
+        stock_to_rmig(&c);                                                                                             \
+    }
+
+TestSuite(honest_source, .timeout = 120);
+STOCK_TO_RMIG(dynamic, MIB, RAM_LENGTH, 0, false, false, SIM_ORDERED)
+STOCK_TO_RMIG(dynamic_with_offset_addressing, MIB, RAM_LENGTH, 0, false, true, SIM_ORDERED)
+STOCK_TO_RMIG(dynamic_over_iwarp, MIB, RAM_LENGTH, 0, false, false, SIM_LOCAL)
+STOCK_TO_RMIG(dynamic_out_of_order, MIB, RAM_LENGTH, 0, false, false, SIM_UNORDERED)
+STOCK_TO_RMIG(dynamic_peer_chunk_size_set, MIB, RAM_LENGTH, MIB, false, false, SIM_ORDERED)
+STOCK_TO_RMIG(dynamic_peer_chunk_size_set_offset_addressing, MIB, RAM_LENGTH, MIB, false, true, SIM_ORDERED)
+STOCK_TO_RMIG(chunks_of_64M_unknown, 64 * MIB, 130 * MIB, 0, false, false, SIM_ORDERED)
+STOCK_TO_RMIG(chunks_of_64M_unknown_offset_addressing, 64 * MIB, 130 * MIB, 0, false, true, SIM_ORDERED)
+STOCK_TO_RMIG(chunks_of_64M_peer_chunk_size_set, 64 * MIB, 130 * MIB, 64 * MIB, false, false, SIM_ORDERED)
+STOCK_TO_RMIG(chunks_smaller_than_peer_chunk_size, MIB, 130 * MIB, 64 * MIB, false, false, SIM_ORDERED)
+STOCK_TO_RMIG(pin_all, MIB, RAM_LENGTH, 0, true, false, SIM_ORDERED)
+STOCK_TO_RMIG(pin_all_with_offset_addressing, MIB, RAM_LENGTH, 0, true, true, SIM_ORDERED)
+STOCK_TO_RMIG(pin_all_over_iwarp, MIB, RAM_LENGTH, 0, true, false, SIM_LOCAL)
+STOCK_TO_RMIG(pin_all_chunks_of_64M, 64 * MIB, 130 * MIB, 0, true, false, SIM_ORDERED)
+
+static void stock_unregister(struct stock_source *q, unsigned block, uint64_t chunk) {
+    uint8_t bytes[24];
+    pack(bytes, "qwwq", (const uint64_t[]){chunk, block, PADDING, 0});
+    stock_say(q, T_UNREGISTER_REQUEST, 1, bytes, sizeof bytes, T_UNREGISTER_FINISHED);
+    cr_assert_eq(q->r->m.len, 0u);
+    q->block[block].rkey[chunk] = 0;
+}
+
+static void migrate_with_unregister(uint64_t peer_chunk_size, bool all) {
+    struct play *p = play_new(SIM_ORDERED);
+    if (peer_chunk_size != 0)
+        set(p, RMIG_PARAM_PEER_CHUNK_SIZE, peer_chunk_size);
+    play_sink(p, RAM_LENGTH, ROM_LENGTH);
+    struct stock_source *q = stock_source_new(p, MIB, 0);
+    stock_setup(q);
+    stock_pass(q, every_page);
+    stock_unregister(q, RAM, 0);
+    for (uint64_t c = 2; all && c < 4; c++)
+        stock_unregister(q, RAM, c);
+    fill_page(q->block[RAM].ram.host + 5 * PAGE, 4711);
+    fill_page(q->block[RAM].ram.host + 2 * MIB, 4712);
+    stock_pass(q, every_page);
+    stock_finish(q);
+    stock_source_free(q);
+    play_free(p);
+}
+
+/* Chunk 0's key goes; the keys of chunks 2 and 3 stay good. */
+Test(honest_source, unregister_the_first_chunk) { migrate_with_unregister(0, false); }
+Test(honest_source, unregister_every_chunk) { migrate_with_unregister(0, true); }
+Test(honest_source, unregister_with_peer_chunk_size) { migrate_with_unregister(MIB, true); }
+
+/* One request for a whole block, one COMPRESS over chunks, a stream message of 200 KB: what a foreign source may do. */
+Test(honest_source, whole_blocks_in_one_request) {
+    struct play *p = play_new(SIM_ORDERED);
+    play_sink(p, RAM_LENGTH, ROM_LENGTH);
+    struct stock_source *q = stock_source_new(p, MIB, 0);
+    static uint8_t big[200000];
+    uint8_t bytes[24];
+    stock_setup(q);
+    memset(q->block[RAM].ram.host, 0, 3 * MIB);
+    pack(bytes, "wwqq", (const uint64_t[]){0, RAM, 0, 3 * MIB});
+    stock_say(q, T_COMPRESS, 1, bytes, sizeof bytes, 0);
+    for (unsigned i = 0; i < BLOCKS; i++) {
+        uint64_t length = q->block[i].ram.length;
+        pack(bytes, "qwwq", (const uint64_t[]){0, i, PADDING, (length - 1) / MIB});
+        stock_say(q, T_REGISTER_REQUEST, 1, bytes, sizeof bytes, T_REGISTER_RESULT);
+        q->block[i].rkey[0] = get_be32(q->r->m.payload);
+        q->block[i].base = get_be64(q->r->m.payload + 8);
+        q->chunk = length;
+        stock_write(q, i, 0, length);
+    }
+    cr_assert(raw_until(q->r, is_written, SIM_SECOND) && !q->r->gone, "a write failed: %s", q->r->text);
+    stock_say(q, T_REGISTER_FINISHED, 1, NULL, 0, 0);
+    memcpy(q->stream + q->stream_size, big, sizeof big);
+    q->stream_size += sizeof big;
+    stock_say(q, T_QEMU_FILE, 0, big, sizeof big, 0);
+    stock_finish(q);
+    stock_source_free(q);
+    play_free(p);
+}
+
+/* Whoever asks for the blocks again gets the same answer, and nothing is registered twice. */
+Test(honest_source, asks_for_the_blocks_twice) {
+    struct play *p = play_new(SIM_ORDERED);
+    play_sink(p, RAM_LENGTH, ROM_LENGTH);
+    struct stock_source *q = stock_source_new(p, MIB, PIN_ALL);
+    uint8_t first[64];
+    stock_setup(q);
+    stock_say(q, T_RAM_BLOCKS_REQUEST, 1, NULL, 0, T_RAM_BLOCKS_RESULT);
+    memcpy(first, q->r->m.payload, sizeof first);
+    uint64_t before = sim_stats(p->sim, 1)->registered;
+    for (unsigned i = 0; i < 50; i++)
+        stock_say(q, T_RAM_BLOCKS_REQUEST, 1, NULL, 0, T_RAM_BLOCKS_RESULT);
+    cr_assert_eq(memcmp(first, q->r->m.payload, sizeof first), 0);
+    cr_assert_eq(sim_stats(p->sim, 1)->registered, before);
+    stock_pass(q, every_page);
+    stock_finish(q);
+    stock_source_free(q);
+    play_free(p);
+}
+
+/* Bits that the sink does not know come back as 0. */
+Test(honest_source, unknown_flags_are_cleared) {
+    struct play *p = play_new(SIM_ORDERED);
+    play_sink(p, RAM_LENGTH, ROM_LENGTH);
+    struct stock_source *q = stock_source_new(p, MIB, 0x80000006);
+    stock_setup(q);
+    stock_pass(q, every_page);
+    stock_finish(q);
+    stock_source_free(q);
+    play_free(p);
+}
+
+// --- an honest sink, as stock QEMU is
+
+struct stock_sink {
+    struct play *p;
+    struct raw *r;
+    uint64_t chunk;
+    bool pinned, hook;
+    struct {
+        struct ram ram;
+        uint64_t offset; // in the RAM address space of this sink
+        struct rmig_mr whole, mr[CHUNKS_MAX];
+        bool registered[CHUNKS_MAX], asked[1024]; // asked: per MiB
+    } block[BLOCKS];
+    uint8_t stream[STREAM_MAX];
+    size_t stream_size;
+    unsigned rounds, requests, clears, most_chunks;
+    uint64_t registered;
+};
+
+static void stock_reg(struct stock_sink *k, unsigned block, uint64_t from, uint64_t to, struct rmig_mr *mr) {
+    struct rmig_error err = {0};
+    cr_assert_eq(k->r->ops->reg(k->r->ep, k->block[block].ram.host + from, to - from,
+                                RMIG_ACCESS_LOCAL_WRITE | RMIG_ACCESS_REMOTE_WRITE, mr, &err), RMIG_OK, "%s", err.text);
+    k->registered += to - from;
+}
+
+static void stock_reply(struct stock_sink *k, uint32_t type, uint32_t repeat, const uint8_t *payload, size_t n) {
+    cr_assert(say_bytes(k->r, type, repeat, (uint32_t)n, payload, n), "message %u cannot be sent", type);
+    cr_assert(raw_until(k->r, is_sent, SIM_SECOND) && !k->r->gone, "message %u was not taken: %s", type, k->r->text);
+}
+
+static void stock_say_blocks(struct stock_sink *k) {
+    uint8_t bytes[32 * BLOCKS];
+    for (unsigned i = 0; i < BLOCKS; i++) {
+        uint64_t length = k->block[i].ram.length;
+        if (k->pinned)
+            stock_reg(k, i, 0, length, &k->block[i].whole);
+        pack(bytes + 32 * (size_t)i, "qqqww", (const uint64_t[]){(uintptr_t)k->block[i].ram.host, k->block[i].offset, length,
+                                                                  k->pinned ? k->block[i].whole.key : 0, 0});
+    }
+    stock_reply(k, T_RAM_BLOCKS_RESULT, 1, bytes, sizeof bytes);
+}
+
+/* Section 7.2: the first registration of a start chunk stays, whatever it covers. */
+static void stock_on_register(struct stock_sink *k, const uint8_t *m) {
+    uint64_t key = get_be64(m), chunks = get_be64(m + 16);
+    uint32_t block = get_be32(m + 8);
+    cr_assert_eq(k->r->m.len, 24u);
+    cr_assert_eq(k->r->m.repeat, 1u, "only the first of several commands is answered");
+    cr_assert(block < BLOCKS && !k->pinned);
+    uint64_t offset = key - k->block[block].offset, length = k->block[block].ram.length;
+    cr_assert(key >= k->block[block].offset && offset < length, "key 0x%llx", (unsigned long long)key);
+    cr_assert(!k->block[block].asked[offset / MIB], "block %u, offset 0x%llx is asked for again", block, (unsigned long long)offset);
+    cr_assert(offset / MIB + chunks <= (length - 1) / MIB, "%llu more chunks at 0x%llx: counted in units of 1 MiB they pass the end",
+              (unsigned long long)chunks, (unsigned long long)offset);
+    k->block[block].asked[offset / MIB] = true;
+    k->most_chunks = chunks + 1 > k->most_chunks ? (unsigned)chunks + 1 : k->most_chunks;
+    uint64_t c = offset / k->chunk, to = (c + chunks + 1) * k->chunk;
+    if (!k->block[block].registered[c])
+        stock_reg(k, block, c * k->chunk, to < length ? to : length, &k->block[block].mr[c]);
+    k->block[block].registered[c] = true;
+    k->requests++;
+    uint8_t reply[16];
+    pack(reply, "wwq", (const uint64_t[]){k->block[block].mr[c].key, PADDING, (uintptr_t)k->block[block].ram.host});
+    stock_reply(k, T_REGISTER_RESULT, 1, reply, sizeof reply);
+}
+
+static void stock_on_compress(struct stock_sink *k, const uint8_t *m) {
+    uint32_t block = get_be32(m + 4);
+    uint64_t start = get_be64(m + 8), length = get_be64(m + 16);
+    cr_assert(k->r->m.len == 24 && get_be32(m) == 0 && block < BLOCKS);
+    uint64_t offset = start - k->block[block].offset, end = k->block[block].ram.length;
+    cr_assert(offset < end && length > 0 && length <= end - offset, "start 0x%llx, length 0x%llx", (unsigned long long)start,
+              (unsigned long long)length);
+    memset(k->block[block].ram.host + offset, 0, length);
+    k->clears++;
+}
+
+static void stock_on_finished(struct stock_sink *k) {
+    cr_assert_eq(k->r->m.len, 0u);
+    k->hook = false;
+    if (++k->rounds == 1) // the hook of the setup: no pages yet
+        return;
+    for (unsigned i = 0; i < BLOCKS; i++)
+        cr_assert_eq(memcmp(k->block[i].ram.host, k->p->ram[i].host, k->p->ram[i].length), 0,
+                     "block %u is not all there when round %u is said to be over", i, k->rounds);
+}
+
+static void stock_on_stream(struct stock_sink *k) {
+    uint32_t n = k->r->m.len;
+    cr_assert(n >= 1 && n <= 32768, "QEMU_FILE of %u bytes", n);
+    cr_assert_eq(k->r->m.repeat, 0u);
+    cr_assert(k->stream_size + n <= STREAM_MAX);
+    memcpy(k->stream + k->stream_size, k->r->m.payload, n);
+    k->stream_size += n;
+    k->hook = k->stream_size >= 8 && memcmp(k->stream + k->stream_size - 8, hook_word, 8) == 0;
+}
+
+static void stock_handle(struct stock_sink *k) {
+    const struct message *m = &k->r->m;
+    if (!k->hook) {
+        cr_assert_eq(m->type, (uint32_t)T_QEMU_FILE, "was %u but must be QEMU_FILE", m->type);
+        stock_on_stream(k);
+        return;
+    }
+    switch (m->type) {
+    case T_RAM_BLOCKS_REQUEST:
+        cr_assert_eq(m->len, 0u);
+        stock_say_blocks(k);
+        break;
+    case T_REGISTER_REQUEST:
+        stock_on_register(k, m->payload);
+        break;
+    case T_COMPRESS:
+        stock_on_compress(k, m->payload);
+        break;
+    case T_REGISTER_FINISHED:
+        stock_on_finished(k);
+        break;
+    default:
+        cr_assert_fail("message %u in hook mode", m->type);
+    }
+}
+
+/* One READY for each message, one receive at a time, until the source leaves. */
+static void stock_serve(struct stock_sink *k) {
+    post_receive(k->r); // only once established
+    for (;;) {
+        if (!SAY_EMPTY(k->r, T_READY) || !next_message(k->r, 2 * SIM_SECOND))
+            break;
+        post_receive(k->r);
+        stock_handle(k);
+    }
+    cr_assert(k->r->gone, "the source is silent");
+}
+
+static const enum step stock_script[] = {PUT_HEAD, BEGIN, END, PUT_PART, BEGIN, SAVE_ALL, END,
+                                         PUT_PART, BEGIN, SAVE_DIRTY, END, PUT_TAIL, FINISH, OVER};
+
+static void fill_stream(struct play *p) {
+    for (size_t i = 0; i < sizeof p->stream; i++)
+        p->stream[i] = (uint8_t)(i * 13 + (i >> 8) + 1);
+    memcpy(p->stream + 200 - 8, hook_word, 8);
+    memcpy(p->stream + 230 - 8, hook_word, 8);
+    p->stream_size = 100000;
+}
+
+struct rmig_case {
+    uint64_t chunk, ahead; // rmig's
+    bool pin_all, grant;
+    uint64_t sink_chunk, peer_chunk_size;
+    enum sim_mode mode;
+    bool sparse;
+};
+
+/* Lone pages and long runs with zeros between, so that requests begin anywhere. */
+static void fill_sparse(const struct ram *b) {
+    for (uint64_t at = 0; at < b->length; at += PAGE) {
+        uint64_t chunk = at / MIB;
+        if (chunk == 16 || (chunk >= 18 && chunk < 50) || chunk % 7 == 5 || chunk > 92)
+            fill_page(b->host + at, at / PAGE);
+    }
+}
+
+static void stock_sink_end(struct stock_sink *k, const struct rmig_case *c) {
+    struct play *p = k->p;
+    run_to_end(p, SIM_SECOND);
+    cr_assert_eq(p->status, RMIG_OK, "%s: %s", rmig_status_name(p->status), p->text);
+    cr_assert_eq(k->rounds, 3u);
+    size_t due = p->stream_size + 30; // the part was put twice
+    cr_assert_eq(k->stream_size, due, "a stream of %zu bytes came, %zu were due", k->stream_size, due);
+    cr_assert_eq(memcmp(k->stream, p->stream, 230), 0);
+    cr_assert_eq(memcmp(k->stream + 230, p->stream + 200, due - 230), 0);
+    if (c->pin_all && c->grant)
+        cr_assert(k->requests == 0);
+    else if (c->ahead == 0)
+        cr_assert_leq(k->most_chunks, c->chunk / MIB, "one chunk at a time: %u x 1 MiB", k->most_chunks);
+    else if (!c->sparse)
+        cr_assert_gt(k->most_chunks, c->chunk / MIB, "many chunks a request");
+    cr_assert_eq(exposed(p->sim, 0), 0u, "the source's memory can be written");
+}
+
+static void rmig_to_stock(const struct rmig_case *c) {
+    struct play *p = play_new(c->mode);
+    struct stock_sink *k = calloc(1, sizeof *k);
+    uint64_t length = c->sparse ? 100 * MIB : 40 * MIB + PAGE;
+    uint8_t reply[8];
+    cr_assert_not_null(k);
+    p->world.no_retry = c->mode != SIM_UNORDERED;
+    set(p, RMIG_PARAM_CHUNK_SIZE, c->chunk);
+    set(p, RMIG_PARAM_REGISTER_AHEAD, c->ahead);
+    set(p, RMIG_PARAM_PIN_ALL, c->pin_all);
+    if (c->peer_chunk_size != 0)
+        set(p, RMIG_PARAM_PEER_CHUNK_SIZE, c->peer_chunk_size);
+    play_source(p, length, ROM_LENGTH, stock_script);
+    fill_stream(p);
+    k->p = p;
+    k->r = &p->raw;
+    k->r->by_hand = true;
+    k->chunk = c->sink_chunk;
+    k->pinned = c->pin_all && c->grant;
+    for (unsigned i = 0; i < BLOCKS; i++) {
+        const struct ram *b = &p->ram[i];
+        if (c->sparse)
+            fill_sparse(b);
+        else
+            fill_ram(b);
+        for (uint64_t page = 0; page < b->length / PAGE; page++) // the guest has not written: sent again all the same
+            if (some_pages(i, page))
+                p->dirty[i][page / 64] |= (uint64_t)1 << page % 64;
+        map_ram(&k->block[i].ram, b->name, b->length);
+        memset(k->block[i].ram.host, FILL, b->length);
+        k->block[i].offset = 0x7000000 + ((uint64_t)i << 33);
+    }
+    cr_assert(raw_until(k->r, is_asked, SIM_SECOND));
+    cr_assert_geq(k->r->private_data_length, 8u);
+    cr_assert_eq(get_be32(k->r->private_data), 1u);
+    uint32_t flags = get_be32(k->r->private_data + 4);
+    cr_assert_eq(flags & ~EXTENSION, c->pin_all ? PIN_ALL : 0u, "flags 0x%x", flags);
+    pack(reply, "ww", (const uint64_t[]){1, k->pinned ? flags & PIN_ALL : 0}); // a bit that is not known is cleared
+    raw_accept(k->r, reply, sizeof reply, 0);
+    stock_serve(k);
+    stock_sink_end(k, c);
+    for (unsigned i = 0; i < BLOCKS; i++) {
+        for (unsigned j = 0; j < CHUNKS_MAX; j++)
+            if (k->block[i].registered[j])
+                k->r->ops->dereg(k->r->ep, &k->block[i].mr[j], NULL);
+        if (k->pinned)
+            k->r->ops->dereg(k->r->ep, &k->block[i].whole, NULL);
+        munmap(k->block[i].ram.map, k->block[i].ram.length + 2 * PAGE);
+    }
+    free(k);
+    play_free(p);
+}
+
+#define RMIG_TO_STOCK(name, ...)                                                                                       \
+    Test(honest_sink, name) {                                                                                          \
+        const struct rmig_case c = {__VA_ARGS__};                                                                      \
+        rmig_to_stock(&c);                                                                                             \
+    }
+#define AHEAD (128 * MIB)
+
+TestSuite(honest_sink, .timeout = 120);
+RMIG_TO_STOCK(dynamic, MIB, AHEAD, false, false, MIB, 0, SIM_ORDERED, false)
+RMIG_TO_STOCK(dynamic_one_chunk_at_a_time, MIB, 0, false, false, MIB, 0, SIM_ORDERED, false)
+RMIG_TO_STOCK(dynamic_over_iwarp, MIB, AHEAD, false, false, MIB, 0, SIM_LOCAL, false)
+RMIG_TO_STOCK(dynamic_out_of_order, MIB, AHEAD, false, false, MIB, 0, SIM_UNORDERED, false)
+RMIG_TO_STOCK(chunks_of_4M_at_rmig, 4 * MIB, AHEAD, false, false, MIB, 0, SIM_ORDERED, false)
+RMIG_TO_STOCK(chunks_of_4M_one_at_a_time, 4 * MIB, 0, false, false, MIB, 0, SIM_ORDERED, false)
+RMIG_TO_STOCK(chunks_of_32M_at_the_sink, MIB, AHEAD, false, false, 32 * MIB, 0, SIM_ORDERED, false)
+RMIG_TO_STOCK(chunks_of_32M_at_the_sink_one_at_a_time, MIB, 0, false, false, 32 * MIB, 0, SIM_ORDERED, false)
+RMIG_TO_STOCK(chunks_of_4M_and_32M, 4 * MIB, AHEAD, false, false, 32 * MIB, 0, SIM_ORDERED, false)
+RMIG_TO_STOCK(peer_chunk_size_as_at_the_sink, 32 * MIB, AHEAD, false, false, 32 * MIB, 32 * MIB, SIM_ORDERED, true)
+RMIG_TO_STOCK(pin_all_granted, MIB, AHEAD, true, true, MIB, 0, SIM_ORDERED, false)
+RMIG_TO_STOCK(pin_all_granted_chunks_of_4M, 4 * MIB, AHEAD, true, true, MIB, 0, SIM_ORDERED, false)
+RMIG_TO_STOCK(pin_all_granted_over_iwarp, MIB, AHEAD, true, true, MIB, 0, SIM_LOCAL, false)
+RMIG_TO_STOCK(pin_all_refused, MIB, AHEAD, true, false, MIB, 0, SIM_ORDERED, false)
+RMIG_TO_STOCK(pin_all_refused_one_chunk_at_a_time, MIB, 0, true, false, MIB, 0, SIM_ORDERED, false)
+RMIG_TO_STOCK(sparse, MIB, AHEAD, false, false, MIB, 0, SIM_ORDERED, true)
+RMIG_TO_STOCK(sparse_chunks_of_4M, 4 * MIB, AHEAD, false, false, MIB, 0, SIM_ORDERED, true)
+RMIG_TO_STOCK(sparse_one_chunk_at_a_time, MIB, 0, false, false, 32 * MIB, 0, SIM_ORDERED, true)
+/* The sink answers a start chunk of its own once and for all: a request that begins in the middle of one must not go on beyond it. */
+RMIG_TO_STOCK(sparse_chunks_of_32M_at_the_sink, MIB, AHEAD, false, false, 32 * MIB, 0, SIM_ORDERED, true)
+RMIG_TO_STOCK(sparse_chunks_of_32M_peer_chunk_size_set, MIB, AHEAD, false, false, 32 * MIB, 32 * MIB, SIM_ORDERED, true)
