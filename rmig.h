@@ -3123,6 +3123,12 @@ static void rmig__take_pages(struct rmig_source *s, uint32_t block, uint64_t pag
     s->pending -= n;
 }
 
+/* The unit in which a REGISTER_REQUEST counts: what the peer calls a chunk, as far as is known. */
+static uint64_t rmig__request_unit(const struct rmig_source *s) {
+    uint64_t peer = rmig_get(&s->ss.cfg, RMIG_PARAM_PEER_CHUNK_SIZE);
+    return peer != 0 ? peer : RMIG_CHUNK_SIZE_MIN;
+}
+
 /* The chunk at offset joins the window, in the region before it if that ends there. False if the window is full. */
 static bool rmig__window_add(struct rmig_source *s, struct rmig__window *w, uint32_t block, uint64_t offset) {
     uint64_t index = rmig_chunk_index(offset, s->chunk_size);
@@ -3131,7 +3137,11 @@ static bool rmig__window_add(struct rmig_source *s, struct rmig__window *w, uint
     struct rmig__region *last = w->count > 0 ? &s->region[w->first + w->count - 1] : NULL;
     if (w->bytes >= s->window_bytes)
         return false;
-    if (last != NULL && last->block == block && last->offset + last->length == start &&
+    /* A version 1 sink answers a chunk of its own that it was asked for before with the range of that time. So a region
+       that need not begin where the sink's chunks do must not reach into the next one. */
+    uint64_t unit = rmig__request_unit(s);
+    bool joins = s->ss.extended || unit <= s->chunk_size || start % unit != 0;
+    if (last != NULL && last->block == block && last->offset + last->length == start && joins &&
         last->length + length <= rmig__registration_max(s)) {
         last->length += length;
     } else {
@@ -3293,12 +3303,6 @@ static int rmig__say_blocks(struct rmig_source *s, uint8_t *payload) {
     }
     return rmig__ask(s, RMIG_MSG_BLOCKS, s->blocks_sent - first, len,
                      s->blocks_sent == s->blocks.count ? RMIG_MSG_BLOCKS_RESULT : RMIG_MSG_NONE);
-}
-
-/* The unit in which a REGISTER_REQUEST counts: what the peer calls a chunk, as far as is known. */
-static uint64_t rmig__request_unit(const struct rmig_source *s) {
-    uint64_t peer = rmig_get(&s->ss.cfg, RMIG_PARAM_PEER_CHUNK_SIZE);
-    return peer != 0 ? peer : RMIG_CHUNK_SIZE_MIN;
 }
 
 static int rmig__say_register(struct rmig_source *s, struct rmig__window *w, uint8_t *payload) {
@@ -4440,6 +4444,12 @@ static int rmig__sink_on_batch(struct rmig_sink *s, const uint8_t *p, const stru
     return rmig__sink_reply(s, RMIG_MSG_REGISTER_BATCH_RESULT, h->repeat, (size_t)h->repeat * RMIG_BATCH_RESULT_SIZE);
 }
 
+/* What the source calls a chunk; the smallest that it can be where that is unknown. */
+static uint64_t rmig__sink_chunk(const struct rmig_sink *s) {
+    uint64_t peer = rmig_get(&s->ss.cfg, RMIG_PARAM_PEER_CHUNK_SIZE);
+    return s->ss.extended ? s->chunk_size : peer != 0 ? peer : RMIG_CHUNK_SIZE_MIN;
+}
+
 static int rmig__sink_on_unregister(struct rmig_sink *s, const uint8_t *p, const struct rmig_header *h) {
     if (h->repeat == 0 || h->repeat > RMIG_REPEAT_MAX || h->len != h->repeat * RMIG_REGISTER_SIZE)
         return rmig__sink_bad(s, h, "must be 24 bytes a command, 1 to 4096 commands");
@@ -4447,7 +4457,10 @@ static int rmig__sink_on_unregister(struct rmig_sink *s, const uint8_t *p, const
         struct rmig_register q;
         rmig_decode_register(p + (size_t)i * RMIG_REGISTER_SIZE, RMIG_REGISTER_SIZE, &q);
         struct rmig__sink_block *b = rmig__sink_find(s, q.block);
-        uint32_t known = b != NULL && q.key < b->units ? b->unit[q.key] : 0;
+        uint64_t chunks = b == NULL ? 0 : rmig_chunk_count(rmig__sink_local(s, b)->length, rmig__sink_chunk(s));
+        if (q.key < chunks && s->unit != rmig__sink_chunk(s))
+            continue; // its registration serves other chunks too, so it stays
+        uint32_t known = q.key < chunks ? b->unit[q.key] : 0;
         struct rmig__sink_region *r = known == 0 ? NULL : &s->region[known - 1];
         if (r == NULL || r->offset != q.key * s->unit)
             return RMIG__END(&s->ss, RMIG_ERR_PROTOCOL, 0,
@@ -4800,6 +4813,8 @@ static int rmig__sink_turn(struct rmig_sink *s, bool *moved) {
 }
 
 RMIG__DEF int rmig_sink_process(struct rmig_sink *s, struct rmig_sink_event *ev) {
+    if (ev == NULL)
+        return RMIG__REFUSE(&s->ss, RMIG_ERR_ARGUMENT, 0, "rmig_sink_process: ev is NULL");
     memset(ev, 0, sizeof *ev);
     bool moved = true;
     s->ss.again = false;
@@ -4856,6 +4871,8 @@ RMIG__DEF int rmig_sink_wait(struct rmig_sink *s, struct rmig_sink_event *ev, ui
         uint64_t deadline = rmig__min(rmig_sink_next_deadline(s), until);
         if (rmig__now(&s->ss) >= until)
             return RMIG_OK;
+        if (s->state == RMIG__SINK_OVER)
+            return RMIG__REFUSE(&s->ss, RMIG_ERR_STATE, 0, "rmig_sink_wait: the session is finished, no event will come");
         if (deadline == 0)
             continue;
         struct rmig_ep *eps[2];

@@ -958,15 +958,14 @@ CONFORMANCE(polling_for_one_event_at_a_time_loses_none) {
         int n = p.ops->poll(p.ep, &e, 1, &err);
         cr_assert(n == 0 || n == 1, "%s: poll for 1: %d: %s", w->name, n, err.text);
         cr_assert_lt(world_now(w), deadline, "%s: event %llu lost", w->name, (unsigned long long)want);
-        if (n == 0)
+        if (n == 0) {
             pump(w);
-        else {
-            cr_assert(e.type == RMIG_FEV_RECV && e.id == want, "%s: %s %llu", w->name, type_name(e.type),
-                      (unsigned long long)e.id);
-            want++;
-        }
-        if (n == 0)
             cr_assert_eq(p.ops->wait(p.f, &p.ep, 1, p.ops->now(p.f) + SIM_MS, &err), RMIG_OK, "%s", err.text);
+            continue;
+        }
+        cr_assert(e.type == RMIG_FEV_RECV && e.id == want, "%s: %s %llu", w->name, type_name(e.type),
+                  (unsigned long long)e.id);
+        want++;
     }
     drop(w, &in);
     drop(w, &out);
@@ -1774,6 +1773,155 @@ Test(sim, a_failed_completion_ends_both_sides) {
     cr_assert_eq(run.status, RMIG_OK, "%s", run.text);
     cr_assert(run.failed[0] && run.failed[1]);
     cr_assert_eq(run.received, 29);
+}
+
+struct duo { // a connection in a world of the given configuration, with memory at both ends
+    struct world w;
+    struct end a, p;
+    struct region src, dst;
+};
+
+static void duo_open(struct duo *d, const struct sim_config *cfg) {
+    memset(d, 0, sizeof *d);
+    d->w.name = "sim";
+    open_sim(&d->w, cfg);
+    connect_pair(&d->w, &d->a, &d->p);
+    d->src = region(&d->w, &d->a, 65536, ALL_ACCESS);
+    d->dst = region(&d->w, &d->p, 65536, ALL_ACCESS);
+}
+
+static void duo_close(struct duo *d) {
+    drop(&d->w, &d->src);
+    drop(&d->w, &d->dst);
+    leave_pair(&d->w, &d->a, &d->p);
+    world_close(&d->w);
+}
+
+Test(sim, a_send_waits_for_a_receive_and_holds_up_what_follows) {
+    struct sim_config cfg;
+    struct duo d;
+    sim_defaults(&cfg, SIM_ORDERED, 1);
+    duo_open(&d, &cfg);
+    struct rmig_write write = make_write(&d.src, 0, &d.dst, 0, 1000, 5, true);
+    memset(d.src.p, 9, 1000);
+    post_send(&d.w, &d.a, &d.src, 0, 100, 1);
+    write_all(&d.w, &d.a, &write, 1);
+    for (int i = 0; i < 50; i++)
+        pump(&d.w);
+    cr_assert(count_events(&d.a, RMIG_FEV_SEND) == 0 && d.dst.p[0] == 0, "delivered to nobody");
+    post_recv(&d.w, &d.p, &d.dst, 2000, 100, 2);
+    expect_id(&d.w, &d.p, RMIG_FEV_RECV, 2);
+    expect_id(&d.w, &d.a, RMIG_FEV_SEND, 1);
+    expect_id(&d.w, &d.a, RMIG_FEV_WRITE, 5);
+    cr_assert(d.dst.p[0] == 9 && d.dst.p[2099] == 9);
+    duo_close(&d);
+}
+
+Test(sim, without_retry_a_send_that_finds_no_receive_breaks_the_connection) {
+    struct sim_config cfg;
+    struct duo d;
+    sim_defaults(&cfg, SIM_ORDERED, 1);
+    cfg.no_retry = true;
+    duo_open(&d, &cfg);
+    post_send(&d.w, &d.a, &d.src, 0, 100, 1);
+    expect(&d.w, &d.a, RMIG_FEV_ERROR);
+    expect(&d.w, &d.p, RMIG_FEV_DISCONNECTED);
+    duo_close(&d);
+}
+
+Test(sim, a_short_queue_takes_fewer_writes_and_then_the_rest) {
+    struct sim_config cfg;
+    struct duo d;
+    sim_defaults(&cfg, SIM_ORDERED, 1);
+    struct sim_fault fault = {SIM_FAULT_FULL, SIM_WRITE, 0, 3};
+    cfg.faults[0] = fault;
+    duo_open(&d, &cfg);
+    struct rmig_write writes[6];
+    for (uint64_t i = 0; i < 6; i++)
+        writes[i] = make_write(&d.src, i * 100, &d.dst, i * 100, 100, i + 1, true);
+    fill(d.src.p, 600);
+    cr_assert_eq(post_writes(&d.w, &d.a, writes, 6), 2);
+    write_all(&d.w, &d.a, writes + 2, 4);
+    settle(&d.w, &d.a, &d.p, writes, 6);
+    cr_assert_arr_eq(d.dst.p, d.src.p, 600);
+    duo_close(&d);
+}
+
+Test(sim, registered_memory_can_be_limited) {
+    struct sim_config cfg;
+    struct duo d;
+    struct rmig_error err = {0};
+    struct rmig_mr mr;
+    sim_defaults(&cfg, SIM_ORDERED, 1);
+    cfg.registered_max = 65536 + 4096;
+    duo_open(&d, &cfg);
+    cr_assert_lt(d.a.ops->reg(d.a.ep, d.src.p, 4097, ALL_ACCESS, &mr, &err), 0);
+    cr_assert_not_null(strstr(err.text, "4097"), "%s", err.text);
+    struct region last = region_at(&d.w, &d.a, d.src.p, 4096, ALL_ACCESS);
+    cr_assert_eq(sim_stats(d.w.sim, 0)->registered, 65536 + 4096);
+    deregister(&d.w, &last);
+    cr_assert_eq(sim_stats(d.w.sim, 0)->registered, 65536);
+    duo_close(&d);
+}
+
+/* Calls the operation once more than the fault lets pass, and says how it went. */
+static int call_op(struct duo *d, enum sim_op op, struct rmig_error *err) {
+    const struct rmig_fabric_ops *ops = d->a.ops;
+    struct rmig_write write = make_write(&d->src, 0, &d->dst, 0, 8, 1, true);
+    struct rmig_ep_config want = wanted();
+    struct rmig_fabric_event e;
+    struct rmig_ep *ep;
+    struct rmig_mr mr;
+    switch (op) {
+    case SIM_OPEN:
+        return ops->open(d->a.f, d->w.address, &want, &ep, err);
+    case SIM_LISTEN:
+        return ops->listen(d->a.f, ":0", &ep, err);
+    case SIM_REG:
+        return ops->reg(d->a.ep, d->src.p, 8, ALL_ACCESS, &mr, err);
+    case SIM_RECV:
+        return ops->recv(d->a.ep, d->src.p, 8, &d->src.mr, 1, err);
+    case SIM_SEND:
+        return ops->send(d->a.ep, d->src.p, 8, &d->src.mr, 1, err);
+    case SIM_WRITE:
+        return ops->write(d->a.ep, &write, 1, err);
+    case SIM_POLL:
+        return ops->poll(d->a.ep, &e, 1, err);
+    default:
+        return ops->wait(d->a.f, NULL, 0, 0, err);
+    }
+}
+
+Test(sim, each_function_can_be_made_to_fail) {
+    static const enum sim_op ops[] = {SIM_OPEN, SIM_LISTEN, SIM_REG, SIM_RECV, SIM_SEND, SIM_WRITE, SIM_POLL, SIM_WAIT};
+    for (size_t i = 0; i < sizeof ops / sizeof ops[0]; i++) {
+        struct sim_config cfg;
+        struct duo d;
+        struct rmig_error err = {0};
+        sim_defaults(&cfg, SIM_ORDERED, 1);
+        duo_open(&d, &cfg);
+        struct sim_fault fault = {SIM_FAULT_ERROR, ops[i], 0, sim_stats(d.w.sim, 0)->ops[ops[i]] + 1};
+        d.w.sim->cfg.faults[0] = fault;
+        cr_assert_eq(call_op(&d, ops[i], &err), RMIG_ERR_FABRIC, "%s", sim_op_name(ops[i]));
+        cr_assert_not_null(strstr(err.text, "injected"), "%s: %s", sim_op_name(ops[i]), err.text);
+        cr_assert_eq(sim_stats(d.w.sim, 0)->faults, 1);
+        duo_close(&d);
+    }
+}
+
+Test(sim, random_faults_happen_at_most_so_often) {
+    uint64_t failed = 0;
+    for (uint64_t seed = 0; seed < 50; seed++) {
+        struct sim_config cfg;
+        sim_defaults(&cfg, SIM_ORDERED, seed);
+        cfg.random_per_million = 10000;
+        cfg.random_kinds = 1u << SIM_FAULT_COMPLETION;
+        struct run run = ping_pong(&cfg);
+        cr_assert_eq(run.status, RMIG_OK, "seed %llu: %s", (unsigned long long)seed, run.text);
+        cr_assert(run.received == 50 || (run.failed[0] && run.failed[1]), "seed %llu", (unsigned long long)seed);
+        failed += run.failed[0];
+    }
+    cr_assert(failed > 10 && failed < 50, "%llu of 50 runs failed", (unsigned long long)failed);
 }
 
 static uint64_t spin(void *user, uint64_t now) {

@@ -1243,3 +1243,808 @@ RMIG_TO_STOCK(sparse_one_chunk_at_a_time, MIB, 0, false, false, 32 * MIB, 0, SIM
 /* The sink answers a start chunk of its own once and for all: a request that begins in the middle of one must not go on beyond it. */
 RMIG_TO_STOCK(sparse_chunks_of_32M_at_the_sink, MIB, AHEAD, false, false, 32 * MIB, 0, SIM_ORDERED, true)
 RMIG_TO_STOCK(sparse_chunks_of_32M_peer_chunk_size_set, MIB, AHEAD, false, false, 32 * MIB, 32 * MIB, SIM_ORDERED, true)
+
+// --- hostile sources: how far the session has come
+
+#define HELLO_FORMAT "hhqhhqhhqhhqhhqhhqhhqhhq"
+#define HELLO_VALUES(chunk, payload, batch, registration, idle, status)                                                \
+    1, 8, chunk, 2, 8, 4096, 3, 8, 64, 4, 8, payload, 5, 8, batch, 6, 8, registration, 7, 8, idle, 8, 8, status
+#define SAY_HELLO(r, type, chunk)                                                                                      \
+    SAY(r, type, 1, HELLO_FORMAT, HELLO_VALUES(chunk, 524272, 4096, (uint64_t)1 << 40, 30 * SIM_SECOND, 0))
+
+static void connect_with(struct raw *r, uint32_t flags, unsigned receives) {
+    uint8_t data[8];
+    pack(data, "ww", (const uint64_t[]){1, flags});
+    raw_connect(r, data, sizeof data, receives);
+    cr_assert(r->established, "%s", r->text);
+    cr_assert_eq(get_be32(r->private_data + 4), flags);
+}
+
+/* One entry of BLOCKS: "qqb" and the name. */
+static size_t put_block(uint8_t *p, uint64_t length, uint64_t guest_offset, const char *name) {
+    size_t n = strlen(name);
+    size_t at = pack(p, "qqb", (const uint64_t[]){length, guest_offset, n});
+    memcpy(p + at, name, n);
+    return at + n;
+}
+
+static bool say_blocks(struct raw *r, uint32_t total, uint32_t first, const char *name, uint64_t length) {
+    uint8_t bytes[300];
+    size_t n = pack(bytes, "ww", (const uint64_t[]){total, first});
+    n += put_block(bytes + n, length, (uint64_t)first << 36, name);
+    return say_bytes(r, T_BLOCKS, 1, (uint32_t)n, bytes, n);
+}
+
+static bool say_both_blocks(struct raw *r) {
+    uint8_t bytes[300];
+    size_t n = pack(bytes, "ww", (const uint64_t[]){2, 0});
+    n += put_block(bytes + n, RAM_LENGTH, 0, "ram");
+    n += put_block(bytes + n, ROM_LENGTH, (uint64_t)1 << 36, "rom");
+    return say_bytes(r, T_BLOCKS, 2, (uint32_t)n, bytes, n);
+}
+
+enum sink_stage {
+    V1_READY, // version 1: a READY is in hand
+    V1_BLOCKS, // the blocks are agreed, a READY is in hand
+    V1_PINNED, // the same with pin-all
+    X_CONNECTED, // extended: HELLO is due
+    X_READY, // HELLO was answered, a READY is in hand
+    X_BLOCKS, // the blocks are agreed, a READY is in hand
+    X_FINISH // FINISH was answered
+};
+
+static void go_extended(struct raw *r, enum sink_stage stage) {
+    if (stage == X_CONNECTED)
+        return;
+    cr_assert(SAY_HELLO(r, T_HELLO, MIB));
+    expect(r, T_HELLO_RESULT);
+    cr_assert(r->m.len == 96 && get_be64(r->m.payload + 88) == 0);
+    expect(r, T_READY);
+    if (stage == X_READY)
+        return;
+    cr_assert(say_both_blocks(r));
+    expect(r, T_BLOCKS_RESULT);
+    cr_assert(r->m.len == 4 && get_be32(r->m.payload) == 0);
+    expect(r, T_READY);
+    if (stage == X_BLOCKS)
+        return;
+    cr_assert(SAY_EMPTY(r, T_FINISH));
+    expect(r, T_FINISH_RESULT);
+    cr_assert_eq(r->m.len, 0u);
+}
+
+static struct play *sink_at(enum sink_stage stage) {
+    struct play *p = play_new(SIM_ORDERED);
+    struct raw *r = &p->raw;
+    p->world.key_bits = stage < X_CONNECTED ? 32 : 64;
+    play_sink(p, RAM_LENGTH, ROM_LENGTH);
+    connect_with(r, stage >= X_CONNECTED ? EXTENSION : stage == V1_PINNED ? PIN_ALL : 0, RECEIVES);
+    if (stage >= X_CONNECTED) {
+        go_extended(r, stage);
+        return p;
+    }
+    expect(r, T_READY);
+    if (stage == V1_READY)
+        return p;
+    cr_assert(SAY_EMPTY(r, T_RAM_BLOCKS_REQUEST));
+    expect(r, T_RAM_BLOCKS_RESULT);
+    cr_assert_eq(r->m.len, 64u);
+    expect(r, T_READY);
+    return p;
+}
+
+static void check_untouched(const struct play *p) {
+    for (unsigned i = 0; i < BLOCKS; i++)
+        for (uint64_t at = 0; at < p->ram[i].length; at++)
+            cr_assert_eq(p->ram[i].host[at], FILL, "block %u was written at 0x%llx", i, (unsigned long long)at);
+}
+
+static void sink_must_fail(struct play *p, int status, const char *needles) {
+    must_fail(p, status, needles);
+    cr_expect_eq(p->finished, 0u);
+    check_untouched(p);
+    play_free(p);
+}
+
+/* A session that has come so far; the source does the rest; rmig's sink must say so. */
+#define TO_SINK(name, stage, status, needles, ...)                                                                     \
+    Test(hostile_source, name) {                                                                                       \
+        struct play *p = sink_at(stage);                                                                               \
+        struct raw *r = &p->raw;                                                                                       \
+        __VA_ARGS__;                                                                                                   \
+        sink_must_fail(p, RMIG_ERR_##status, needles);                                                                 \
+    }
+
+TestSuite(hostile_source, .timeout = 60);
+
+// --- hostile sources: private data
+
+/* The request is rejected, and the next source, an honest one, is served by the same sink. */
+static void rejected(const uint8_t *data, size_t n) {
+    struct play *p = play_new(SIM_ORDERED);
+    struct raw *r = &p->raw;
+    play_sink(p, RAM_LENGTH, ROM_LENGTH);
+    for (unsigned i = 0; i < 3; i++) {
+        raw_connect(r, data, n, RECEIVES);
+        cr_assert(r->rejected, "private data of %zu bytes was not rejected", n);
+        raw_drop(r);
+    }
+    cr_assert(!p->done && p->connected == 0);
+    struct stock_source *q = stock_source_new(p, MIB, 0);
+    stock_setup(q);
+    stock_pass(q, every_page);
+    stock_finish(q);
+    stock_source_free(q);
+    play_free(p);
+}
+
+static const uint8_t good_data[8] = {0, 0, 0, 1, 0, 0, 0, 0};
+Test(hostile_source, private_data_of_0_bytes) { rejected(good_data, 0); }
+Test(hostile_source, private_data_of_1_byte) { rejected(good_data, 1); }
+Test(hostile_source, private_data_of_2_bytes) { rejected(good_data, 2); }
+Test(hostile_source, private_data_of_3_bytes) { rejected(good_data, 3); }
+Test(hostile_source, private_data_of_4_bytes) { rejected(good_data, 4); }
+Test(hostile_source, private_data_of_5_bytes) { rejected(good_data, 5); }
+Test(hostile_source, private_data_of_6_bytes) { rejected(good_data, 6); }
+Test(hostile_source, private_data_of_7_bytes) { rejected(good_data, 7); }
+Test(hostile_source, version_0) { rejected((const uint8_t[]){0, 0, 0, 0, 0, 0, 0, 0}, 8); }
+Test(hostile_source, version_2) { rejected((const uint8_t[]){0, 0, 0, 2, 0, 0, 0, 0}, 8); }
+Test(hostile_source, version_in_the_wrong_byte_order) { rejected((const uint8_t[]){1, 0, 0, 0, 0, 0, 0, 0}, 8); }
+Test(hostile_source, version_beyond_16_bits) { rejected((const uint8_t[]){0, 1, 0, 1, 0, 0, 0, 0}, 8); }
+Test(hostile_source, version_2_with_56_bytes) { rejected((const uint8_t[56]){0, 0, 0, 2}, 56); }
+
+/* A source that vanishes before the connection is there takes nothing with it. */
+Test(hostile_source, vanishes_before_it_is_connected) {
+    struct play *p = play_new(SIM_ORDERED);
+    struct raw *r = &p->raw;
+    struct rmig_error err = {0};
+    play_sink(p, RAM_LENGTH, ROM_LENGTH);
+    for (uint64_t wait = 0; wait < 12 * SIM_US; wait += SIM_US) {
+        cr_assert_eq(r->ops->open(r->fabric, "sink:7000", &raw_depths, &r->ep, &err), RMIG_OK, "%s", err.text);
+        cr_assert(raw_until(r, is_resolved, SIM_SECOND));
+        raw_setup(r, RECEIVES);
+        cr_assert_eq(r->ops->connect(r->ep, good_data, sizeof good_data, &err), RMIG_OK, "%s", err.text);
+        sim_spend(p->sim, 0, wait);
+        raw_drop(r);
+        pass_time(r, SIM_MS);
+        if (p->done) // it was connected, and then it went away
+            break;
+    }
+    if (p->done)
+        cr_assert_eq(p->status, RMIG_ERR_PEER_GONE, "%s: %s", rmig_status_name(p->status), p->text);
+    check_untouched(p);
+    play_free(p);
+}
+
+/* While a source is served others are turned away. */
+Test(hostile_source, a_second_connection) {
+    struct play *p = play_new(SIM_ORDERED);
+    struct raw second;
+    play_sink(p, RAM_LENGTH, ROM_LENGTH);
+    struct stock_source *q = stock_source_new(p, MIB, 0);
+    stock_setup(q);
+    raw_open(&second, p->sim, 0);
+    for (unsigned i = 0; i < 20; i++) {
+        raw_connect(&second, good_data, sizeof good_data, RECEIVES);
+        cr_assert(second.rejected);
+        raw_drop(&second);
+    }
+    stock_pass(q, every_page);
+    stock_finish(q);
+    raw_close(&second);
+    stock_source_free(q);
+    play_free(p);
+}
+
+// --- hostile sources: the header
+
+#define ZEROES(n) ((const uint8_t[n]){0})
+TO_SINK(message_of_0_bytes, V1_BLOCKS, PROTOCOL, "0 bytes|16", send_bytes(r, ZEROES(1), 0))
+TO_SINK(message_of_1_byte, V1_BLOCKS, PROTOCOL, "1 bytes|16", send_bytes(r, ZEROES(1), 1))
+TO_SINK(message_of_15_bytes, V1_BLOCKS, PROTOCOL, "15 bytes|16", send_bytes(r, ZEROES(15), 15))
+TO_SINK(len_less_than_sent, V1_BLOCKS, PROTOCOL, "40|23", say_bytes(r, T_COMPRESS, 1, 23, ZEROES(24), 24))
+TO_SINK(len_more_than_sent, V1_BLOCKS, PROTOCOL, "39|24", say_bytes(r, T_COMPRESS, 1, 24, ZEROES(23), 23))
+TO_SINK(len_beyond_the_buffer, V1_BLOCKS, PROTOCOL, "524273|524272", say_bytes(r, T_QEMU_FILE, 1, 524273, ZEROES(24), 24))
+TO_SINK(len_of_32_bits, V1_BLOCKS, PROTOCOL, "4294967295", say_bytes(r, T_QEMU_FILE, 1, 0xffffffff, ZEROES(24), 24))
+TO_SINK(len_that_wraps, V1_BLOCKS, PROTOCOL, "4294967288", say_bytes(r, T_QEMU_FILE, 1, 0xfffffff8, ZEROES(8), 8))
+TO_SINK(header_alone_with_len, V1_BLOCKS, PROTOCOL, "16|24", say_bytes(r, T_COMPRESS, 1, 24, NULL, 0))
+
+// --- hostile sources: types
+
+#define BAD_TYPE(name, stage, type, needles) TO_SINK(name, stage, PROTOCOL, needles, SAY_EMPTY(r, type))
+BAD_TYPE(type_0, V1_BLOCKS, 0, "type 0")
+BAD_TYPE(type_12, V1_BLOCKS, 12, "type 12")
+BAD_TYPE(type_63, V1_BLOCKS, 63, "type 63")
+BAD_TYPE(type_75, V1_BLOCKS, 75, "type 75")
+BAD_TYPE(type_of_32_bits, V1_BLOCKS, 0xffffffff, "type 4294967295")
+BAD_TYPE(type_75_extended, X_BLOCKS, 75, "type 75")
+BAD_TYPE(ready, V1_BLOCKS, T_READY, "READY (type 2")
+BAD_TYPE(ready_extended, X_BLOCKS, T_READY, "READY (type 2")
+BAD_TYPE(ram_blocks_result, V1_BLOCKS, T_RAM_BLOCKS_RESULT, "RAM_BLOCKS_RESULT")
+BAD_TYPE(register_result, V1_BLOCKS, T_REGISTER_RESULT, "REGISTER_RESULT")
+BAD_TYPE(unregister_finished, V1_BLOCKS, T_UNREGISTER_FINISHED, "UNREGISTER_FINISHED")
+BAD_TYPE(hello_result, X_BLOCKS, T_HELLO_RESULT, "HELLO_RESULT")
+BAD_TYPE(blocks_result, X_BLOCKS, T_BLOCKS_RESULT, "BLOCKS_RESULT")
+BAD_TYPE(register_batch_result, X_BLOCKS, T_REGISTER_BATCH_RESULT, "REGISTER_BATCH_RESULT")
+BAD_TYPE(finish_result, X_BLOCKS, T_FINISH_RESULT, "FINISH_RESULT")
+BAD_TYPE(ram_blocks_request_extended, X_BLOCKS, T_RAM_BLOCKS_REQUEST, "RAM_BLOCKS_REQUEST")
+
+/* The extension's messages without the extension. */
+TO_SINK(hello_in_version_1, V1_READY, PROTOCOL, "HELLO (type 64", SAY_HELLO(r, T_HELLO, MIB))
+TO_SINK(blocks_in_version_1, V1_READY, PROTOCOL, "BLOCKS (type 66", say_both_blocks(r))
+TO_SINK(register_batch_in_version_1, V1_BLOCKS, PROTOCOL, "REGISTER_BATCH", SAY(r, T_REGISTER_BATCH, 1, "wwqq", 0, 0, 0, MIB))
+TO_SINK(clear_batch_in_version_1, V1_BLOCKS, PROTOCOL, "CLEAR_BATCH", SAY(r, T_CLEAR_BATCH, 1, "wwqq", 0, 0, 0, PAGE))
+BAD_TYPE(keepalive_in_version_1, V1_BLOCKS, T_KEEPALIVE, "KEEPALIVE")
+BAD_TYPE(finish_in_version_1, V1_BLOCKS, T_FINISH, "FINISH (type 72")
+BAD_TYPE(goodbye_in_version_1, V1_BLOCKS, T_GOODBYE, "GOODBYE")
+
+// --- hostile sources: payloads where none belongs, or none where one does
+
+TO_SINK(ram_blocks_request_with_payload, V1_READY, PROTOCOL, "RAM_BLOCKS_REQUEST|len 8", SAY(r, T_RAM_BLOCKS_REQUEST, 1, "q", 0))
+TO_SINK(register_finished_with_payload, V1_BLOCKS, PROTOCOL, "REGISTER_FINISHED|len 4", SAY(r, T_REGISTER_FINISHED, 1, "w", 0))
+TO_SINK(register_finished_with_payload_extended, X_BLOCKS, PROTOCOL, "REGISTER_FINISHED|len 4",
+        SAY(r, T_REGISTER_FINISHED, 1, "w", 0))
+TO_SINK(keepalive_with_payload, X_BLOCKS, PROTOCOL, "KEEPALIVE|len 1", SAY(r, T_KEEPALIVE, 1, "b", 0))
+TO_SINK(finish_with_payload, X_BLOCKS, PROTOCOL, "FINISH|len 8", SAY(r, T_FINISH, 1, "q", 0))
+BAD_TYPE(qemu_file_of_0_bytes, V1_READY, T_QEMU_FILE, "QEMU_FILE|len 0")
+BAD_TYPE(qemu_file_of_0_bytes_extended, X_BLOCKS, T_QEMU_FILE, "QEMU_FILE|len 0")
+
+// --- hostile sources: COMPRESS
+
+#define COMPRESS(name, stage, needles, value, block, start, length)                                                    \
+    TO_SINK(name, stage, PROTOCOL, "COMPRESS|" needles, SAY(r, T_COMPRESS, 1, "wwqq", value, block, start, length))
+COMPRESS(compress_value, V1_BLOCKS, "value 1", 1, RAM, 0, PAGE)
+COMPRESS(compress_value_of_32_bits, V1_BLOCKS, "4294967295", 0xffffffff, RAM, 0, PAGE)
+COMPRESS(compress_block_2, V1_BLOCKS, "block 2", 0, 2, 0, PAGE)
+COMPRESS(compress_block_of_32_bits, V1_BLOCKS, "block 4294967295", 0, 0xffffffff, 0, PAGE)
+COMPRESS(compress_starts_at_the_end, V1_BLOCKS, "0x400000", 0, RAM, RAM_LENGTH, PAGE)
+COMPRESS(compress_starts_behind_the_end, V1_BLOCKS, "0x401000", 0, RAM, RAM_LENGTH + PAGE, PAGE)
+COMPRESS(compress_passes_the_end, V1_BLOCKS, "0x3ff000|0x1001", 0, RAM, RAM_LENGTH - PAGE, PAGE + 1)
+COMPRESS(compress_longer_than_the_block, V1_BLOCKS, "0x400001", 0, RAM, 0, RAM_LENGTH + 1)
+COMPRESS(compress_longer_than_this_block, V1_BLOCKS, "block 1", 0, ROM, 0, RAM_LENGTH)
+COMPRESS(compress_wraps, V1_BLOCKS, "0x1000|0xfffffffffffff000", 0, RAM, PAGE, UINT64_MAX - PAGE + 1)
+COMPRESS(compress_wraps_to_itself, V1_BLOCKS, "0xffffffffffffffff", 0, RAM, 1, UINT64_MAX)
+COMPRESS(compress_starts_before_the_block, V1_BLOCKS, "0xfffffffffffff000", 0, RAM, UINT64_MAX - PAGE + 1, 2 * PAGE)
+COMPRESS(compress_half_of_the_address_space, V1_BLOCKS, "0x8000000000000000", 0, RAM, 0, (uint64_t)1 << 63)
+COMPRESS(compress_of_0_bytes, V1_BLOCKS, "length 0x0", 0, RAM, 0, 0)
+COMPRESS(compress_of_0_bytes_at_the_end, V1_BLOCKS, "0x400000", 0, RAM, RAM_LENGTH, 0)
+COMPRESS(compress_before_the_blocks, V1_READY, "block 0", 0, RAM, 0, PAGE)
+COMPRESS(compress_pinned_passes_the_end, V1_PINNED, "0x400001", 0, RAM, 0, RAM_LENGTH + 1)
+COMPRESS(compress_extended_passes_the_end, X_BLOCKS, "0x400001", 0, RAM, 0, RAM_LENGTH + 1)
+COMPRESS(compress_extended_before_the_blocks, X_READY, "block 0", 0, RAM, 0, PAGE)
+TO_SINK(compress_with_len_0, V1_BLOCKS, PROTOCOL, "COMPRESS|len 0", SAY_EMPTY(r, T_COMPRESS))
+TO_SINK(compress_with_len_23, V1_BLOCKS, PROTOCOL, "COMPRESS|len 23", say_bytes(r, T_COMPRESS, 1, 23, ZEROES(23), 23))
+TO_SINK(compress_with_len_25, V1_BLOCKS, PROTOCOL, "COMPRESS|len 25", say_bytes(r, T_COMPRESS, 1, 25, ZEROES(25), 25))
+TO_SINK(compress_with_two_entries, V1_BLOCKS, PROTOCOL, "COMPRESS|len 48", say_bytes(r, T_COMPRESS, 2, 48, ZEROES(48), 48))
+
+/* A block's last byte, its first, all of it: these are good, whatever repeat says, and nothing else is cleared. */
+Test(hostile_source, compress_at_the_edges_is_exact) {
+    struct play *p = sink_at(V1_BLOCKS);
+    struct raw *r = &p->raw;
+    const uint64_t cut[][2] = {{RAM_LENGTH - 1, 1}, {0, 1}, {PAGE + 1, 3 * PAGE}};
+    uint8_t *mirror = malloc(RAM_LENGTH);
+    cr_assert_not_null(mirror);
+    memset(mirror, FILL, RAM_LENGTH);
+    for (unsigned i = 0; i < 3; i++) {
+        cr_assert(SAY(r, T_COMPRESS, 77, "wwqq", 0, RAM, cut[i][0], cut[i][1]));
+        expect(r, T_READY);
+        memset(mirror + cut[i][0], 0, cut[i][1]);
+    }
+    cr_assert_eq(memcmp(mirror, p->ram[RAM].host, RAM_LENGTH), 0);
+    cr_assert(SAY(r, T_COMPRESS, 0, "wwqq", 0, ROM, 0, ROM_LENGTH));
+    expect(r, T_READY);
+    cr_assert(rmig_is_zero_portable(p->ram[ROM].host, ROM_LENGTH));
+    cr_assert_eq(memcmp(mirror, p->ram[RAM].host, RAM_LENGTH), 0);
+    free(mirror);
+    play_free(p);
+}
+
+// --- hostile sources: REGISTER_REQUEST, UNREGISTER_REQUEST
+
+#define REGISTER(name, stage, needles, key, block, chunks)                                                             \
+    TO_SINK(name, stage, PROTOCOL, needles, SAY(r, T_REGISTER_REQUEST, 1, "qwwq", key, block, PADDING, chunks))
+REGISTER(register_key_at_the_end, V1_BLOCKS, "block 0|0x400000", RAM_LENGTH, RAM, 0)
+REGISTER(register_key_of_64_bits, V1_BLOCKS, "block 0|0xffffffffffffffff", UINT64_MAX, RAM, 0)
+REGISTER(register_key_of_another_block, V1_BLOCKS, "block 1|0x200000", 2 * MIB, ROM, 0)
+REGISTER(register_block_2, V1_BLOCKS, "block 2", 0, 2, 0)
+REGISTER(register_block_of_32_bits, V1_BLOCKS, "block 4294967295", 0, 0xffffffff, 0)
+REGISTER(register_chunks_of_64_bits, V1_BLOCKS, "18446744073709551615", 0, RAM, UINT64_MAX)
+REGISTER(register_chunks_that_wrap, V1_BLOCKS, "17592186044415", 0, RAM, ((uint64_t)1 << 44) - 1)
+REGISTER(register_chunks_too_many, V1_BLOCKS, "100", 0, RAM, 100)
+REGISTER(register_before_the_blocks, V1_READY, "block 0", 0, RAM, 0)
+REGISTER(register_pinned_key_at_the_end, V1_PINNED, "block 0|0x400000", RAM_LENGTH, RAM, 0)
+REGISTER(register_extended_key_at_the_end, X_BLOCKS, "block 0|0x400000", RAM_LENGTH, RAM, 0)
+REGISTER(register_extended_before_the_blocks, X_READY, "block 0", 0, RAM, 0)
+
+static bool say_many(struct raw *r, uint32_t type, uint32_t repeat, size_t len) {
+    static uint8_t zeroes[BUFFER];
+    return say_bytes(r, type, repeat, (uint32_t)len, zeroes, len);
+}
+
+#define LISTS(type)                                                                                                    \
+    TO_SINK(type##_repeat_0, V1_BLOCKS, PROTOCOL, #type "|repeat 0", SAY(r, T_##type, 0, "qwwq", 0, RAM, 0, 0))        \
+    TO_SINK(type##_repeat_2_in_one, V1_BLOCKS, PROTOCOL, #type "|repeat 2", SAY(r, T_##type, 2, "qwwq", 0, RAM, 0, 0)) \
+    TO_SINK(type##_repeat_1_in_two, V1_BLOCKS, PROTOCOL, #type "|len 48", say_many(r, T_##type, 1, 48))                \
+    TO_SINK(type##_repeat_4096_in_one, V1_BLOCKS, PROTOCOL, #type "|repeat 4096", say_many(r, T_##type, 4096, 24))     \
+    TO_SINK(type##_repeat_4097, V1_BLOCKS, PROTOCOL, #type "|repeat 4097", say_many(r, T_##type, 4097, 24 * 4097))     \
+    TO_SINK(type##_repeat_that_wraps, V1_BLOCKS, PROTOCOL, #type "|repeat 536870912",                                  \
+            say_many(r, T_##type, 0x20000000, 0))                                                                      \
+    TO_SINK(type##_repeat_of_32_bits, V1_BLOCKS, PROTOCOL, #type "|repeat 4294967295",                                 \
+            say_many(r, T_##type, 0xffffffff, 24))                                                                     \
+    TO_SINK(type##_len_0, V1_BLOCKS, PROTOCOL, #type "|len 0", say_many(r, T_##type, 1, 0))                            \
+    TO_SINK(type##_len_16, V1_BLOCKS, PROTOCOL, #type "|len 16", say_many(r, T_##type, 1, 16))                         \
+    TO_SINK(type##_second_is_bad, V1_BLOCKS, PROTOCOL, "block 9",                                                      \
+            SAY(r, T_##type, 2, "qwwqqwwq", 0, RAM, 0, 0, 0, 9, 0, 0))
+TO_SINK(REGISTER_REQUEST_second_key_is_bad, V1_BLOCKS, PROTOCOL, "0x400000",
+        SAY(r, T_REGISTER_REQUEST, 2, "qwwqqwwq", 0, RAM, 0, 0, RAM_LENGTH, RAM, 0, 0))
+LISTS(REGISTER_REQUEST)
+
+static void register_chunk(struct raw *r, uint64_t key, uint32_t block, uint64_t chunks) {
+    cr_assert(SAY(r, T_REGISTER_REQUEST, 1, "qwwq", key, block, PADDING, chunks));
+    expect(r, T_REGISTER_RESULT);
+    expect(r, T_READY);
+}
+
+/* All that REGISTER_REQUEST may name is answered, each of them. */
+Test(hostile_source, register_4096_at_once) {
+    struct play *p = sink_at(V1_BLOCKS);
+    struct raw *r = &p->raw;
+    cr_assert(say_many(r, T_REGISTER_REQUEST, 4096, 24 * 4096));
+    expect(r, T_REGISTER_RESULT);
+    cr_assert(r->m.repeat == 4096 && r->m.len == 16 * 4096);
+    for (unsigned i = 0; i < 4096; i++)
+        cr_assert(get_be32(r->m.payload + 16 * i) != 0 && memcmp(r->m.payload, r->m.payload + 16 * i, 16) == 0);
+    cr_assert_eq(exposed(p->sim, 1), 1u);
+    play_free(p);
+}
+
+#define UNREGISTER(name, stage, needles, chunk, block)                                                                 \
+    TO_SINK(name, stage, PROTOCOL, needles, SAY(r, T_UNREGISTER_REQUEST, 1, "qwwq", chunk, block, PADDING, 0))
+UNREGISTER(unregister_block_2, V1_BLOCKS, "block 2", 0, 2)
+UNREGISTER(unregister_block_of_32_bits, V1_BLOCKS, "block 4294967295", 0, 0xffffffff)
+UNREGISTER(unregister_chunk_behind_the_end, V1_BLOCKS, "chunk 5|block 0", 5, RAM)
+UNREGISTER(unregister_chunk_of_64_bits, V1_BLOCKS, "chunk 18446744073709551615|block 0", UINT64_MAX, RAM)
+UNREGISTER(unregister_chunk_that_wraps, V1_BLOCKS, "chunk 17592186044416|block 0", (uint64_t)1 << 44, RAM)
+UNREGISTER(unregister_without_registration, V1_BLOCKS, "chunk 0|block 0", 0, RAM)
+UNREGISTER(unregister_without_registration_extended, X_BLOCKS, "chunk 0|block 0", 0, RAM)
+UNREGISTER(unregister_before_the_blocks, V1_READY, "block 0", 0, RAM)
+UNREGISTER(unregister_before_the_blocks_extended, X_READY, "block 0", 0, RAM)
+LISTS(UNREGISTER_REQUEST)
+
+static void register_batch(struct raw *r, uint32_t block, uint64_t offset, uint64_t length, uint64_t *key, uint64_t *address) {
+    cr_assert(SAY(r, T_REGISTER_BATCH, 1, "wwqq", block, PADDING, offset, length));
+    expect(r, T_REGISTER_BATCH_RESULT);
+    cr_assert(r->m.repeat == 1 && r->m.len == 16);
+    *key = get_be64(r->m.payload);
+    *address = get_be64(r->m.payload + 8);
+    cr_assert_neq(*key, 0u);
+    expect(r, T_READY);
+}
+
+static void unregister_twice(struct raw *r) {
+    uint64_t key, address;
+    register_batch(r, RAM, MIB, MIB, &key, &address);
+    cr_assert(SAY(r, T_UNREGISTER_REQUEST, 1, "qwwq", 1, RAM, PADDING, 0));
+    expect(r, T_UNREGISTER_FINISHED);
+    expect(r, T_READY);
+    cr_assert_eq(exposed(r->sim, 1), 0u);
+    cr_assert(SAY(r, T_UNREGISTER_REQUEST, 1, "qwwq", 1, RAM, PADDING, 0));
+}
+TO_SINK(unregister_twice, X_BLOCKS, PROTOCOL, "chunk 1|block 0", unregister_twice(r))
+TO_SINK(unregister_twice_in_one_message, X_BLOCKS, PROTOCOL, "chunk 0|block 0", register_chunk(r, 0, RAM, 0),
+        SAY(r, T_UNREGISTER_REQUEST, 2, "qwwqqwwq", 0, RAM, 0, 0, 0, RAM, 0, 0))
+
+Test(hostile_source, register_and_unregister_a_thousand_times) {
+    struct play *p = sink_at(X_BLOCKS);
+    struct raw *r = &p->raw;
+    for (unsigned i = 0; i < 1000; i++) {
+        register_chunk(r, i % 4 * MIB, RAM, 0);
+        cr_assert(SAY(r, T_UNREGISTER_REQUEST, 1, "qwwq", i % 4, RAM, PADDING, 0));
+        expect(r, T_UNREGISTER_FINISHED);
+        expect(r, T_READY);
+    }
+    cr_assert_eq(exposed(p->sim, 1), 0u);
+    cr_assert_leq(sim_stats(p->sim, 1)->regions_peak, 2u);
+    play_free(p);
+}
+
+// --- hostile sources: writes
+
+static void write_to(struct raw *r, uint64_t key, uint64_t address, uint64_t n) {
+    struct rmig_error err = {0};
+    struct rmig_write w = {r->memory, &r->mr, n, address, key, ++r->writes, true};
+    cr_assert_eq(r->ops->write(r->ep, &w, 1, &err), 1, "%s", err.text);
+    raw_until(r, is_written, SIM_SECOND);
+    cr_assert(r->gone, "a write of %llu bytes to key 0x%llx was carried out", (unsigned long long)n, (unsigned long long)key);
+}
+
+enum bad_write { BEHIND, BEFORE, ACROSS, UNREGISTERED, AFTER_FINISH };
+
+static void write_where_nothing_is_granted(enum bad_write how, int status) {
+    struct play *p = sink_at(X_BLOCKS);
+    struct raw *r = &p->raw;
+    uint64_t key, address;
+    register_batch(r, RAM, MIB, MIB, &key, &address);
+    if (how == UNREGISTERED) {
+        cr_assert(SAY(r, T_UNREGISTER_REQUEST, 1, "qwwq", 1, RAM, PADDING, 0));
+        expect(r, T_UNREGISTER_FINISHED);
+    } else if (how == AFTER_FINISH) {
+        cr_assert(SAY_EMPTY(r, T_FINISH));
+        expect(r, T_FINISH_RESULT);
+        cr_assert_eq(exposed(p->sim, 1), 0u, "FINISH was answered with memory still registered");
+    }
+    write_to(r, key, how == BEHIND ? address + MIB : how == BEFORE ? address - 1 : address, how == ACROSS ? MIB + 1 : 1);
+    sink_must_fail(p, status, "source");
+}
+Test(hostile_source, write_behind_the_range) { write_where_nothing_is_granted(BEHIND, RMIG_ERR_PEER_GONE); }
+Test(hostile_source, write_before_the_range) { write_where_nothing_is_granted(BEFORE, RMIG_ERR_PEER_GONE); }
+Test(hostile_source, write_across_the_end) { write_where_nothing_is_granted(ACROSS, RMIG_ERR_PEER_GONE); }
+Test(hostile_source, write_after_unregister) { write_where_nothing_is_granted(UNREGISTERED, RMIG_ERR_PEER_GONE); }
+Test(hostile_source, write_after_finish) { write_where_nothing_is_granted(AFTER_FINISH, RMIG_ERR_HANDOVER); }
+
+/* What rmig keeps for itself cannot be written, whoever guesses its key: the control buffers. */
+Test(hostile_source, write_to_the_control_buffers) {
+    struct play *p = sink_at(X_BLOCKS);
+    cr_assert_eq(exposed(p->sim, 1), 0u);
+    play_free(p);
+}
+
+// --- hostile sources: the order of messages
+
+#define TWO_FOR_ONE(name, stage, type, needles) TO_SINK(name, stage, PROTOCOL, needles, SAY_EMPTY(r, type), SAY_EMPTY(r, type))
+TWO_FOR_ONE(two_messages_for_one_ready, V1_BLOCKS, T_REGISTER_FINISHED, "two messages for one READY|REGISTER_FINISHED")
+TWO_FOR_ONE(two_messages_for_one_ready_extended, X_BLOCKS, T_KEEPALIVE, "two messages for one READY|KEEPALIVE")
+TWO_FOR_ONE(two_requests_for_one_ready, V1_READY, T_RAM_BLOCKS_REQUEST, "two messages for one READY|RAM_BLOCKS_REQUEST")
+TO_SINK(two_stream_messages_for_one_ready, V1_BLOCKS, PROTOCOL, "two messages for one READY|QEMU_FILE",
+        SAY(r, T_QEMU_FILE, 0, "q", 1), SAY(r, T_QEMU_FILE, 0, "q", 2))
+TO_SINK(twelve_messages_for_one_ready, V1_BLOCKS, PROTOCOL, "two messages for one READY",
+        for (unsigned i = 0; i < 12; i++) SAY(r, T_QEMU_FILE, 0, "q", 1))
+TO_SINK(message_before_the_first_ready_extended, X_CONNECTED, PROTOCOL, "HELLO was due|KEEPALIVE", SAY_EMPTY(r, T_KEEPALIVE))
+TO_SINK(goodbye_before_finish, X_BLOCKS, PROTOCOL, "GOODBYE", SAY_EMPTY(r, T_GOODBYE))
+TO_SINK(goodbye_before_the_blocks, X_READY, PROTOCOL, "GOODBYE", SAY_EMPTY(r, T_GOODBYE))
+TO_SINK(goodbye_at_once, X_CONNECTED, PROTOCOL, "GOODBYE", SAY_EMPTY(r, T_GOODBYE))
+/* What is not agreed yet cannot be complete: a sink that believed it would start a guest without memory. */
+TO_SINK(finish_before_the_blocks, X_READY, PROTOCOL, "FINISH", SAY_EMPTY(r, T_FINISH), pass_time(r, SIM_MS),
+        SAY_EMPTY(r, T_GOODBYE))
+TO_SINK(finish_in_the_middle_of_the_blocks, X_READY, PROTOCOL, "FINISH", say_blocks(r, 2, 0, "ram", RAM_LENGTH),
+        expect(r, T_READY), SAY_EMPTY(r, T_FINISH), pass_time(r, SIM_MS), SAY_EMPTY(r, T_GOODBYE))
+TO_SINK(register_finished_before_the_blocks, V1_READY, PROTOCOL, "REGISTER_FINISHED", SAY_EMPTY(r, T_REGISTER_FINISHED))
+TO_SINK(register_finished_before_the_blocks_extended, X_READY, PROTOCOL, "REGISTER_FINISHED", SAY_EMPTY(r, T_REGISTER_FINISHED))
+
+/* Behind FINISH only GOODBYE is due. Who owns the guest is then open. */
+#define AFTER_FINISH_SENT(name, type, needles)                                                                         \
+    TO_SINK(name, X_FINISH, HANDOVER, "GOODBYE was due|" needles, SAY_EMPTY(r, type))
+AFTER_FINISH_SENT(finish_twice, T_FINISH, "FINISH")
+AFTER_FINISH_SENT(keepalive_after_finish, T_KEEPALIVE, "KEEPALIVE")
+AFTER_FINISH_SENT(register_finished_after_finish, T_REGISTER_FINISHED, "REGISTER_FINISHED")
+AFTER_FINISH_SENT(ready_after_finish, T_READY, "READY")
+TO_SINK(register_batch_after_finish, X_FINISH, HANDOVER, "GOODBYE was due|REGISTER_BATCH",
+        SAY(r, T_REGISTER_BATCH, 1, "wwqq", RAM, 0, 0, MIB))
+TO_SINK(clear_batch_after_finish, X_FINISH, HANDOVER, "GOODBYE was due|CLEAR_BATCH",
+        SAY(r, T_CLEAR_BATCH, 1, "wwqq", 0, RAM, 0, PAGE))
+TO_SINK(stream_after_finish, X_FINISH, HANDOVER, "GOODBYE was due|QEMU_FILE", SAY(r, T_QEMU_FILE, 0, "q", 1))
+TO_SINK(goodbye_with_payload, X_FINISH, HANDOVER, "GOODBYE|len 1", SAY(r, T_GOODBYE, 1, "b", 1))
+
+/* Once the guest is here nothing that the source still says changes that. */
+Test(hostile_source, messages_after_goodbye) {
+    struct play *p = sink_at(X_FINISH);
+    struct raw *r = &p->raw;
+    SAY_EMPTY(r, T_GOODBYE);
+    SAY(r, T_CLEAR_BATCH, 1, "wwqq", 0, RAM, 0, PAGE);
+    SAY_EMPTY(r, T_ERROR);
+    run_to_end(p, SIM_SECOND);
+    pass_time(r, SIM_SECOND);
+    cr_assert(p->status == RMIG_OK && p->finished == 1, "%s", p->text);
+    check_untouched(p);
+    play_free(p);
+}
+
+// --- hostile sources: HELLO
+
+TO_SINK(hello_twice, X_READY, PROTOCOL, "HELLO (type 64", SAY_HELLO(r, T_HELLO, MIB))
+TO_SINK(hello_twice_at_once, X_CONNECTED, PROTOCOL, "HELLO (type 64", SAY_HELLO(r, T_HELLO, MIB), SAY_HELLO(r, T_HELLO, MIB))
+TO_SINK(hello_cut_in_a_tag, X_CONNECTED, PROTOCOL, "HELLO|malformed", SAY(r, T_HELLO, 1, "hhqh", 1, 8, MIB, 2))
+TO_SINK(hello_cut_in_a_value, X_CONNECTED, PROTOCOL, "HELLO|malformed", SAY(r, T_HELLO, 1, "hhw", 1, 8, 0))
+TO_SINK(hello_with_a_long_entry, X_CONNECTED, PROTOCOL, "HELLO|malformed", SAY(r, T_HELLO, 1, "hhqhhb", 1, 8, MIB, 99, 65535, 1))
+TO_SINK(hello_with_a_short_number, X_CONNECTED, PROTOCOL, "HELLO|malformed", SAY(r, T_HELLO, 1, "hhw", 1, 4, MIB))
+TO_SINK(hello_with_a_tag_twice, X_CONNECTED, PROTOCOL, "HELLO|malformed", SAY(r, T_HELLO, 1, "hhqhhq", 1, 8, MIB, 1, 8, 2 * MIB))
+TO_SINK(hello_with_one_byte, X_CONNECTED, PROTOCOL, "HELLO|malformed", SAY(r, T_HELLO, 1, "b", 1))
+
+/* Refused with a reason, which both ends show: status 1, and no ERROR behind it. */
+static void hello_refused(struct play *p, const char *needles) {
+    struct raw *r = &p->raw;
+    char reason[201] = "";
+    expect(r, T_HELLO_RESULT);
+    cr_assert_geq(r->m.len, 100u);
+    cr_assert_eq(get_be64(r->m.payload + 88), 1u, "status");
+    cr_assert_eq(get_be32(r->m.payload + 96) >> 16, 9u, "tag of the reason");
+    uint32_t n = get_be32(r->m.payload + 96) & 0xffff;
+    cr_assert(n > 0 && n <= 200 && r->m.len == 100 + n);
+    memcpy(reason, r->m.payload + 100, n);
+    check_text(reason, needles);
+    cr_assert(!next_message(r, SIM_SECOND), "message %u behind a refusal", r->m.type);
+    cr_assert(r->gone, "the sink did not hang up");
+    sink_must_fail(p, RMIG_ERR_SETUP, needles);
+}
+
+#define HELLO_REFUSED(name, needles, ...)                                                                              \
+    Test(hostile_source, name) {                                                                                       \
+        struct play *p = sink_at(X_CONNECTED);                                                                         \
+        cr_assert(SAY(&p->raw, T_HELLO, 1, HELLO_FORMAT, HELLO_VALUES(__VA_ARGS__)));                                  \
+        hello_refused(p, needles);                                                                                     \
+    }
+HELLO_REFUSED(hello_chunk_size_0, "chunk-size|0|1M|1G", 0, 524272, 4096, 1 << 30, 0, 0)
+HELLO_REFUSED(hello_chunk_size_small, "chunk-size|524288", MIB / 2, 524272, 4096, 1 << 30, 0, 0)
+HELLO_REFUSED(hello_chunk_size_large, "chunk-size|2147483648", (uint64_t)1 << 31, 524272, 4096, 1 << 30, 0, 0)
+HELLO_REFUSED(hello_chunk_size_no_power_of_two, "chunk-size|3145728", 3 * MIB, 524272, 4096, 1 << 30, 0, 0)
+HELLO_REFUSED(hello_chunk_size_off_by_one, "chunk-size|1048577", MIB + 1, 524272, 4096, 1 << 30, 0, 0)
+HELLO_REFUSED(hello_chunk_size_of_64_bits, "chunk-size|18446744073709551615", UINT64_MAX, 524272, 4096, 1 << 30, 0, 0)
+HELLO_REFUSED(hello_payload_too_small, "payload|511|512", MIB, 511, 4096, 1 << 30, 0, 0)
+HELLO_REFUSED(hello_batch_0, "batch|0", MIB, 524272, 0, 1 << 30, 0, 0)
+
+Test(hostile_source, hello_without_entries) {
+    struct play *p = sink_at(X_CONNECTED);
+    cr_assert(SAY_EMPTY(&p->raw, T_HELLO));
+    hello_refused(p, "chunk-size|0");
+}
+
+Test(hostile_source, hello_without_chunk_size) {
+    struct play *p = sink_at(X_CONNECTED);
+    cr_assert(SAY(&p->raw, T_HELLO, 1, "hhqhhq", 4, 8, 524272, 5, 8, 4096));
+    hello_refused(p, "chunk-size|0");
+}
+
+Test(hostile_source, hello_with_another_chunk_size_than_was_set) {
+    struct play *p = play_new(SIM_ORDERED);
+    set(p, RMIG_PARAM_CHUNK_SIZE, 4 * MIB);
+    play_sink(p, RAM_LENGTH, ROM_LENGTH);
+    connect_with(&p->raw, EXTENSION, RECEIVES);
+    cr_assert(SAY_HELLO(&p->raw, T_HELLO, 2 * MIB));
+    hello_refused(p, "chunk-size|2097152|4194304");
+}
+
+/* Unknown tags are skipped, however often they come and however long they are; limits beyond all bounds count as the bounds. */
+Test(hostile_source, hello_with_unknown_tags_is_good) {
+    struct play *p = sink_at(X_CONNECTED);
+    struct raw *r = &p->raw;
+    uint8_t bytes[2000];
+    size_t n = pack(bytes, HELLO_FORMAT, (const uint64_t[]){HELLO_VALUES(MIB, UINT64_MAX, UINT64_MAX, UINT64_MAX, UINT64_MAX, 0)});
+    for (unsigned i = 0; i < 100; i++)
+        n += pack(bytes + n, "hhqb", (const uint64_t[]){i % 2 == 0 ? 4711 : 0, 9, UINT64_MAX, i});
+    cr_assert(say_bytes(r, T_HELLO, 1, (uint32_t)n, bytes, n));
+    expect(r, T_HELLO_RESULT);
+    cr_assert(r->m.len == 96 && get_be64(r->m.payload + 4) == MIB && get_be64(r->m.payload + 88) == 0);
+    expect(r, T_READY);
+    play_free(p);
+}
+
+// --- hostile sources: BLOCKS
+
+TO_SINK(blocks_first_is_not_0, X_READY, PROTOCOL, "BLOCKS (type 66", say_blocks(r, 3, 1, "ram", RAM_LENGTH))
+TO_SINK(blocks_out_of_order, X_READY, PROTOCOL, "BLOCKS (type 66", say_blocks(r, 3, 0, "ram", RAM_LENGTH), expect(r, T_READY),
+        say_blocks(r, 3, 2, "rom", ROM_LENGTH))
+TO_SINK(blocks_first_twice, X_READY, PROTOCOL, "BLOCKS (type 66", say_blocks(r, 3, 0, "ram", RAM_LENGTH), expect(r, T_READY),
+        say_blocks(r, 3, 0, "ram", RAM_LENGTH))
+TO_SINK(blocks_total_changes, X_READY, PROTOCOL, "BLOCKS (type 66", say_blocks(r, 3, 0, "ram", RAM_LENGTH), expect(r, T_READY),
+        say_blocks(r, 2, 1, "rom", ROM_LENGTH))
+TO_SINK(blocks_twice, X_BLOCKS, PROTOCOL, "BLOCKS (type 66", say_both_blocks(r))
+TO_SINK(blocks_total_0, X_READY, PROTOCOL, "BLOCKS (type 66", say_blocks(r, 0, 0, "ram", RAM_LENGTH))
+TO_SINK(blocks_total_too_large, X_READY, PROTOCOL, "BLOCKS (type 66|131072", say_blocks(r, 131073, 0, "ram", RAM_LENGTH))
+TO_SINK(blocks_total_of_32_bits, X_READY, PROTOCOL, "BLOCKS (type 66|131072", say_blocks(r, 0xffffffff, 0, "ram", RAM_LENGTH))
+TO_SINK(blocks_of_length_0, X_READY, PROTOCOL, "BLOCKS (type 66|length", say_blocks(r, 1, 0, "ram", 0))
+TO_SINK(blocks_without_a_name, X_READY, PROTOCOL, "BLOCKS (type 66|name", say_blocks(r, 1, 0, "", RAM_LENGTH))
+TO_SINK(blocks_name_with_nul, X_READY, PROTOCOL, "BLOCKS (type 66",
+        SAY(r, T_BLOCKS, 1, "wwqqbbbb", 1, 0, RAM_LENGTH, 0, 3, 'r', 0, 'm'))
+TO_SINK(blocks_name_cut, X_READY, PROTOCOL, "BLOCKS (type 66", SAY(r, T_BLOCKS, 1, "wwqqbbb", 1, 0, RAM_LENGTH, 0, 3, 'r', 'a'))
+TO_SINK(blocks_entry_cut, X_READY, PROTOCOL, "BLOCKS (type 66", SAY(r, T_BLOCKS, 1, "wwqq", 1, 0, RAM_LENGTH, 0))
+TO_SINK(blocks_len_7, X_READY, PROTOCOL, "BLOCKS (type 66|len 7", say_bytes(r, T_BLOCKS, 1, 7, ZEROES(7), 7))
+TO_SINK(blocks_len_0, X_READY, PROTOCOL, "BLOCKS (type 66|len 0", SAY_EMPTY(r, T_BLOCKS))
+TO_SINK(blocks_repeat_0, X_READY, PROTOCOL, "BLOCKS (type 66|repeat 0", SAY(r, T_BLOCKS, 0, "ww", 1, 0))
+TO_SINK(blocks_repeat_too_small, X_READY, PROTOCOL, "BLOCKS (type 66|bytes follow",
+        SAY(r, T_BLOCKS, 1, "wwqqbbbbqqbbbb", 2, 0, RAM_LENGTH, 0, 3, 'r', 'a', 'm', ROM_LENGTH, 0, 3, 'r', 'o', 'm'))
+TO_SINK(blocks_repeat_too_large, X_READY, PROTOCOL, "BLOCKS (type 66|repeat 2",
+        SAY(r, T_BLOCKS, 2, "wwqqbbbb", 2, 0, RAM_LENGTH, 0, 3, 'r', 'a', 'm'))
+TO_SINK(blocks_repeat_of_32_bits, X_READY, PROTOCOL, "BLOCKS (type 66|repeat 4294967295",
+        SAY(r, T_BLOCKS, 0xffffffff, "wwqqbbbb", 2, 0, RAM_LENGTH, 0, 3, 'r', 'a', 'm'))
+TO_SINK(blocks_more_than_total, X_READY, PROTOCOL, "BLOCKS (type 66|repeat 2",
+        SAY(r, T_BLOCKS, 2, "wwqqbbbbqqbbbb", 1, 0, RAM_LENGTH, 0, 3, 'r', 'a', 'm', ROM_LENGTH, 0, 3, 'r', 'o', 'm'))
+TO_SINK(blocks_trailing_bytes, X_READY, PROTOCOL, "BLOCKS (type 66|bytes follow",
+        SAY(r, T_BLOCKS, 1, "wwqqbbbbb", 1, 0, RAM_LENGTH, 0, 3, 'r', 'a', 'm', 0))
+TO_SINK(blocks_unknown_name, X_READY, SETUP, "\"nvram\"|not known", say_blocks(r, 1, 0, "nvram", PAGE))
+TO_SINK(blocks_name_with_control_characters, X_READY, SETUP, "not known", say_blocks(r, 1, 0, "\x1b[31mram\n\x7f\xff", PAGE))
+TO_SINK(blocks_other_length, X_READY, SETUP, "\"ram\"|4194305|4194304", say_blocks(r, 1, 0, "ram", RAM_LENGTH + 1))
+TO_SINK(blocks_length_of_64_bits, X_READY, SETUP, "\"ram\"|18446744073709551615", say_blocks(r, 1, 0, "ram", UINT64_MAX))
+
+/* Names are unique: two of the source's blocks cannot both be this one. */
+Test(hostile_source, blocks_with_a_name_twice) {
+    struct play *p = sink_at(X_READY);
+    uint8_t bytes[300];
+    size_t n = pack(bytes, "ww", (const uint64_t[]){2, 0});
+    n += put_block(bytes + n, RAM_LENGTH, 0, "ram");
+    n += put_block(bytes + n, RAM_LENGTH, (uint64_t)1 << 36, "ram");
+    cr_assert(say_bytes(&p->raw, T_BLOCKS, 2, (uint32_t)n, bytes, n));
+    pass_time(&p->raw, SIM_SECOND);
+    cr_assert(p->done, "two blocks of one name were accepted");
+    cr_assert(p->status == RMIG_ERR_PROTOCOL || p->status == RMIG_ERR_SETUP, "%s: %s", rmig_status_name(p->status), p->text);
+    check_text(p->text, "ram");
+    play_free(p);
+}
+
+// --- hostile sources: REGISTER_BATCH, CLEAR_BATCH
+
+#define BATCH(name, stage, needles, block, offset, length)                                                             \
+    TO_SINK(name, stage, PROTOCOL, needles, SAY(r, T_REGISTER_BATCH, 1, "wwqq", block, PADDING, offset, length))
+BATCH(batch_block_2, X_BLOCKS, "block 2", 2, 0, MIB)
+BATCH(batch_block_of_32_bits, X_BLOCKS, "block 4294967295", 0xffffffff, 0, MIB)
+BATCH(batch_offset_not_aligned, X_BLOCKS, "block 0|0x1000", RAM, PAGE, MIB)
+BATCH(batch_length_not_aligned, X_BLOCKS, "block 0|0x101000", RAM, 0, MIB + PAGE)
+BATCH(batch_length_0, X_BLOCKS, "block 0|length 0x0", RAM, 0, 0)
+BATCH(batch_at_the_end, X_BLOCKS, "block 0|0x400000", RAM, RAM_LENGTH, MIB)
+BATCH(batch_passes_the_end, X_BLOCKS, "block 0|0x300000|0x200000", RAM, 3 * MIB, 2 * MIB)
+BATCH(batch_longer_than_this_block, X_BLOCKS, "block 1|0x400000", ROM, 0, RAM_LENGTH)
+BATCH(batch_rounded_up, X_BLOCKS, "block 1|0x200000", ROM, 0, 2 * MIB)
+BATCH(batch_wraps, X_BLOCKS, "block 0|0xfffffffffff00000", RAM, MIB, UINT64_MAX - MIB + 1)
+BATCH(batch_offset_of_64_bits, X_BLOCKS, "block 0|0xfffffffffff00000", RAM, UINT64_MAX - MIB + 1, 2 * MIB)
+BATCH(batch_before_the_blocks, X_READY, "block 0", RAM, 0, MIB)
+TO_SINK(batch_second_is_bad, X_BLOCKS, PROTOCOL, "block 0|0x1",
+        SAY(r, T_REGISTER_BATCH, 2, "wwqqwwqq", RAM, 0, 0, MIB, RAM, 0, 1, MIB))
+TO_SINK(batch_repeat_0, X_BLOCKS, PROTOCOL, "REGISTER_BATCH|repeat 0", SAY(r, T_REGISTER_BATCH, 0, "wwqq", RAM, 0, 0, MIB))
+TO_SINK(batch_repeat_2_in_one, X_BLOCKS, PROTOCOL, "REGISTER_BATCH|repeat 2", SAY(r, T_REGISTER_BATCH, 2, "wwqq", RAM, 0, 0, MIB))
+TO_SINK(batch_repeat_4097, X_BLOCKS, PROTOCOL, "REGISTER_BATCH|repeat 4097", say_many(r, T_REGISTER_BATCH, 4097, 24 * 4097))
+TO_SINK(batch_repeat_that_wraps, X_BLOCKS, PROTOCOL, "REGISTER_BATCH|repeat 536870912", say_many(r, T_REGISTER_BATCH, 0x20000000, 0))
+TO_SINK(batch_len_0, X_BLOCKS, PROTOCOL, "REGISTER_BATCH|len 0", SAY_EMPTY(r, T_REGISTER_BATCH))
+
+Test(hostile_source, batch_longer_than_a_registration_may_be) {
+    struct play *p = play_new(SIM_ORDERED);
+    p->world.registration_max = 4 * MIB;
+    play_sink(p, 8 * MIB, ROM_LENGTH);
+    connect_with(&p->raw, EXTENSION, RECEIVES);
+    cr_assert(SAY_HELLO(&p->raw, T_HELLO, MIB));
+    expect(&p->raw, T_HELLO_RESULT);
+    cr_assert_eq(get_be64(p->raw.m.payload + 64), 4 * MIB, "registration_max");
+    expect(&p->raw, T_READY);
+    cr_assert(say_blocks(&p->raw, 1, 0, "ram", 8 * MIB));
+    expect(&p->raw, T_BLOCKS_RESULT);
+    expect(&p->raw, T_READY);
+    cr_assert(SAY(&p->raw, T_REGISTER_BATCH, 1, "wwqq", RAM, 0, 0, 5 * MIB));
+    sink_must_fail(p, RMIG_ERR_PROTOCOL, "block 0|0x500000|4194304");
+}
+
+/* A version 1 source does not know that limit: the sink must, and say so, before it asks its fabric for what that cannot do. */
+Test(hostile_source, register_more_than_the_fabric_can) {
+    struct play *p = play_new(SIM_ORDERED);
+    p->world.registration_max = 4 * MIB;
+    play_sink(p, 8 * MIB, ROM_LENGTH);
+    connect_with(&p->raw, 0, RECEIVES);
+    expect(&p->raw, T_READY);
+    cr_assert(SAY_EMPTY(&p->raw, T_RAM_BLOCKS_REQUEST));
+    expect(&p->raw, T_RAM_BLOCKS_RESULT);
+    expect(&p->raw, T_READY);
+    cr_assert(SAY(&p->raw, T_REGISTER_REQUEST, 1, "qwwq", 0, RAM, 0, 7));
+    pass_time(&p->raw, SIM_SECOND);
+    if (p->done)
+        check_text(p->text, "block \"ram\"|4194304");
+    check_untouched(p);
+    play_free(p);
+}
+
+/* The same chunks over and over, alone and in ranges that overlap: the sink pins no more for that. */
+Test(hostile_source, batch_over_and_over) {
+    struct play *p = sink_at(X_BLOCKS);
+    struct raw *r = &p->raw;
+    uint64_t key, address, random = 1;
+    for (unsigned i = 0; i < 500; i++)
+        register_batch(r, RAM, 0, MIB, &key, &address);
+    cr_assert_eq(exposed(p->sim, 1), 1u, "%llu registrations of one chunk", (unsigned long long)exposed(p->sim, 1));
+    for (unsigned i = 0; i < 500 && !p->done; i++) {
+        random = random * 6364136223846793005u + 1442695040888963407u;
+        uint64_t from = random >> 33 & 3, n = 1 + (random >> 40) % (4 - from);
+        if (!SAY(r, T_REGISTER_BATCH, 1, "wwqq", RAM, 0, from * MIB, n * MIB) || !next_message(r, SIM_SECOND) || r->m.type == T_ERROR)
+            break;
+        cr_assert_eq(r->m.type, (uint32_t)T_REGISTER_BATCH_RESULT);
+        expect(r, T_READY);
+    }
+    cr_assert_leq(sim_stats(p->sim, 1)->regions_peak, 1u + 2 * (4 + 2) + BLOCKS, "%llu regions",
+                  (unsigned long long)sim_stats(p->sim, 1)->regions_peak);
+    check_untouched(p);
+    play_free(p);
+}
+
+/* Ranges that overlap in every way: each key must cover its range, whatever was asked before. */
+Test(hostile_source, batch_overlaps_are_all_good) {
+    struct play *p = sink_at(X_BLOCKS);
+    struct raw *r = &p->raw;
+    const uint64_t range[][2] = {{0, 1}, {0, 2}, {1, 2}, {0, 4}, {1, 1}, {3, 1}, {2, 2}};
+    struct rmig_error err = {0};
+    for (unsigned i = 0; i < sizeof range / sizeof range[0]; i++) {
+        uint64_t key, address, n = range[i][1] * MIB;
+        register_batch(r, RAM, range[i][0] * MIB, n, &key, &address);
+        memset(r->memory + (size_t)RECEIVES * BUFFER, (int)i + 1, n);
+        struct rmig_write w = {r->memory + (size_t)RECEIVES * BUFFER, &r->mr, n, address, key, ++r->writes, true};
+        cr_assert_eq(r->ops->write(r->ep, &w, 1, &err), 1, "%s", err.text);
+        cr_assert(raw_until(r, is_written, SIM_SECOND) && !r->gone, "range %u: %s", i, r->text);
+        const uint8_t *host = p->ram[RAM].host + range[i][0] * MIB;
+        cr_assert(host[0] == i + 1 && host[n - 1] == i + 1, "range %u was written elsewhere", i);
+    }
+    play_free(p);
+}
+
+#define CLEAR(name, stage, needles, value, block, start, length)                                                       \
+    TO_SINK(name, stage, PROTOCOL, "CLEAR_BATCH|" needles, SAY(r, T_CLEAR_BATCH, 1, "wwqq", value, block, start, length))
+CLEAR(clear_value, X_BLOCKS, "value 7", 7, RAM, 0, PAGE)
+CLEAR(clear_block_2, X_BLOCKS, "block 2", 0, 2, 0, PAGE)
+CLEAR(clear_at_the_end, X_BLOCKS, "0x400000", 0, RAM, RAM_LENGTH, PAGE)
+CLEAR(clear_passes_the_end, X_BLOCKS, "0x400001", 0, RAM, 0, RAM_LENGTH + 1)
+CLEAR(clear_wraps, X_BLOCKS, "0xfffffffffffff000", 0, RAM, PAGE, UINT64_MAX - PAGE + 1)
+CLEAR(clear_of_0_bytes, X_BLOCKS, "length 0x0", 0, RAM, 0, 0)
+CLEAR(clear_before_the_blocks, X_READY, "block 0", 0, RAM, 0, PAGE)
+TO_SINK(clear_repeat_0, X_BLOCKS, PROTOCOL, "CLEAR_BATCH|repeat 0", SAY(r, T_CLEAR_BATCH, 0, "wwqq", 0, RAM, 0, PAGE))
+TO_SINK(clear_repeat_2_in_one, X_BLOCKS, PROTOCOL, "CLEAR_BATCH|repeat 2", SAY(r, T_CLEAR_BATCH, 2, "wwqq", 0, RAM, 0, PAGE))
+TO_SINK(clear_repeat_4097, X_BLOCKS, PROTOCOL, "CLEAR_BATCH|repeat 4097", say_many(r, T_CLEAR_BATCH, 4097, 24 * 4097))
+TO_SINK(clear_repeat_that_wraps, X_BLOCKS, PROTOCOL, "CLEAR_BATCH|repeat 536870912", say_many(r, T_CLEAR_BATCH, 0x20000000, 0))
+
+// --- hostile sources: ERROR, leaving, silence
+
+TO_SINK(error_before_hello, X_CONNECTED, REFUSED, "source gave up", SAY_EMPTY(r, T_ERROR))
+TO_SINK(error_without_text, V1_BLOCKS, REFUSED, "source gave up", SAY_EMPTY(r, T_ERROR))
+TO_SINK(error_with_text, X_BLOCKS, REFUSED, "source gave up|no disk",
+        say_bytes(r, T_ERROR, 1, 7, (const uint8_t *)"no disk", 7))
+TO_SINK(error_after_finish, X_FINISH, HANDOVER, "no disk", say_bytes(r, T_ERROR, 1, 7, (const uint8_t *)"no disk", 7))
+TO_SINK(error_with_control_characters, X_BLOCKS, REFUSED, "source gave up",
+        say_bytes(r, T_ERROR, 1, 12, (const uint8_t *)"\x1b[2J\r\n\t\a\0\x7f\x80\xff", 12))
+TO_SINK(error_with_format, X_BLOCKS, REFUSED, "%s%n%1000000d", say_bytes(r, T_ERROR, 1, 13, (const uint8_t *)"%s%n%1000000d", 13))
+TO_SINK(error_of_half_a_megabyte, X_BLOCKS, REFUSED, "source gave up", say_many(r, T_ERROR, 1, 524272))
+TO_SINK(error_and_then_leaves, X_BLOCKS, REFUSED, "source gave up|no disk",
+        say_bytes(r, T_ERROR, 1, 7, (const uint8_t *)"no disk", 7), raw_leave(r))
+
+#define LEAVES(name, stage, status, needles)                                                                           \
+    TO_SINK(leaves_##name, stage, status, needles, raw_leave(r))                                                       \
+    TO_SINK(vanishes_##name, stage, status, needles, raw_drop(r))
+LEAVES(before_the_blocks, V1_READY, PEER_GONE, "source went away")
+LEAVES(before_hello, X_CONNECTED, PEER_GONE, "source went away")
+LEAVES(after_hello, X_READY, PEER_GONE, "source went away")
+LEAVES(after_the_blocks, X_BLOCKS, PEER_GONE, "source went away")
+LEAVES(after_finish, X_FINISH, HANDOVER, "source went away")
+LEAVES(after_the_blocks_in_version_1, V1_BLOCKS, CANCELLED, "cancelled") // as the embedder decides
+
+#define SILENT(name, stage, status, needles) TO_SINK(silent_##name, stage, status, needles, (void)r)
+SILENT(before_the_blocks, V1_READY, TIMEOUT, "io-timeout|source")
+SILENT(after_the_blocks_in_version_1, V1_BLOCKS, TIMEOUT, "io-timeout|source")
+SILENT(before_hello, X_CONNECTED, TIMEOUT, "HELLO|connect-timeout|2s")
+SILENT(after_hello, X_READY, TIMEOUT, "io-timeout|3s")
+SILENT(after_the_blocks, X_BLOCKS, TIMEOUT, "io-timeout|3s")
+SILENT(after_finish, X_FINISH, HANDOVER, "GOODBYE|io-timeout|3s")
+
+/* A source that takes nothing: the sink's messages stay under way for ever. */
+static struct play *deaf_source(uint32_t flags) {
+    struct play *p = play_new(SIM_ORDERED);
+    struct raw *r = &p->raw;
+    play_sink(p, RAM_LENGTH, ROM_LENGTH);
+    r->by_hand = true;
+    connect_with(r, flags, 0);
+    if (flags == EXTENSION) {
+        SAY_HELLO(r, T_HELLO, MIB);
+        pass_time(r, SIM_MS);
+        say_both_blocks(r);
+    } else {
+        SAY_EMPTY(r, T_RAM_BLOCKS_REQUEST);
+    }
+    for (unsigned i = 0; i < 4; i++) {
+        pass_time(r, SIM_MS);
+        SAY_EMPTY(r, T_REGISTER_FINISHED);
+    }
+    pass_time(r, SIM_MS);
+    return p;
+}
+Test(hostile_source, takes_nothing) { sink_must_fail(deaf_source(0), RMIG_ERR_TIMEOUT, "io-timeout"); }
+Test(hostile_source, takes_nothing_extended) { sink_must_fail(deaf_source(EXTENSION), RMIG_ERR_TIMEOUT, "io-timeout"); }
+
+static void deaf_source_leaves(uint32_t flags, int status) {
+    struct play *p = deaf_source(flags);
+    p->raw.ops->disconnect(p->raw.ep);
+    sink_must_fail(p, status, "");
+}
+Test(hostile_source, takes_nothing_and_leaves) { deaf_source_leaves(0, RMIG_ERR_CANCELLED); }
+Test(hostile_source, takes_nothing_and_leaves_extended) { deaf_source_leaves(EXTENSION, RMIG_ERR_PEER_GONE); }
+
+TO_SINK(message_longer_than_a_receive, V1_BLOCKS, FABRIC, "source", send_bytes(r, r->memory, BUFFER + 1))

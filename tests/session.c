@@ -922,7 +922,7 @@ Test(session, the_sink_learns_the_names_and_lengths_of_blocks_and_no_more) {
     close_world(&w);
 }
 
-Test(session, wait_after_finished_returns) {
+Test(session, wait_after_finished_returns, .timeout = 5) {
     struct world w;
     struct rmig_sink_event ev;
     small_world(&w);
@@ -1075,4 +1075,1229 @@ Test(session, a_sink_goes_on_listening_when_a_source_leaves_before_it_is_connect
     one_round(&w);
     finish(&w);
     close_world(&w);
+}
+
+// --- cancel, close, death and silence at every step
+
+static bool says(const char *text, const char *part) { return strstr(text, part) != NULL; }
+
+static bool says_one_of(const char *text, const char *const *parts) {
+    for (; *parts != NULL; parts++)
+        if (says(text, *parts))
+            return true;
+    return false;
+}
+
+#define TELL(w)                                                                                                        \
+    "blow %d on side %u at step %llu, after %llu ns: source %s \"%s\" at %llu, sink %s \"%s\" at %llu", (int)(w)->blow, \
+        (w)->blow_side, (unsigned long long)(w)->blow_at, (unsigned long long)(w)->blown,                              \
+        (w)->from.done ? rmig_status_name((w)->from.status) : "gone", (w)->from.text,                                  \
+        (unsigned long long)(w)->from.at, (w)->to.done ? rmig_status_name((w)->to.status) : "gone", (w)->to.text,      \
+        (unsigned long long)(w)->to.at
+
+/* The side that was cancelled. In the last step of the handover it cannot know who owns the guest, and says so. */
+static void check_cancelled(const struct world *w) {
+    const struct outcome *o = w->blow_side == 0 ? &w->from : &w->to;
+    if (o->done && o->status == RMIG_OK && o->at <= w->blown)
+        return; // it was over
+    bool handing_over = w->blow_side == 0 ? diary_sends(0, RMIG_MSG_GOODBYE) > 0 : diary_sends(1, RMIG_MSG_FINISH_RESULT) > 0;
+    cr_assert(o->done && (o->status == RMIG_ERR_CANCELLED || (handing_over && o->status == RMIG_ERR_HANDOVER)), TELL(w));
+    cr_assert(says(o->text, w->blow_side == 0 ? "cancelled at the source" : "cancelled at the sink"), TELL(w));
+    cr_assert_leq(o->at, w->blown + SIM_MS, TELL(w));
+}
+
+/* The other side: through already, or an error that says why, in time. */
+static void check_other(const struct world *w) {
+    static const char *const why[] = {"cancelled", "went away", "gave up", "rejected", "refused", "the connection to the", NULL};
+    static const char *const silent[] = {"nothing from the source for", "nothing from the sink for", NULL};
+    const struct outcome *o = w->blow_side == 0 ? &w->to : &w->from;
+    bool connected = (w->events & 1u << RMIG_SINK_CONNECTED) != 0;
+    if (w->blow_side == 0 && !o->done) {
+        cr_assert(!connected, TELL(w)); // it listens for another source
+        return;
+    }
+    cr_assert(o->done, TELL(w));
+    if (o->status == RMIG_OK)
+        return;
+    cr_assert(says_one_of(o->text, w->blow == BLOW_SILENCE ? silent : why), TELL(w));
+    uint64_t limit = w->blow == BLOW_SILENCE ? 11 * SIM_SECOND : 200 * SIM_MS;
+    cr_assert_leq(o->at, w->blown + limit, TELL(w));
+    if (w->blow == BLOW_CANCEL && rmig_get(&w->source_cfg, RMIG_PARAM_EXTENSION) && connected &&
+        diary_sends(0, RMIG_MSG_HELLO) > 0 && o->status == RMIG_ERR_REFUSED)
+        cr_assert(says(o->text, "cancelled"), TELL(w));
+}
+
+/* Where the guest is: never at both ends, and whole where it is. */
+static void check_guest(const struct world *w) {
+    if (w->to.done && w->to.status == RMIG_OK) {
+        cr_assert(same_ram(w) && w->got_size == STATE_SIZE, TELL(w));
+        cr_assert(!w->from.done || w->from.status == RMIG_OK || w->from.status == RMIG_ERR_HANDOVER ||
+                      !rmig_get(&w->source_cfg, RMIG_PARAM_EXTENSION),
+                  TELL(w));
+    }
+}
+
+static void plan_blow(struct world *w, enum sim_mode mode, enum blow blow, unsigned side, uint64_t at, bool v1) {
+    plan_world(w, mode);
+    struct ram *r = add_ram(w, 3 * RMIG_MIB + 5 * PAGE, RMIG_BACKING_ANONYMOUS);
+    fill(r, RMIG_MIB, r->from.length - RMIG_MIB, 1);
+    param(&w->source_cfg, RMIG_PARAM_REGISTER_AHEAD, 2 * RMIG_MIB);
+    param(&w->source_cfg, RMIG_PARAM_MERGE_MAX, 64 * PAGE);
+    param(&w->source_cfg, RMIG_PARAM_IO_TIMEOUT, 10 * SIM_SECOND);
+    param(&w->sink_cfg, RMIG_PARAM_IO_TIMEOUT, 10 * SIM_SECOND);
+    if (v1)
+        version_1(w);
+    w->horizon = 1000 * SIM_SECOND;
+    w->blow = blow;
+    w->blow_side = side;
+    w->blow_at = at;
+}
+
+/* Lets the blow fall at each step there is. Returns how many there were. */
+static uint64_t blow_everywhere(enum sim_mode mode, enum blow blow, unsigned side, bool v1) {
+    for (uint64_t at = 0;; at++) {
+        struct world w;
+        plan_blow(&w, mode, blow, side, at, v1);
+        run_both(&w);
+        bool fell = w.blown != 0;
+        if (fell && blow == BLOW_CANCEL)
+            check_cancelled(&w);
+        if (fell)
+            check_other(&w);
+        check_guest(&w);
+        close_world(&w);
+        if (!fell)
+            return at;
+    }
+}
+
+static void blows(enum blow blow) {
+    for (unsigned side = 0; side < 2; side++) {
+        cr_expect_gt(blow_everywhere(SIM_ORDERED, blow, side, false), 20);
+        cr_expect_gt(blow_everywhere(SIM_ORDERED, blow, side, true), 20);
+        cr_expect_gt(blow_everywhere(SIM_LOCAL, blow, side, false), 20);
+    }
+}
+
+Test(session, cancel_at_any_step_ends_both_ends_with_the_reason) { blows(BLOW_CANCEL); }
+Test(session, close_at_any_step_is_noticed_by_the_peer) { blows(BLOW_CLOSE); }
+Test(session, death_at_any_step_is_noticed_by_the_peer) { blows(BLOW_DEATH); }
+Test(session, silence_at_any_step_ends_both_ends_within_io_timeout) { blows(BLOW_SILENCE); }
+
+Test(session, cancel_before_connect_and_before_listen) {
+    struct world w;
+    struct rmig_error err = {0};
+    struct rmig_sink_event ev;
+    small_world(&w);
+    open_sim(&w);
+    cr_assert_eq(rmig_source_open(sim_fabric(w.sim, 0), NULL, &w.source, &err), RMIG_OK);
+    cr_assert_eq(rmig_sink_open(sim_fabric(w.sim, 1), NULL, &w.sink, &err), RMIG_OK);
+    rmig_source_cancel(w.source);
+    rmig_source_cancel(w.source);
+    rmig_sink_cancel(w.sink);
+    cr_assert_eq(rmig_source_process(w.source), RMIG_ERR_CANCELLED);
+    cr_assert_eq(rmig_sink_process(w.sink, &ev), RMIG_ERR_CANCELLED);
+    cr_assert_eq(rmig_sink_wait(w.sink, &ev, RMIG_FOREVER), RMIG_ERR_CANCELLED);
+    cr_assert_eq(rmig_source_next_deadline(w.source), RMIG_FOREVER);
+    close_world(&w);
+}
+
+Test(session, cancel_while_listening) {
+    struct world w;
+    struct rmig_sink_event ev;
+    small_world(&w);
+    open_world(&w);
+    sim_actor(w.sim, 1, NULL, NULL);
+    rmig_sink_cancel(w.sink);
+    cr_assert_eq(rmig_sink_wait(w.sink, &ev, RMIG_FOREVER), RMIG_ERR_CANCELLED);
+    cr_assert_str_eq(rmig_sink_error(w.sink)->text, "cancelled at the sink");
+    close_world(&w);
+}
+
+// --- silence: what was being waited for, and for how long
+
+struct quiet {
+    int side; // whose message is lost
+    uint32_t type; // 0: a write
+    bool source_waits;
+    int status;
+    uint64_t limit_s;
+    const char *text;
+};
+
+static void fall_silent(const struct quiet *q, struct world *w) {
+    plan_world(w, SIM_ORDERED);
+    add_full_ram(w, 3 * RMIG_MIB);
+    param(&w->source_cfg, RMIG_PARAM_CONNECT_TIMEOUT, 3 * SIM_SECOND);
+    param(&w->sink_cfg, RMIG_PARAM_CONNECT_TIMEOUT, 4 * SIM_SECOND);
+    param(&w->source_cfg, RMIG_PARAM_IO_TIMEOUT, 5 * SIM_SECOND);
+    param(&w->sink_cfg, RMIG_PARAM_IO_TIMEOUT, 6 * SIM_SECOND);
+    open_world(w);
+    diary.stop_side = q->side;
+    diary.stop_type = q->type;
+    diary.stop_on_write = q->type == 0;
+    struct rmig_error err = {0};
+    sim_actor(w->sim, 0, source_step, w);
+    cr_assert_eq(sim_run(w->sim, 100 * SIM_SECOND, &err), RMIG_OK, "%s", err.text);
+    cr_assert_neq(diary.stopped, 0, "%s was never sent", rmig_message_name(q->type));
+}
+
+Test(session, silence_says_what_was_awaited_and_for_how_long) {
+    static const struct quiet quiet[] = {
+        {1, RMIG_MSG_HELLO_RESULT, true, RMIG_ERR_TIMEOUT, 3, "for 3s (connect-timeout) while waiting for HELLO_RESULT"},
+        {1, RMIG_MSG_READY, true, RMIG_ERR_TIMEOUT, 5, "for 5s (io-timeout) while waiting for READY"},
+        {1, RMIG_MSG_BLOCKS_RESULT, true, RMIG_ERR_TIMEOUT, 5, "while waiting for BLOCKS_RESULT"},
+        {1, RMIG_MSG_REGISTER_BATCH_RESULT, true, RMIG_ERR_TIMEOUT, 5, "while waiting for REGISTER_BATCH_RESULT"},
+        {0, 0, true, RMIG_ERR_TIMEOUT, 5, "while waiting for writes to complete"},
+        {1, RMIG_MSG_FINISH_RESULT, true, RMIG_ERR_TIMEOUT, 5, "while waiting for FINISH_RESULT"},
+        {0, RMIG_MSG_GOODBYE, true, RMIG_ERR_HANDOVER, 5, "while waiting for the handover to be delivered"},
+        {0, RMIG_MSG_HELLO, false, RMIG_ERR_TIMEOUT, 4, "for 4s (connect-timeout) while waiting for HELLO"},
+        {0, RMIG_MSG_BLOCKS, false, RMIG_ERR_TIMEOUT, 6, "for 6s (io-timeout) while waiting for the next message"},
+        {0, RMIG_MSG_REGISTER_BATCH, false, RMIG_ERR_TIMEOUT, 6, "while waiting for the next message"},
+        {0, 0, false, RMIG_ERR_TIMEOUT, 6, "while waiting for the next message"},
+        {0, RMIG_MSG_REGISTER_FINISHED, false, RMIG_ERR_TIMEOUT, 6, "while waiting for the next message"},
+        {0, RMIG_MSG_GOODBYE, false, RMIG_ERR_HANDOVER, 6, "while waiting for GOODBYE"},
+    };
+    for (size_t i = 0; i < sizeof quiet / sizeof quiet[0]; i++) {
+        struct world w;
+        fall_silent(&quiet[i], &w);
+        const struct outcome *o = quiet[i].source_waits ? &w.from : &w.to;
+        uint64_t waited = o->at - diary.stopped;
+        cr_expect_eq(o->status, quiet[i].status, "%zu: %s", i, o->text);
+        cr_expect(says(o->text, quiet[i].text), "%zu: \"%s\" does not say \"%s\"", i, o->text, quiet[i].text);
+        cr_expect(waited <= quiet[i].limit_s * SIM_SECOND + SIM_MS && waited + 10 * SIM_MS >= quiet[i].limit_s * SIM_SECOND,
+                  "%zu: after %llu ns", i, (unsigned long long)waited);
+        close_world(&w);
+    }
+}
+
+static void connect_into_silence(enum sim_op op, const char *text) {
+    struct world w;
+    small_world(&w);
+    w.cfg.faults[0].kind = SIM_FAULT_SILENCE;
+    w.cfg.faults[0].op = op;
+    w.cfg.faults[0].side = -1;
+    w.cfg.faults[0].nth = 1;
+    param(&w.source_cfg, RMIG_PARAM_CONNECT_TIMEOUT, 2 * SIM_SECOND);
+    open_world(&w);
+    cr_expect_eq(rmig_source_connect(w.source, w.address), RMIG_ERR_TIMEOUT);
+    cr_expect(says(rmig_source_error(w.source)->text, text), "%s", rmig_source_error(w.source)->text);
+    cr_expect(world_now(&w, 0) >= 2 * SIM_SECOND && world_now(&w, 0) < 2 * SIM_SECOND + SIM_MS);
+    close_world(&w);
+}
+
+Test(session, connect_gives_up_after_connect_timeout) {
+    connect_into_silence(SIM_OPEN, "waiting for the address to be resolved");
+    connect_into_silence(SIM_CONNECT, "waiting for the connection");
+    connect_into_silence(SIM_ACCEPT, "waiting for the connection");
+}
+
+Test(session, nobody_there_is_unreachable_or_refused_at_once) {
+    struct world w;
+    small_world(&w);
+    open_world(&w);
+    int status = rmig_source_connect(w.source, "sink:7999");
+    cr_assert(status == RMIG_ERR_UNREACHABLE || status == RMIG_ERR_REFUSED, "%d", status);
+    cr_assert(says(rmig_source_error(w.source)->text, "nobody listens there"), "%s", rmig_source_error(w.source)->text);
+    cr_assert_lt(world_now(&w, 0), SIM_SECOND);
+    close_world(&w);
+}
+
+/* The clock of a wait begins with the wait, not with the last word before a pause that was this end's own. */
+Test(session, a_source_that_was_busy_elsewhere_still_gives_the_sink_io_timeout) {
+    for (unsigned v1 = 0; v1 < 2; v1++) {
+        struct world w;
+        small_world(&w);
+        if (v1)
+            version_1(&w);
+        param(&w.source_cfg, RMIG_PARAM_IO_TIMEOUT, 2 * SIM_SECOND);
+        param(&w.sink_cfg, RMIG_PARAM_IO_TIMEOUT, 3600 * SIM_SECOND);
+        connect_world(&w);
+        one_round(&w);
+        unsigned turns;
+        cr_assert_eq(look_after(&w, 10 * SIM_SECOND, &turns), RMIG_OK, "%s", rmig_source_error(w.source)->text);
+        one_round(&w);
+        be_away(&w, 10 * SIM_SECOND);
+        SOURCE_OK(&w, rmig_source_put(w.source, w.state, 100));
+        SOURCE_OK(&w, rmig_source_flush(w.source));
+        w.want = 100;
+        be_away(&w, 10 * SIM_SECOND);
+        finish(&w);
+        close_world(&w);
+    }
+}
+
+Test(session, a_sink_whose_embedder_was_slow_still_gives_the_source_io_timeout) {
+    struct world w;
+    small_world(&w);
+    param(&w.source_cfg, RMIG_PARAM_IO_TIMEOUT, 3600 * SIM_SECOND);
+    param(&w.sink_cfg, RMIG_PARAM_IO_TIMEOUT, 2 * SIM_SECOND);
+    w.hold_blocks = w.hold_stream = true;
+    connect_world(&w);
+    SOURCE_OK(&w, rmig_source_begin_round(w.source));
+    SOURCE_OK(&w, save_all(&w));
+    unsigned turns;
+    cr_assert_eq(look_after(&w, 10 * SIM_SECOND, &turns), RMIG_OK);
+    SINK_OK(&w, accept_ram(&w)); // the memory had to be mapped first
+    sim_actor(w.sim, 1, sink_step, &w);
+    SOURCE_OK(&w, rmig_source_end_round(w.source));
+    SOURCE_OK(&w, rmig_source_put(w.source, w.state, 100));
+    SOURCE_OK(&w, rmig_source_flush(w.source));
+    cr_assert_eq(look_after(&w, 10 * SIM_SECOND, &turns), RMIG_OK);
+    w.hold_stream = false;
+    read_stream(&w); // the device state took its time
+    sim_actor(w.sim, 1, sink_step, &w);
+    finish(&w);
+    close_world(&w);
+}
+
+// --- keepalive
+
+Test(session, an_idle_extended_session_outlives_io_timeout) {
+    struct world w;
+    unsigned turns;
+    small_world(&w);
+    param(&w.source_cfg, RMIG_PARAM_IO_TIMEOUT, 2 * SIM_SECOND);
+    param(&w.sink_cfg, RMIG_PARAM_IO_TIMEOUT, 2 * SIM_SECOND);
+    connect_world(&w);
+    one_round(&w);
+    cr_assert_eq(look_after(&w, 60 * SIM_SECOND, &turns), RMIG_OK, "%s", rmig_source_error(w.source)->text);
+    cr_expect_lt(turns, 1000, "%u turns in 60 s", turns);
+    cr_expect_geq(diary_sends(0, RMIG_MSG_KEEPALIVE), 30);
+    cr_expect_leq(diary_sends(0, RMIG_MSG_KEEPALIVE), 240);
+    cr_assert(!w.to.done, "%s", w.to.text);
+    one_round(&w);
+    finish(&w);
+    close_world(&w);
+}
+
+Test(session, a_slow_round_keeps_the_sink_alive) {
+    struct world w;
+    plan_world(&w, SIM_ORDERED);
+    add_full_ram(&w, 2 * RMIG_MIB);
+    param(&w.source_cfg, RMIG_PARAM_MAX_BANDWIDTH, 128 * 1024); // 16 s
+    param(&w.source_cfg, RMIG_PARAM_IO_TIMEOUT, 2 * SIM_SECOND);
+    param(&w.sink_cfg, RMIG_PARAM_IO_TIMEOUT, 2 * SIM_SECOND);
+    connect_world(&w);
+    one_round(&w);
+    cr_expect_gt(world_now(&w, 0), 14 * SIM_SECOND);
+    finish(&w);
+    close_world(&w);
+}
+
+Test(session, a_stream_that_nobody_reads_makes_the_source_wait_and_then_fail) {
+    struct world w;
+    small_world(&w);
+    w.hold_stream = true;
+    param(&w.source_cfg, RMIG_PARAM_IO_TIMEOUT, 3 * SIM_SECOND);
+    param(&w.sink_cfg, RMIG_PARAM_IO_TIMEOUT, 2 * SIM_SECOND);
+    connect_world(&w);
+    one_round(&w);
+    SOURCE_OK(&w, rmig_source_put(w.source, w.state, 100));
+    SOURCE_OK(&w, rmig_source_flush(w.source));
+    uint64_t before = world_now(&w, 0);
+    cr_expect_eq(rmig_source_finish(w.source), RMIG_ERR_TIMEOUT);
+    cr_expect(says(rmig_source_error(w.source)->text, "for 3s (io-timeout) while waiting for READY"), "%s",
+              rmig_source_error(w.source)->text);
+    cr_expect_leq(world_now(&w, 0) - before, 3 * SIM_SECOND + 10 * SIM_MS);
+    be_away(&w, SIM_MS);
+    cr_expect(!w.to.done, "the sink's embedder is the one who is late: %s", w.to.text);
+    w.hold_stream = false;
+    read_stream(&w);
+    sim_actor(w.sim, 1, sink_step, &w);
+    sink_ends(&w);
+    cr_expect_eq(w.to.status, RMIG_ERR_REFUSED);
+    cr_expect(says(w.to.text, "the source gave up: nothing from the sink for 3s"), "%s", w.to.text);
+    close_world(&w);
+}
+
+// --- merging
+
+struct extents {
+    bool pin_all;
+    enum sim_mode mode;
+    uint64_t merge_max, write_max, chunk;
+    unsigned density; // percent of pages
+};
+
+#define MERGE_PAGES 2560 // 10 MiB
+
+/* What the writes must be, found page by page. Returns how many. */
+static size_t expected_extents(const struct extents *x, const bool *want, uint64_t (*out)[2]) {
+    uint64_t most = sim_min(x->merge_max, x->write_max) / PAGE;
+    size_t n = 0;
+    for (uint64_t page = 0; page < MERGE_PAGES; page++) {
+        if (!want[page])
+            continue;
+        bool joins = n > 0 && out[n - 1][0] + out[n - 1][1] == page && out[n - 1][1] < most &&
+                     (x->pin_all || page % (x->chunk / PAGE) != 0);
+        if (joins) {
+            out[n - 1][1]++;
+            continue;
+        }
+        out[n][0] = page;
+        out[n++][1] = 1;
+    }
+    return n;
+}
+
+/* Saves the pages in disorder, in all three ways, many of them twice. */
+static void save_in_disorder(struct world *w, const bool *want) {
+    uint64_t bitmap[2] = {0, 0};
+    for (uint64_t i = 0; i < 2 * MERGE_PAGES; i++) {
+        uint64_t page = i * 1009 % MERGE_PAGES, n = 1;
+        if (!want[page])
+            continue;
+        while (i % 3 == 0 && n < 20 && page + n < MERGE_PAGES && want[page + n])
+            n++;
+        bitmap[0] = n >= 64 ? UINT64_MAX : ((uint64_t)1 << n) - 1;
+        if (i % 3 == 0 && i % 2 == 0)
+            SOURCE_OK(w, rmig_source_save_range(w->source, 0, page * PAGE + 1, n * PAGE - 2));
+        else if (i % 3 == 0)
+            SOURCE_OK(w, rmig_source_save_bitmap(w->source, 0, bitmap, page, n));
+        else
+            SOURCE_OK(w, rmig_source_save_page(w->source, 0, page * PAGE + i % PAGE));
+    }
+}
+
+static void check_extents(const struct extents *x, const struct world *w, const bool *want) {
+    static uint64_t extent[MERGE_PAGES][2];
+    size_t n = expected_extents(x, want, extent), at = 0;
+    const uint8_t *host = w->ram[0].from.host;
+    uint64_t pages = 0;
+    for (size_t i = 0; i < diary.count; i++) {
+        const struct entry *e = &diary.entry[i];
+        if (e->did != DID_WRITE)
+            continue;
+        cr_assert_lt(at, n, "more than %zu writes", n);
+        cr_assert(e->local == host + extent[at][0] * PAGE && e->length == extent[at][1] * PAGE,
+                  "write %zu is page %llu + %llu bytes, must be page %llu + %llu pages", at,
+                  (unsigned long long)((uint64_t)(e->local - host) / PAGE), (unsigned long long)e->length,
+                  (unsigned long long)extent[at][0], (unsigned long long)extent[at][1]);
+        pages += extent[at++][1];
+    }
+    struct rmig_stats st = source_stats(w);
+    cr_assert_eq(at, n, "%zu writes, must be %zu", at, n);
+    cr_assert_eq(st.writes_posted, n);
+    cr_assert_leq(st.writes_signalled, n);
+    cr_assert_geq(st.writes_signalled, 1);
+    cr_assert_eq(st.pages_written, pages);
+    cr_assert_eq(st.bytes_written, pages * PAGE);
+    cr_assert_eq(st.bytes_pending, 0);
+}
+
+/* The pages are saved while the sink thinks about the blocks, so nothing is written before all is known. */
+static void merge_case(const struct extents *x) {
+    static bool want[MERGE_PAGES];
+    struct world w;
+    uint64_t random = x->density;
+    plan_world(&w, x->mode);
+    w.cfg.write_max = x->write_max;
+    add_full_ram(&w, MERGE_PAGES * PAGE);
+    param(&w.source_cfg, RMIG_PARAM_CHUNK_SIZE, x->chunk);
+    param(&w.source_cfg, RMIG_PARAM_PIN_ALL, x->pin_all);
+    param(&w.source_cfg, RMIG_PARAM_MERGE_MAX, x->merge_max);
+    for (size_t i = 0; i < MERGE_PAGES; i++) {
+        random = random * 6364136223846793005u + 1442695040888963407u;
+        want[i] = (random >> 33) % 100 < x->density;
+    }
+    w.hold_blocks = true;
+    connect_world(&w);
+    SOURCE_OK(&w, rmig_source_begin_round(w.source));
+    save_in_disorder(&w, want);
+    be_away(&w, SIM_MS);
+    cr_assert_eq(rmig_source_process(w.source), RMIG_OK);
+    be_away(&w, SIM_MS);
+    cr_assert_eq(diary_writes(), 0);
+    SINK_OK(&w, accept_ram(&w));
+    sim_actor(w.sim, 1, sink_step, &w);
+    SOURCE_OK(&w, rmig_source_end_round(w.source));
+    check_extents(x, &w, want);
+    for (size_t i = 0; i < MERGE_PAGES; i++)
+        if (want[i])
+            cr_assert_eq(memcmp((uint8_t *)w.ram[0].from.host + i * PAGE, (uint8_t *)w.ram[0].to.host + i * PAGE, PAGE), 0);
+    one_round(&w);
+    finish(&w);
+    close_world(&w);
+}
+
+Test(session, saved_pages_become_the_longest_writes_that_chunks_allow) {
+    for (unsigned mode = SIM_ORDERED; mode <= SIM_LOCAL; mode++) {
+        merge_case(&(struct extents){false, (enum sim_mode)mode, RMIG_GIB, 1u << 30, RMIG_MIB, 60});
+        merge_case(&(struct extents){false, (enum sim_mode)mode, RMIG_GIB, 1u << 30, 4 * RMIG_MIB, 97});
+        merge_case(&(struct extents){false, (enum sim_mode)mode, RMIG_GIB, 1u << 30, RMIG_MIB, 100});
+        merge_case(&(struct extents){false, (enum sim_mode)mode, RMIG_GIB, 1u << 30, RMIG_MIB, 3});
+    }
+}
+
+Test(session, with_pin_all_writes_run_on_beyond_chunks) {
+    merge_case(&(struct extents){true, SIM_ORDERED, RMIG_GIB, 1u << 30, RMIG_MIB, 100});
+    merge_case(&(struct extents){true, SIM_ORDERED, RMIG_GIB, 1u << 30, RMIG_MIB, 98});
+}
+
+Test(session, no_write_is_longer_than_merge_max) {
+    merge_case(&(struct extents){false, SIM_ORDERED, 5 * PAGE, 1u << 30, RMIG_MIB, 90});
+    merge_case(&(struct extents){true, SIM_ORDERED, 3 * RMIG_MIB, 1u << 30, RMIG_MIB, 100});
+    merge_case(&(struct extents){true, SIM_ORDERED, PAGE, 1u << 30, RMIG_MIB, 30});
+}
+
+Test(session, no_write_is_longer_than_the_fabric_takes) {
+    merge_case(&(struct extents){false, SIM_ORDERED, RMIG_GIB, 7 * PAGE + 100, RMIG_MIB, 95});
+    merge_case(&(struct extents){true, SIM_UNORDERED, RMIG_GIB, 100 * PAGE, RMIG_MIB, 100});
+}
+
+static void ram_is_there(struct world *w, const struct rmig_sink_event *ev) {
+    if (ev->type == RMIG_SINK_ROUND || ev->type == RMIG_SINK_STREAM)
+        cr_assert(same_ram(w), "event %d came before the memory saved before it", (int)ev->type);
+}
+
+Test(session, memory_saved_before_is_there_at_the_end_of_a_round_and_at_stream_bytes) {
+    for (unsigned mode = SIM_ORDERED; mode <= SIM_LOCAL; mode++) {
+        struct world w;
+        plan_world(&w, (enum sim_mode)mode);
+        w.cfg.bandwidth = 100000000;
+        add_full_ram(&w, 3 * RMIG_MIB + PAGE);
+        w.watch = ram_is_there;
+        connect_world(&w);
+        for (unsigned round = 0; round < 4; round++) {
+            fill(&w.ram[0], round * RMIG_MIB / 2, RMIG_MIB, round + 2);
+            SOURCE_OK(&w, rmig_source_begin_round(w.source));
+            SOURCE_OK(&w, save_all(&w));
+            if (round % 2 == 1) {
+                SOURCE_OK(&w, rmig_source_put(w.source, w.state, 1000));
+                SOURCE_OK(&w, rmig_source_flush(w.source));
+            }
+            SOURCE_OK(&w, rmig_source_end_round(w.source));
+        }
+        finish(&w);
+        cr_assert_eq(w.rounds, 4);
+        cr_assert_eq(w.got_size, 2000);
+        close_world(&w);
+    }
+}
+
+Test(session, counters_add_up) {
+    struct world w;
+    plan_world(&w, SIM_ORDERED);
+    struct ram *r = add_ram(&w, 8 * RMIG_MIB, RMIG_BACKING_ANONYMOUS);
+    fill(r, 2 * RMIG_MIB, 3 * RMIG_MIB, 1);
+    connect_world(&w);
+    one_round(&w);
+    struct rmig_stats st = source_stats(&w);
+    cr_expect_eq(st.rounds, 1);
+    cr_expect_eq(st.bytes_written, 3 * RMIG_MIB);
+    cr_expect_eq(st.bytes_zero, 5 * RMIG_MIB);
+    cr_expect_eq(st.pages_written + st.pages_zero, r->from.length / PAGE);
+    cr_expect_eq(st.round_bytes, 8 * RMIG_MIB);
+    cr_expect_eq(st.round_saved, 8 * RMIG_MIB);
+    cr_expect_eq(st.bytes_registered, 3 * RMIG_MIB);
+    cr_expect_eq(st.writes_posted, diary_writes());
+    cr_expect_gt(st.setup_ns, 0);
+    cr_expect_gt(st.throughput, 0);
+    SOURCE_OK(&w, rmig_source_put(w.source, w.state, 777));
+    finish(&w);
+    st = source_stats(&w);
+    struct rmig_stats to = sink_stats(&w);
+    cr_expect_eq(st.stream_bytes, 777);
+    cr_expect_eq(to.stream_bytes, 777);
+    cr_expect_eq(to.bytes_zero, 5 * RMIG_MIB);
+    cr_expect_eq(to.rounds, 1);
+    cr_expect_eq(to.registrations, to.deregistrations);
+    cr_expect_eq(to.bytes_registered, 0);
+    cr_expect_eq(st.control_sent, to.control_received);
+    cr_expect_eq(to.control_sent, st.control_received);
+    close_world(&w);
+}
+
+// --- zero
+
+Test(session, all_zero_memory_is_neither_registered_nor_written) {
+    struct world w;
+    plan_world(&w, SIM_ORDERED);
+    add_ram(&w, 64 * RMIG_MIB, RMIG_BACKING_ANONYMOUS);
+    add_ram(&w, 64 * RMIG_MIB + 1, RMIG_BACKING_UNKNOWN);
+    connect_world(&w);
+    one_round(&w);
+    finish(&w);
+    cr_expect_eq(source_stats(&w).registrations + sink_stats(&w).registrations, 0);
+    cr_expect_eq(diary_writes(), 0);
+    cr_expect_eq(source_stats(&w).bytes_zero, 128 * RMIG_MIB + 1);
+    cr_expect_leq(diary_sends(0, RMIG_MSG_CLEAR_BATCH), 4, "%llu messages",
+                  (unsigned long long)diary_sends(0, RMIG_MSG_CLEAR_BATCH));
+    close_world(&w);
+}
+
+Test(session, a_zero_run_across_chunks_is_one_entry) {
+    struct world w;
+    uint64_t entries = 0;
+    plan_world(&w, SIM_ORDERED);
+    struct ram *r = add_ram(&w, 40 * RMIG_MIB, RMIG_BACKING_UNKNOWN);
+    fill(r, 20 * RMIG_MIB, RMIG_MIB, 1);
+    connect_world(&w);
+    one_round(&w);
+    for (size_t i = 0; i < diary.count; i++)
+        if (diary.entry[i].did == DID_SEND && diary.entry[i].type == RMIG_MSG_CLEAR_BATCH)
+            entries += diary.entry[i].repeat;
+    cr_expect_eq(entries, 2, "%llu entries for two runs", (unsigned long long)entries);
+    finish(&w);
+    close_world(&w);
+}
+
+Test(session, a_zero_page_in_a_registered_chunk_is_written) {
+    struct world w;
+    small_world(&w);
+    connect_world(&w);
+    one_round(&w);
+    struct rmig_stats before = source_stats(&w);
+    memset((uint8_t *)w.ram[0].from.host + 7 * PAGE, 0, PAGE);
+    SOURCE_OK(&w, rmig_source_begin_round(w.source));
+    SOURCE_OK(&w, rmig_source_save_page(w.source, 0, 7 * PAGE));
+    SOURCE_OK(&w, rmig_source_end_round(w.source));
+    struct rmig_stats after = source_stats(&w);
+    cr_expect_eq(after.pages_written, before.pages_written + 1);
+    cr_expect_eq(after.pages_zero, before.pages_zero);
+    finish(&w);
+    close_world(&w);
+}
+
+static void all_zero_is_written(enum rmig_param p, uint64_t value) {
+    struct world w;
+    plan_world(&w, SIM_ORDERED);
+    add_ram(&w, 4 * RMIG_MIB, RMIG_BACKING_UNKNOWN);
+    memset(w.ram[0].to.host, 0x5a, 4 * RMIG_MIB);
+    param(&w.source_cfg, p, value);
+    connect_world(&w);
+    one_round(&w);
+    cr_expect_eq(source_stats(&w).bytes_written, 4 * RMIG_MIB);
+    cr_expect_eq(source_stats(&w).bytes_zero, 0);
+    cr_expect_eq(diary_sends(0, RMIG_MSG_CLEAR_BATCH), 0);
+    finish(&w);
+    close_world(&w);
+}
+
+Test(session, pin_all_never_tests_for_zero) { all_zero_is_written(RMIG_PARAM_PIN_ALL, 1); }
+Test(session, without_zero_detect_zero_is_written) { all_zero_is_written(RMIG_PARAM_ZERO_DETECT, 0); }
+
+Test(session, a_page_that_becomes_zero_or_nonzero_between_rounds_is_right_at_the_sink) {
+    struct world w;
+    plan_world(&w, SIM_ORDERED);
+    struct ram *r = add_ram(&w, 16 * RMIG_MIB, RMIG_BACKING_SHARED_FD);
+    memset(r->to.host, 0x5a, r->to.length); // old content
+    connect_world(&w);
+    uint64_t random = 1;
+    for (unsigned round = 0; round < 12; round++) {
+        SOURCE_OK(&w, rmig_source_begin_round(w.source));
+        for (unsigned i = 0; i < 40; i++) {
+            random = random * 6364136223846793005u + 1442695040888963407u;
+            uint64_t offset = (random >> 33) % (r->from.length / PAGE) * PAGE;
+            if ((random >> 20) % 2 == 0)
+                fill(r, offset, PAGE, round + i);
+            else
+                memset((uint8_t *)r->from.host + offset, 0, PAGE);
+            SOURCE_OK(&w, rmig_source_save_page(w.source, 0, offset));
+        }
+        if (round == 3)
+            SOURCE_OK(&w, save_all(&w));
+        SOURCE_OK(&w, rmig_source_end_round(w.source));
+        be_away(&w, SIM_MS);
+        cr_assert(round < 3 || same_ram(&w), "round %u", round);
+    }
+    finish(&w);
+    close_world(&w);
+}
+
+static uint64_t file_blocks(int fd) {
+    struct stat st;
+    cr_assert_eq(fstat(fd, &st), 0);
+    return (uint64_t)st.st_blocks * 512;
+}
+
+static uint64_t resident(void) {
+    unsigned long size, pages;
+    FILE *f = fopen("/proc/self/statm", "r");
+    cr_assert(f != NULL && fscanf(f, "%lu %lu", &size, &pages) == 2);
+    fclose(f);
+    return (uint64_t)pages * (uint64_t)sysconf(_SC_PAGESIZE);
+}
+
+Test(session, holes_of_a_memory_file_stay_holes_at_both_ends) {
+    struct world w;
+    plan_world(&w, SIM_ORDERED);
+    struct ram *r = add_ram(&w, 512 * RMIG_MIB, RMIG_BACKING_SHARED_FD);
+    fill(r, 100 * RMIG_MIB, 2 * RMIG_MIB, 1);
+    fill(r, 300 * RMIG_MIB + PAGE, PAGE, 1);
+    uint64_t from = file_blocks(r->fd[0]);
+    connect_world(&w);
+    one_round(&w);
+    SOURCE_OK(&w, rmig_source_finish(w.source));
+    sink_ends(&w);
+    cr_expect_eq(file_blocks(r->fd[0]), from, "the source's file grew from %llu to %llu bytes", (unsigned long long)from,
+                 (unsigned long long)file_blocks(r->fd[0]));
+    cr_expect_leq(file_blocks(r->fd[1]), 3 * RMIG_MIB, "the sink's file has %llu bytes",
+                  (unsigned long long)file_blocks(r->fd[1]));
+    cr_assert(same_ram(&w));
+    close_world(&w);
+}
+
+Test(session, untouched_anonymous_memory_stays_untouched_at_both_ends) {
+    struct world w;
+    plan_world(&w, SIM_ORDERED);
+    struct ram *r = add_ram(&w, 512 * RMIG_MIB, RMIG_BACKING_ANONYMOUS);
+    fill(r, 100 * RMIG_MIB, 2 * RMIG_MIB, 1);
+    uint64_t before = resident();
+    connect_world(&w);
+    one_round(&w);
+    SOURCE_OK(&w, rmig_source_finish(w.source));
+    sink_ends(&w);
+    uint64_t grown = resident() - before;
+    cr_expect_lt(grown, 64 * RMIG_MIB, "grew by %llu bytes", (unsigned long long)grown);
+    cr_assert_eq(memcmp((uint8_t *)r->from.host + 99 * RMIG_MIB, (uint8_t *)r->to.host + 99 * RMIG_MIB, 4 * RMIG_MIB), 0);
+    close_world(&w);
+}
+
+// --- registration
+
+static uint64_t ahead_of(uint64_t chunk, uint64_t ahead) {
+    struct world w;
+    plan_world(&w, SIM_ORDERED);
+    add_full_ram(&w, 24 * RMIG_MIB);
+    param(&w.source_cfg, RMIG_PARAM_CHUNK_SIZE, chunk);
+    param(&w.source_cfg, RMIG_PARAM_REGISTER_AHEAD, ahead);
+    connect_world(&w);
+    one_round(&w);
+    finish(&w);
+    uint64_t most = diary.ahead_max;
+    close_world(&w);
+    return most;
+}
+
+Test(session, no_more_is_registered_ahead_of_the_wire_than_register_ahead) {
+    static const uint64_t mib[][2] = {{1, 2}, {1, 4}, {1, 16}, {2, 4}, {2, 8}, {4, 8}};
+    for (size_t i = 0; i < sizeof mib / sizeof mib[0]; i++) {
+        uint64_t most = ahead_of(mib[i][0] * RMIG_MIB, mib[i][1] * RMIG_MIB);
+        cr_expect_leq(most, mib[i][1] * RMIG_MIB, "chunks of %llu MiB, register-ahead %llu MiB: %llu bytes",
+                      (unsigned long long)mib[i][0], (unsigned long long)mib[i][1], (unsigned long long)most);
+        cr_expect_geq(most, mib[i][1] * RMIG_MIB / 2);
+    }
+}
+
+/* A chunk is the least there is; beyond that the parameter's word holds, even if it is not two equal halves of chunks. */
+Test(session, register_ahead_holds_when_it_is_odd_or_small) {
+    static const uint64_t mib[][2] = {{1, 1}, {1, 3}, {1, 5}, {2, 3}, {4, 1}};
+    for (size_t i = 0; i < sizeof mib / sizeof mib[0]; i++) {
+        uint64_t bound = sim_max(mib[i][0], mib[i][1]) * RMIG_MIB, most = ahead_of(mib[i][0] * RMIG_MIB, mib[i][1] * RMIG_MIB);
+        cr_expect_leq(most, bound, "chunks of %llu MiB, register-ahead %llu MiB: %llu bytes", (unsigned long long)mib[i][0],
+                      (unsigned long long)mib[i][1], (unsigned long long)most);
+    }
+}
+
+/* Request, then that chunk's writes, then the next request. */
+static void check_lockstep(uint32_t request, uint64_t chunks) {
+    uint64_t requests = 0, written = 0;
+    for (size_t i = 0; i < diary.count; i++) {
+        const struct entry *e = &diary.entry[i];
+        if (e->did == DID_WRITE)
+            written += e->length;
+        if (e->did != DID_SEND || e->type != request)
+            continue;
+        cr_assert_eq(e->repeat, 1, "%u chunks in one request", e->repeat);
+        cr_assert_eq(written, requests * RMIG_MIB, "%llu bytes written at request %llu", (unsigned long long)written,
+                     (unsigned long long)requests);
+        requests++;
+    }
+    cr_assert_eq(requests, chunks);
+}
+
+Test(session, register_ahead_0_asks_for_one_chunk_at_a_time) {
+    for (unsigned v1 = 0; v1 < 2; v1++) {
+        struct world w;
+        plan_world(&w, SIM_ORDERED);
+        add_full_ram(&w, 6 * RMIG_MIB);
+        param(&w.source_cfg, RMIG_PARAM_REGISTER_AHEAD, 0);
+        if (v1)
+            version_1(&w);
+        connect_world(&w);
+        one_round(&w);
+        check_lockstep(v1 ? RMIG_MSG_REGISTER_REQUEST : RMIG_MSG_REGISTER_BATCH, 6);
+        finish(&w);
+        close_world(&w);
+    }
+}
+
+Test(session, contiguous_chunks_share_a_registration) {
+    struct world w;
+    plan_world(&w, SIM_ORDERED);
+    struct ram *r = add_ram(&w, 64 * RMIG_MIB, RMIG_BACKING_UNKNOWN);
+    fill(r, 4 * RMIG_MIB, 20 * RMIG_MIB, 1);
+    fill(r, 40 * RMIG_MIB, 8 * RMIG_MIB, 1);
+    connect_world(&w);
+    one_round(&w);
+    cr_expect_eq(source_stats(&w).registrations, 2);
+    cr_expect_eq(sink_stats(&w).registrations, 2);
+    cr_expect_eq(source_stats(&w).bytes_registered, 28 * RMIG_MIB);
+    cr_expect_eq(sink_stats(&w).bytes_registered, 28 * RMIG_MIB);
+    cr_expect_eq(sim_stats(w.sim, 0)->regions, 3, "two of RAM and the control buffers");
+    cr_expect_eq(sim_stats(w.sim, 1)->regions, 3, "two of RAM and the control buffers");
+    one_round(&w);
+    cr_expect_eq(sink_stats(&w).registrations, 2, "registered chunks are registered again");
+    finish(&w);
+    close_world(&w);
+}
+
+Test(session, pin_all_registers_each_block_once_at_both_ends_before_the_first_write) {
+    for (unsigned v1 = 0; v1 < 2; v1++) {
+        struct world w;
+        plan_world(&w, SIM_ORDERED);
+        for (unsigned i = 0; i < 5; i++)
+            add_full_ram(&w, (i + 1) * RMIG_MIB + i * PAGE);
+        param(&w.source_cfg, RMIG_PARAM_PIN_ALL, 1);
+        if (v1)
+            version_1(&w);
+        connect_world(&w);
+        one_round(&w);
+        one_round(&w);
+        bool written = false;
+        for (size_t i = 0; i < diary.count; i++) {
+            written = written || diary.entry[i].did == DID_WRITE;
+            cr_assert(!written || diary.entry[i].did != DID_REG, "a registration after the first write");
+        }
+        cr_expect_eq(source_stats(&w).registrations, 5);
+        cr_expect_eq(sink_stats(&w).registrations, 5);
+        finish(&w);
+        close_world(&w);
+    }
+}
+
+static void nothing_registered(struct world *w, const struct rmig_sink_event *ev) {
+    if (ev->type != RMIG_SINK_FINISHED)
+        return;
+    cr_assert_eq(sim_stats(w->sim, 1)->regions, 1, "only the control buffers may be left");
+    cr_assert_eq(sink_stats(w).bytes_registered, 0);
+    for (uint32_t i = 0; i < w->sim->side[1].region_count; i++)
+        cr_assert(!w->sim->side[1].regions[i].live || (w->sim->side[1].regions[i].access & RMIG_ACCESS_REMOTE_WRITE) == 0,
+                  "region %u of the sink can still be written by the peer", i);
+}
+
+Test(session, when_the_sink_has_finished_no_write_of_the_peer_can_land) {
+    for (unsigned v1 = 0; v1 < 2; v1++)
+        for (unsigned pin = 0; pin < 2; pin++) {
+            struct world w;
+            plan_world(&w, SIM_ORDERED);
+            add_full_ram(&w, 5 * RMIG_MIB);
+            param(&w.source_cfg, RMIG_PARAM_PIN_ALL, pin);
+            if (v1)
+                version_1(&w);
+            w.watch = nothing_registered;
+            connect_world(&w);
+            one_round(&w);
+            finish(&w);
+            cr_assert((w.events & 1u << RMIG_SINK_FINISHED) != 0);
+            close_world(&w);
+        }
+}
+
+// --- pace
+
+static uint64_t round_ns(struct world *w) {
+    uint64_t before = world_now(w, 0);
+    one_round(w);
+    return world_now(w, 0) - before;
+}
+
+Test(session, max_bandwidth_is_kept_within_a_tenth_in_whole_pages) {
+    static const uint64_t rates[] = {50 * RMIG_MIB, 1000000007, 3 * RMIG_MIB + 333};
+    for (size_t i = 0; i < sizeof rates / sizeof rates[0]; i++) {
+        struct world w;
+        plan_world(&w, SIM_ORDERED);
+        add_full_ram(&w, 32 * RMIG_MIB);
+        param(&w.source_cfg, RMIG_PARAM_MAX_BANDWIDTH, rates[i]);
+        connect_world(&w);
+        double rate = 32.0 * (double)RMIG_MIB * 1e9 / (double)round_ns(&w);
+        cr_expect(rate > 0.9 * (double)rates[i] && rate < 1.1 * (double)rates[i], "%.0f bytes/s, must be %llu", rate,
+                  (unsigned long long)rates[i]);
+        for (size_t k = 0; k < diary.count; k++)
+            cr_assert(diary.entry[k].did != DID_WRITE || diary.entry[k].length % PAGE == 0, "a write of %llu bytes",
+                      (unsigned long long)diary.entry[k].length);
+        finish(&w);
+        close_world(&w);
+    }
+}
+
+Test(session, without_max_bandwidth_a_round_takes_what_the_link_takes) {
+    struct world w;
+    plan_world(&w, SIM_ORDERED);
+    add_full_ram(&w, 64 * RMIG_MIB);
+    connect_world(&w);
+    round_ns(&w);
+    double rate = 64.0 * (double)RMIG_MIB * 1e9 / (double)round_ns(&w);
+    cr_expect_gt(rate, 0.9 * (double)w.cfg.bandwidth, "%.0f bytes/s", rate);
+    finish(&w);
+    close_world(&w);
+}
+
+// --- chunk size
+
+static void one_chunk_size(uint64_t source, uint64_t sink) {
+    struct world w;
+    plan_world(&w, SIM_ORDERED);
+    add_full_ram(&w, 5 * RMIG_MIB + 3 * PAGE + 1);
+    param(&w.source_cfg, RMIG_PARAM_CHUNK_SIZE, source);
+    if (sink != 0)
+        param(&w.sink_cfg, RMIG_PARAM_CHUNK_SIZE, sink);
+    connect_world(&w);
+    one_round(&w);
+    finish(&w);
+    close_world(&w);
+}
+
+Test(session, a_sink_without_a_chunk_size_takes_the_sources) {
+    for (uint64_t size = RMIG_CHUNK_SIZE_MIN; size <= RMIG_CHUNK_SIZE_MAX; size *= 2)
+        one_chunk_size(size, 0);
+    one_chunk_size(4 * RMIG_MIB, 4 * RMIG_MIB);
+}
+
+Test(session, a_sink_set_to_another_chunk_size_refuses_and_both_ends_say_why) {
+    struct world w;
+    small_world(&w);
+    param(&w.source_cfg, RMIG_PARAM_CHUNK_SIZE, 2 * RMIG_MIB);
+    param(&w.sink_cfg, RMIG_PARAM_CHUNK_SIZE, 4 * RMIG_MIB);
+    open_world(&w);
+    cr_expect_eq(rmig_source_connect(w.source, w.address), RMIG_ERR_REFUSED);
+    const char *part = "chunk-size: the source has 2097152, the sink is set to 4194304";
+    cr_expect(says(rmig_source_error(w.source)->text, part), "%s", rmig_source_error(w.source)->text);
+    sink_ends(&w);
+    cr_expect_eq(w.to.status, RMIG_ERR_SETUP);
+    cr_expect(says(w.to.text, part), "%s", w.to.text);
+    close_world(&w);
+}
+
+Test(session, chunks_of_1_gib) {
+    struct world w;
+    plan_world(&w, SIM_ORDERED);
+    struct ram *r = add_ram(&w, RMIG_GIB + 3 * RMIG_MIB, RMIG_BACKING_ANONYMOUS);
+    static const uint64_t at[] = {0, 512 * RMIG_MIB, RMIG_GIB - PAGE, RMIG_GIB, RMIG_GIB + 3 * RMIG_MIB - PAGE};
+    for (size_t i = 0; i < sizeof at / sizeof at[0]; i++)
+        fill(r, at[i], PAGE, 1);
+    param(&w.source_cfg, RMIG_PARAM_CHUNK_SIZE, RMIG_GIB);
+    connect_world(&w);
+    SOURCE_OK(&w, rmig_source_begin_round(w.source));
+    for (size_t i = 0; i < sizeof at / sizeof at[0]; i++)
+        SOURCE_OK(&w, rmig_source_save_page(w.source, 0, at[i]));
+    SOURCE_OK(&w, rmig_source_end_round(w.source));
+    cr_expect_eq(sink_stats(&w).bytes_registered, r->from.length);
+    SOURCE_OK(&w, rmig_source_finish(w.source));
+    sink_ends(&w);
+    for (size_t i = 0; i < sizeof at / sizeof at[0]; i++)
+        cr_assert_eq(memcmp((uint8_t *)r->from.host + at[i], (uint8_t *)r->to.host + at[i], PAGE), 0);
+    close_world(&w);
+}
+
+// --- the stream
+
+static void put_all(struct world *w, const uint8_t *data, size_t total) {
+    static const size_t sizes[] = {0, 1, 7, 4096, 32767, 32768, 32769, 524271, 524272, 524273, 100, 1300000};
+    size_t done = 0;
+    for (size_t i = 0; done < total; i = (i + 1) % (sizeof sizes / sizeof sizes[0])) {
+        size_t n = (size_t)sim_min(sizes[i], total - done);
+        SOURCE_OK(w, rmig_source_put(w->source, data + done, n));
+        done += n;
+    }
+}
+
+static void stream_case(bool v1, enum sim_mode mode) {
+    size_t total = 5 * RMIG_MIB + 13;
+    uint8_t *data = malloc(total);
+    struct world w;
+    plan_world(&w, mode);
+    add_full_ram(&w, 2 * RMIG_MIB);
+    if (v1)
+        version_1(&w);
+    for (size_t i = 0; i < total; i++)
+        data[i] = (uint8_t)(i * 7 + (i >> 9) + (i >> 17));
+    w.watch = ram_is_there;
+    connect_world(&w);
+    one_round(&w);
+    put_all(&w, data, total / 2);
+    one_round(&w);
+    put_all(&w, data + total / 2, total - total / 2);
+    w.want = total;
+    finish(&w);
+    cr_assert_eq(w.got_size, total, "%zu bytes of %zu came", w.got_size, total);
+    cr_assert_eq(memcmp(w.got, data, total), 0);
+    cr_expect_eq(source_stats(&w).stream_bytes, total);
+    free(data);
+    close_world(&w);
+}
+
+Test(session, stream_bytes_arrive_whole_and_in_order) {
+    for (unsigned mode = SIM_ORDERED; mode <= SIM_LOCAL; mode++) {
+        stream_case(false, (enum sim_mode)mode);
+        stream_case(true, (enum sim_mode)mode);
+    }
+}
+
+Test(session, put_some_takes_what_fits_and_more_after_progress) {
+    struct world w;
+    size_t total = 2 * RMIG_MIB, done = 0;
+    uint8_t *data = malloc(total);
+    small_world(&w);
+    for (size_t i = 0; i < total; i++)
+        data[i] = (uint8_t)(i * 13 + (i >> 10));
+    connect_world(&w);
+    one_round(&w);
+    for (unsigned turns = 0; done < total; turns++) {
+        int64_t taken = rmig_source_put_some(w.source, data + done, total - done);
+        cr_assert(taken >= 0 && (size_t)taken <= total - done, "%s", rmig_source_error(w.source)->text);
+        done += (size_t)taken;
+        cr_assert_lt(turns, 100000);
+        if (taken == 0) {
+            cr_assert_geq(rmig_source_process(w.source), 0);
+            be_away(&w, SIM_US);
+        }
+    }
+    finish(&w);
+    cr_assert(w.got_size == total && memcmp(w.got, data, total) == 0);
+    free(data);
+    close_world(&w);
+}
+
+// --- expected downtime
+
+Test(session, expected_downtime_of_given_counters) {
+    struct rmig_stats st;
+    memset(&st, 0, sizeof st);
+    cr_expect_eq(rmig_expected_downtime_ns(&st, 1), RMIG_FOREVER);
+    cr_expect_eq(rmig_expected_downtime_ns(&st, UINT64_MAX), RMIG_FOREVER);
+    st.throughput = 1000000000;
+    cr_expect_eq(rmig_expected_downtime_ns(&st, 0), 0);
+    cr_expect_eq(rmig_expected_downtime_ns(&st, 1000000000), SIM_SECOND);
+    st.message_rtt_ns = 5000;
+    cr_expect_eq(rmig_expected_downtime_ns(&st, 0), 10000);
+    cr_expect_eq(rmig_expected_downtime_ns(&st, 2000000), 2000000 + 10000);
+    st.throughput = 1;
+    cr_expect_eq(rmig_expected_downtime_ns(&st, UINT64_MAX), RMIG_FOREVER);
+    cr_expect_gt(rmig_expected_downtime_ns(&st, 1000000000), SIM_SECOND * 999999999);
+}
+
+Test(session, expected_downtime_is_for_ever_when_nothing_was_measured) {
+    struct rmig_stats st;
+    memset(&st, 0, sizeof st);
+    cr_expect_eq(rmig_expected_downtime_ns(&st, 0), RMIG_FOREVER);
+}
+
+Test(session, expected_downtime_is_within_a_factor_of_two) {
+    static const uint64_t latencies[] = {2 * SIM_US, 200 * SIM_US, 5 * SIM_MS}, rates[] = {12500000000u, 100000000u};
+    for (size_t l = 0; l < 3; l++)
+        for (size_t r = 0; r < 2; r++) {
+            struct world w;
+            plan_world(&w, SIM_ORDERED);
+            w.cfg.latency_ns = latencies[l];
+            w.cfg.bandwidth = rates[r];
+            add_full_ram(&w, 48 * RMIG_MIB);
+            connect_world(&w);
+            one_round(&w);
+            one_round(&w);
+            for (uint64_t n = 2 * PAGE; n <= 48 * RMIG_MIB; n *= 4) {
+                struct rmig_stats st = source_stats(&w);
+                uint64_t expected = rmig_expected_downtime_ns(&st, n), before = world_now(&w, 0);
+                SOURCE_OK(&w, rmig_source_begin_round(w.source));
+                SOURCE_OK(&w, rmig_source_save_range(w.source, 0, 0, n));
+                SOURCE_OK(&w, rmig_source_end_round(w.source));
+                uint64_t took = world_now(&w, 0) - before;
+                cr_expect(expected <= 2 * took && took <= 2 * expected,
+                          "latency %llu, %llu bytes/s: %llu bytes took %llu ns, expected %llu", (unsigned long long)latencies[l],
+                          (unsigned long long)rates[r], (unsigned long long)n, (unsigned long long)took,
+                          (unsigned long long)expected);
+            }
+            finish(&w);
+            close_world(&w);
+        }
+}
+
+// --- allocation
+
+Test(session, nothing_is_allocated_after_the_first_round) {
+    for (unsigned v1 = 0; v1 < 2; v1++) {
+        struct world w;
+        plan_world(&w, SIM_ORDERED);
+        struct ram *r = add_ram(&w, 32 * RMIG_MIB, RMIG_BACKING_SHARED_FD);
+        fill(r, 0, RMIG_MIB, 1);
+        if (v1)
+            version_1(&w);
+        connect_world(&w);
+        one_round(&w);
+        be_away(&w, SIM_MS);
+        size_t before = heap.count;
+        for (unsigned round = 1; round < 16; round++) {
+            fill(r, round * RMIG_MIB * 2, RMIG_MIB, round);
+            one_round(&w);
+            SOURCE_OK(&w, rmig_source_put(w.source, w.state, STATE_SIZE));
+            SOURCE_OK(&w, rmig_source_flush(w.source));
+        }
+        w.want = 15 * STATE_SIZE;
+        finish(&w);
+        cr_assert_eq(heap.count, before, "%zu allocations", heap.count - before);
+        close_world(&w);
+    }
+}
+
+/* A whole migration in which one allocation fails. False: there were not so many. */
+static bool fail_allocation(size_t nth, bool v1) {
+    struct world w;
+    struct rmig_error err = {0};
+    plan_world(&w, SIM_ORDERED);
+    for (unsigned i = 0; i < 3; i++)
+        add_full_ram(&w, RMIG_MIB + PAGE);
+    if (v1)
+        version_1(&w);
+    heap.fail_at = nth;
+    open_sim(&w);
+    int status = rmig_source_open(sim_fabric(w.sim, 0), &w.source_cfg, &w.source, &err);
+    if (status == RMIG_OK)
+        status = rmig_sink_open(sim_fabric(w.sim, 1), &w.sink_cfg, &w.sink, &err);
+    for (unsigned i = 0; i < w.rams && status == RMIG_OK; i++) {
+        status = rmig_source_add_block(w.source, &w.ram[i].from, NULL);
+        err = *rmig_source_error(w.source);
+    }
+    if (status == RMIG_OK && (status = rmig_sink_listen(w.sink, w.address)) == RMIG_OK) {
+        sim_actor(w.sim, 0, source_step, &w);
+        cr_assert_eq(sim_run(w.sim, 4000 * SIM_SECOND, &err), RMIG_OK, "allocation %zu: %s", nth, err.text);
+        bool sink_failed = w.to.done && w.to.status < 0;
+        status = sink_failed && says(w.to.text, "out of memory") ? w.to.status : w.from.status;
+        snprintf(err.text, sizeof err.text, "%s", status == w.to.status ? w.to.text : w.from.text);
+    }
+    bool failed = heap.count >= nth;
+    cr_expect_eq(failed, status < 0, "allocation %zu of %zu: %s", nth, heap.count, rmig_status_name(status));
+    if (failed)
+        cr_expect(says(err.text, "out of memory"), "allocation %zu: %s \"%s\"", nth, rmig_status_name(status), err.text);
+    close_world(&w);
+    return failed;
+}
+
+Test(session, each_allocation_that_fails_gives_a_clear_error_and_leaks_nothing) {
+    for (unsigned v1 = 0; v1 < 2; v1++) {
+        size_t nth = 1;
+        while (fail_allocation(nth, v1))
+            cr_assert_lt(++nth, 1000);
+        cr_expect_gt(nth, 15);
+    }
+}
+
+Test(session, a_call_refused_for_lack_of_memory_may_be_repeated) {
+    struct world w;
+    small_world(&w);
+    open_world(&w);
+    for (size_t more = 1; more <= 5; more++) {
+        heap.fail_at = heap.count + more;
+        SOURCE_REFUSES(&w, rmig_source_connect_start(w.source, w.address), RMIG_ERR_NO_MEMORY, "out of memory");
+    }
+    heap.fail_at = 0;
+    SOURCE_OK(&w, rmig_source_connect(w.source, w.address));
+    one_round(&w);
+    finish(&w);
+    close_world(&w);
+}
+
+// --- many blocks, many sessions
+
+#define MANY 100000u
+
+static void accept_many(struct world *w, const struct rmig_sink_event *ev) {
+    static char name[MANY][12];
+    if (ev->type != RMIG_SINK_BLOCKS)
+        return;
+    cr_assert_eq(ev->block_count, MANY);
+    for (uint32_t i = 0; i < MANY; i++) {
+        struct rmig_block_desc d = w->ram[0].to;
+        snprintf(name[i], sizeof name[i], "b%06u", i);
+        d.name = name[i];
+        d.host = (uint8_t *)d.host + i * 16;
+        d.length = 16;
+        d.guest_offset = i * PAGE;
+        SINK_OK(w, rmig_sink_add_block(w->sink, &d, NULL));
+    }
+    SINK_OK(w, rmig_sink_accept_blocks(w->sink));
+}
+
+Test(session, a_hundred_thousand_blocks_migrate) {
+    struct world w;
+    struct rmig_error err = {0};
+    plan_world(&w, SIM_ORDERED);
+    struct ram *r = add_full_ram(&w, MANY * 16);
+    w.hold_blocks = true;
+    w.watch = accept_many;
+    open_sim(&w);
+    cr_assert_eq(rmig_source_open(sim_fabric(w.sim, 0), NULL, &w.source, &err), RMIG_OK);
+    cr_assert_eq(rmig_sink_open(sim_fabric(w.sim, 1), NULL, &w.sink, &err), RMIG_OK);
+    for (uint32_t i = 0; i < MANY; i++) {
+        struct rmig_block_desc d = r->from;
+        char name[12];
+        snprintf(name, sizeof name, "b%06u", i);
+        d.name = name;
+        d.host = (uint8_t *)d.host + i * 16;
+        d.length = 16;
+        d.guest_offset = i * PAGE;
+        SOURCE_OK(&w, rmig_source_add_block(w.source, &d, NULL));
+    }
+    SINK_OK(&w, rmig_sink_listen(w.sink, w.address));
+    SOURCE_OK(&w, rmig_source_connect(w.source, w.address));
+    SOURCE_OK(&w, rmig_source_begin_round(w.source));
+    for (uint32_t i = 0; i < MANY; i++)
+        SOURCE_OK(&w, rmig_source_save_range(w.source, i, 0, 16));
+    SOURCE_OK(&w, rmig_source_end_round(w.source));
+    finish(&w);
+    cr_expect_gt(diary_sends(0, RMIG_MSG_BLOCKS), 1);
+    close_world(&w);
+}
+
+#define SESSIONS 5u
+
+struct crowd {
+    struct world w[SESSIONS];
+};
+
+static uint64_t crowd_step(void *user, uint64_t now, unsigned side) {
+    struct crowd *c = user;
+    uint64_t next = SIM_DONE;
+    for (unsigned i = 0; i < SESSIONS; i++) {
+        struct world *w = &c->w[i];
+        if (side == 0 ? w->from.done : w->to.done)
+            continue;
+        uint64_t at = side == 0 ? source_step(w, now) : sink_step(w, now);
+        next = at == SIM_DONE ? next : next == SIM_DONE ? at : sim_min(next, at);
+    }
+    return next;
+}
+
+static uint64_t crowd_source(void *user, uint64_t now) { return crowd_step(user, now, 0); }
+static uint64_t crowd_sink(void *user, uint64_t now) { return crowd_step(user, now, 1); }
+
+Test(session, five_sessions_at_once_in_one_thread_on_one_fabric) {
+    static struct crowd c;
+    struct rmig_error err = {0};
+    for (unsigned i = 0; i < SESSIONS; i++) {
+        plan_world(&c.w[i], SIM_ORDERED);
+        add_full_ram(&c.w[i], (3 + i) * RMIG_MIB);
+        fill(&c.w[i].ram[0], 0, RMIG_MIB, i + 5);
+        snprintf(c.w[i].address, sizeof c.w[i].address, "sink:%u", 7000 + i);
+        if (i == 0)
+            open_world(&c.w[0]);
+        c.w[i].sim = c.w[0].sim;
+        if (i > 0)
+            open_sessions(&c.w[i], sim_fabric(c.w[0].sim, 0), sim_fabric(c.w[0].sim, 1), c.w[i].address);
+    }
+    sim_actor(c.w[0].sim, 0, crowd_source, &c);
+    sim_actor(c.w[0].sim, 1, crowd_sink, &c);
+    cr_assert_eq(sim_run(c.w[0].sim, 100 * SIM_SECOND, &err), RMIG_OK, "%s", err.text);
+    for (unsigned i = SESSIONS; i-- > 0;) {
+        struct world *w = &c.w[i];
+        cr_expect(w->from.status == RMIG_OK && w->to.status == RMIG_OK, "%u: %s %s", i, w->from.text, w->to.text);
+        cr_expect(same_ram(w) && w->got_size == STATE_SIZE, "session %u", i);
+        if (i > 0) {
+            rmig_source_close(w->source);
+            rmig_sink_close(w->sink);
+            free_ram(w);
+        }
+    }
+    close_world(&c.w[0]);
 }
