@@ -2192,7 +2192,7 @@ struct rmig__session {
     uint64_t peer_payload_max, peer_batch_max, peer_registration_max, peer_idle_max;
 
     uint64_t writes_done; // writes whose completion is known, out of stats.writes_posted
-    uint64_t last_progress; // when the last event came
+    uint64_t last_progress; // when the last event came, or what is waited for began
     uint64_t last_sent; // when the last control message went out
     bool handover; // the last word is on its way: a failure now leaves open who owns the guest
     bool last_words; // an ERROR or a refusal is on its way
@@ -2223,6 +2223,8 @@ static uint8_t *rmig__control_buffer(const struct rmig__session *ss, unsigned i)
     return ss->control + (size_t)i * RMIG_CONTROL_SIZE;
 }
 
+static bool rmig__all_sent(const struct rmig__session *ss) { return ss->sends_free == (1u << RMIG__SENDS) - 1; }
+
 /* The payload of a free send buffer to fill in, or NULL if all are on their way. */
 static uint8_t *rmig__payload(const struct rmig__session *ss) {
     if (ss->control == NULL || ss->sends_free == 0)
@@ -2251,9 +2253,11 @@ static int rmig__send(struct rmig__session *ss, enum rmig_message type, uint32_t
         ss->broken = true; // nothing more can be sent, not even an ERROR
         return rmig__session_end(ss);
     }
+    ss->last_sent = rmig__now(ss);
+    if (rmig__all_sent(ss) && ss->writes_done == ss->stats.writes_posted)
+        ss->last_progress = ss->last_sent; // nothing else was waited for: the peer's time to answer begins here
     ss->sends_free &= ~(1u << slot);
     ss->stats.control_sent++;
-    ss->last_sent = rmig__now(ss);
     rmig__trace(ss, "send %s len %zu repeat %u", rmig_message_name((uint32_t)type), len, repeat);
     return RMIG_OK;
 }
@@ -2285,8 +2289,9 @@ static int rmig__session_end(struct rmig__session *ss) {
 
 #define RMIG__END(ss, ...) (rmig_fail(&(ss)->error, __VA_ARGS__), rmig__session_end(ss))
 
-/* A call that was refused: nothing changes but the error text. */
-#define RMIG__REFUSE(ss, status, ...) (rmig_fail(&(ss)->error, status, __VA_ARGS__), (int)(status))
+/* A call that was refused: nothing changes but the error text. After a failure the failure is what counts. */
+#define RMIG__REFUSE(ss, status, ...)                                                                                  \
+    ((ss)->failed != RMIG_OK ? (ss)->failed : (rmig_fail(&(ss)->error, status, __VA_ARGS__), (int)(status)))
 
 static int rmig__session_open(struct rmig__session *ss, struct rmig_fabric *fabric, const struct rmig_config *cfg,
                               struct rmig_error *err) {
@@ -2364,7 +2369,7 @@ static void rmig__session_drop(struct rmig__session *ss) {
 static void rmig__session_linger(struct rmig__session *ss) {
     const struct rmig_fabric_ops *ops = ss->fabric->ops;
     uint64_t until = rmig__after(rmig__now(ss), RMIG__LINGER);
-    while (ss->sends_free != (1u << RMIG__SENDS) - 1 && rmig__now(ss) < until) {
+    while (!rmig__all_sent(ss) && rmig__now(ss) < until) {
         struct rmig_fabric_event e;
         int n = ops->poll(ss->ep, &e, 1, NULL);
         if (n < 0 || (n > 0 && (e.type == RMIG_FEV_DISCONNECTED || e.type == RMIG_FEV_ERROR)))
@@ -3013,6 +3018,9 @@ static int rmig__source_on_reply(struct rmig_source *s, const uint8_t *p, const 
     case RMIG_MSG_RAM_BLOCKS_RESULT:
         return rmig__source_on_ram_blocks(s, p, h->len);
     case RMIG_MSG_BLOCKS_RESULT:
+        if (h->len != 4 || rmig__get_be32(p) != 0)
+            return RMIG__END(&s->ss, RMIG_ERR_PROTOCOL, 0, "the sink's BLOCKS_RESULT has %u bytes; must be 4, with value 0",
+                             h->len);
         rmig__source_blocks_agreed(s);
         if (!s->pin_all)
             s->pin.block = s->blocks.count;
@@ -3022,6 +3030,8 @@ static int rmig__source_on_reply(struct rmig_source *s, const uint8_t *p, const 
     case RMIG_MSG_REGISTER_BATCH_RESULT:
         return rmig__source_on_batch_result(s, p, h);
     default: // FINISH_RESULT, the only one left that is ever awaited
+        if (h->len != 0)
+            return RMIG__END(&s->ss, RMIG_ERR_PROTOCOL, 0, "the sink's FINISH_RESULT has %u bytes; must be empty", h->len);
         s->finish = RMIG__FINISH_ANSWERED;
         return RMIG_OK;
     }
@@ -3481,6 +3491,8 @@ static int rmig__post_writes(struct rmig_source *s, bool *moved) {
         return rmig__session_end(ss);
     }
     RMIG_ASSERT((unsigned)taken <= s->queued);
+    if (ss->writes_done == ss->stats.writes_posted)
+        ss->last_progress = rmig__now(ss);
     for (int i = 0; i < taken; i++) {
         ss->stats.writes_signalled += s->queue[i].signal;
         rmig__trace(ss, "write %llu bytes to 0x%llx", (unsigned long long)s->queue[i].length,
@@ -3645,6 +3657,8 @@ static const char *rmig__source_waits_for(const struct rmig_source *s) {
         return "the handover to be delivered";
     if (!rmig__drained(s))
         return "writes to complete";
+    if (!rmig__all_sent(&s->ss))
+        return "a message to be delivered";
     bool wants = s->op != RMIG__OP_NONE || s->pending > 0 || rmig__now(&s->ss) >= rmig__keepalive_at(s);
     return wants && !s->credit ? "READY" : NULL;
 }
@@ -3666,7 +3680,7 @@ static int rmig__source_timers(struct rmig_source *s) {
 
 /* Is the operation under way done? */
 static void rmig__source_complete(struct rmig_source *s) {
-    bool sent = s->ss.sends_free == (1u << RMIG__SENDS) - 1;
+    bool sent = rmig__all_sent(&s->ss);
     if (s->op == RMIG__OP_END_ROUND && !s->in_round && s->stream_fill == 0 && sent)
         s->op = RMIG__OP_NONE;
     if (s->op == RMIG__OP_FLUSH && s->stream_fill == 0 && sent)
@@ -3944,8 +3958,9 @@ RMIG__DEF int rmig_source_finish_start(struct rmig_source *s) {
     int status = rmig__source_idle(s, "rmig_source_finish");
     if (status != RMIG_OK)
         return status;
-    if (s->in_round)
-        return RMIG__REFUSE(&s->ss, RMIG_ERR_STATE, 0, "rmig_source_finish: end the round first");
+    if (s->in_round || s->ss.stats.rounds == 0)
+        return RMIG__REFUSE(&s->ss, RMIG_ERR_STATE, 0, "rmig_source_finish: %s",
+                            s->in_round ? "end the round first" : "no round has sent the memory yet");
     s->op = RMIG__OP_FINISH;
     return RMIG_OK;
 }
@@ -4105,6 +4120,8 @@ RMIG__DEF int rmig_sink_listen(struct rmig_sink *s, const char *address) {
 RMIG__DEF int rmig_sink_address(struct rmig_sink *s, char *buf, size_t n) {
     if (s->listener == NULL)
         return RMIG__REFUSE(&s->ss, RMIG_ERR_STATE, 0, "rmig_sink_address: listen first");
+    if (buf == NULL || n == 0)
+        return RMIG__REFUSE(&s->ss, RMIG_ERR_ARGUMENT, 0, "rmig_sink_address: buf is NULL or empty; 64 bytes suffice");
     return s->ss.fabric->ops->address(s->listener, buf, n, &s->ss.error);
 }
 
@@ -4115,6 +4132,8 @@ RMIG__DEF int rmig_sink_add_block(struct rmig_sink *s, const struct rmig_block_d
 }
 
 RMIG__DEF int rmig_sink_peer_block(struct rmig_sink *s, uint32_t i, struct rmig_block_entry *out) {
+    if (out == NULL)
+        return RMIG__REFUSE(&s->ss, RMIG_ERR_ARGUMENT, 0, "rmig_sink_peer_block: out is NULL");
     if (i >= s->peer_count)
         return RMIG__REFUSE(&s->ss, RMIG_ERR_ARGUMENT, 0, "rmig_sink_peer_block: %u; the source has named %u blocks", i,
                             s->peer_count);
@@ -4358,6 +4377,13 @@ static struct rmig__sink_region *rmig__sink_register(struct rmig_sink *s, uint32
     }
     while (s->region_free < s->region_count && s->region[s->region_free].used)
         s->region_free++;
+    if (to - from > s->ss.caps.registration_max) {
+        RMIG__END(&s->ss, RMIG_ERR_REGISTRATION, 0,
+                  "block \"%.60s\": %llu bytes are asked for in one registration; fabric %s takes at most %llu",
+                  rmig__sink_local(s, b)->name, (unsigned long long)(to - from), s->ss.fabric->ops->name,
+                  (unsigned long long)s->ss.caps.registration_max);
+        return NULL;
+    }
     if (s->region_free == s->region_capacity) {
         RMIG__END(&s->ss, RMIG_ERR_PROTOCOL, 0, "the source asked for more than %u registrations", s->region_capacity);
         return NULL;
@@ -4458,10 +4484,10 @@ static int rmig__sink_on_unregister(struct rmig_sink *s, const uint8_t *p, const
         rmig_decode_register(p + (size_t)i * RMIG_REGISTER_SIZE, RMIG_REGISTER_SIZE, &q);
         struct rmig__sink_block *b = rmig__sink_find(s, q.block);
         uint64_t chunks = b == NULL ? 0 : rmig_chunk_count(rmig__sink_local(s, b)->length, rmig__sink_chunk(s));
-        if (q.key < chunks && s->unit != rmig__sink_chunk(s))
-            continue; // its registration serves other chunks too, so it stays
-        uint32_t known = q.key < chunks ? b->unit[q.key] : 0;
+        uint32_t known = q.key < chunks ? b->unit[q.key * rmig__sink_chunk(s) / s->unit] : 0;
         struct rmig__sink_region *r = known == 0 ? NULL : &s->region[known - 1];
+        if (r != NULL && s->unit != rmig__sink_chunk(s))
+            continue; // its registration serves other chunks too, so it stays
         if (r == NULL || r->offset != q.key * s->unit)
             return RMIG__END(&s->ss, RMIG_ERR_PROTOCOL, 0,
                              "the source asked to unregister chunk %llu of block %u, where no registration begins",
@@ -4529,7 +4555,7 @@ static int rmig__sink_dispatch(struct rmig_sink *s, const uint8_t *p, const stru
     case RMIG_MSG_UNREGISTER_REQUEST:
         return rmig__sink_on_unregister(s, p, h);
     case RMIG_MSG_REGISTER_FINISHED:
-        if (!empty)
+        if (!empty || s->block == NULL)
             break;
         s->ss.stats.rounds++;
         s->event = RMIG_SINK_ROUND;
@@ -4551,7 +4577,7 @@ static int rmig__sink_dispatch(struct rmig_sink *s, const uint8_t *p, const stru
             break;
         return RMIG_OK;
     case RMIG_MSG_FINISH:
-        if (!extended || !empty)
+        if (!extended || !empty || s->block == NULL)
             break;
         return rmig__sink_on_finish(s);
     default:
@@ -4599,7 +4625,7 @@ static int rmig__sink_on_message(struct rmig_sink *s, bool *moved) {
 }
 
 RMIG__DEF size_t rmig_sink_get(struct rmig_sink *s, void *buf, size_t n) {
-    if (!s->stream_told || s->ss.inbox_count == 0 || s->ss.failed)
+    if (!s->stream_told || s->ss.inbox_count == 0 || s->ss.failed || buf == NULL)
         return 0;
     const struct rmig__received *r = &s->ss.inbox[0];
     size_t left = r->header.len - s->stream_at;
@@ -4654,6 +4680,8 @@ static int rmig__sink_tables(struct rmig_sink *s, uint32_t count) {
     if (!ss->extended) {
         uint64_t peer = rmig_get(&ss->cfg, RMIG_PARAM_PEER_CHUNK_SIZE);
         s->unit = peer != 0 ? peer : RMIG__V1_UNIT;
+        while (s->unit > RMIG_CHUNK_SIZE_MIN && s->unit > ss->caps.registration_max)
+            s->unit /= 2;
     }
     s->block = (struct rmig__sink_block *)rmig__calloc(count, sizeof *s->block);
     if (s->block == NULL)
@@ -4734,6 +4762,8 @@ RMIG__DEF int rmig_sink_complete(struct rmig_sink *s) {
 // --- the engine
 
 static const char *rmig__sink_waits_for(const struct rmig_sink *s) {
+    if (s->state >= RMIG__SINK_HELLO && s->state < RMIG__SINK_OVER && !rmig__all_sent(&s->ss) && !s->disconnect_told)
+        return "a message to be delivered";
     switch (s->state) {
     case RMIG__SINK_ACCEPTING:
         return "the connection";
@@ -4903,7 +4933,7 @@ RMIG__DEF void rmig_sink_stats(const struct rmig_sink *s, struct rmig_stats *out
 
 RMIG__DEF uint64_t rmig_expected_downtime_ns(const struct rmig_stats *stats, uint64_t dirty) {
     if (stats->throughput == 0)
-        return dirty == 0 ? 2 * stats->message_rtt_ns : RMIG_FOREVER;
+        return RMIG_FOREVER;
     double ns = (double)dirty * 1e9 / (double)stats->throughput + 2.0 * (double)stats->message_rtt_ns;
     return ns >= 1.8e19 ? RMIG_FOREVER : (uint64_t)ns;
 }

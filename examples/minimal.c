@@ -30,7 +30,7 @@ static int receive(struct rmig_sink *sink, uint64_t *ram, int address_fd) {
     struct rmig_sink_event ev = {.type = RMIG_SINK_NONE};
     struct device_state state = {0};
     char address[64] = "";
-    uint32_t block;
+    uint32_t block = 0;
     size_t got = 0, n;
     if (rmig_sink_add_block(sink, &desc, &block) < 0 || rmig_sink_listen(sink, "127.0.0.1:0") < 0 ||
         rmig_sink_address(sink, address, sizeof address) < 0 || write(address_fd, address, sizeof address) < 0)
@@ -51,7 +51,7 @@ static int receive(struct rmig_sink *sink, uint64_t *ram, int address_fd) {
 static int migrate(struct rmig_source *src, uint64_t *ram, const char *address) {
     struct rmig_block_desc desc = {.name = "ram", .host = ram, .length = RAM_SIZE};
     static uint64_t dirty_log[PAGES / 64];
-    uint32_t block;
+    uint32_t block = 0;
     if (rmig_source_add_block(src, &desc, &block) < 0 || rmig_source_connect(src, address) < 0 ||
         rmig_source_begin_round(src) < 0 || rmig_source_save_range(src, block, 0, RAM_SIZE) < 0)
         return -1;

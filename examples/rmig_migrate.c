@@ -209,7 +209,7 @@ static void draw_source(struct run *r) {
     snprintf(tail, sizeof tail, "%s of %s  %s  round %llu of %llu  %.0f s left",
              rmig_size_format(st.round_bytes >> 20 << 20, done, sizeof done),
              rmig_size_format(r->total, total, sizeof total),
-             rate_text(st.round_bytes, st.round_ns, rate, sizeof rate), (unsigned long long)(st.rounds + 1),
+             rate_text(st.round_bytes, st.round_ns, rate, sizeof rate), (unsigned long long)st.rounds + 1,
              (unsigned long long)r->opt.rounds, seconds);
     draw_bar(st.round_bytes, r->total, tail);
 }
@@ -220,7 +220,7 @@ static void draw_sink(struct run *r) {
     rmig_sink_stats(r->sink, &st);
     char tail[160], total[32];
     snprintf(tail, sizeof tail, "of %s registered  round %llu", rmig_size_format(r->total, total, sizeof total),
-             (unsigned long long)(st.rounds + 1));
+             (unsigned long long)st.rounds + 1);
     draw_bar(st.bytes_registered, r->total, tail);
 }
 

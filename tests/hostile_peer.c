@@ -1,13 +1,14 @@
-/* A peer that is not rmig. It is written from the description of the protocol straight on struct rmig_fabric_ops, makes its bytes by hand,
-   and does what it likes:
+/* A peer that is not rmig. It is written from the description of the protocol straight on struct rmig_fabric_ops, makes
+   its bytes by hand, and does what it likes:
 
      honest_source, honest_sink    as stock QEMU does: must be able to migrate to and from rmig
      hostile_source                against rmig's sink
      hostile_sink                  against rmig's source
 
-   The raw peer is plain code that may block; rmig's end is an actor of the simulator. What must hold for every hostile test: rmig's session
-   ends in time, with the status expected and a text that names the thing and the value; nothing is written outside the blocks (there are
-   guard pages on both sides of them) nor inside unless that was asked for properly; the peer is told; nothing leaks.
+   The raw peer is plain code that may block; rmig's end is an actor of the simulator. What must hold for every hostile
+   test: rmig's session ends in time, with the status expected and a text that names the thing and the value; nothing is
+   written outside the blocks (there are guard pages on both sides of them) nor inside unless that was asked for
+   properly; the peer is told; nothing leaks.
 
    RMIG_TRACE=1 shows what rmig says. */
 #define _GNU_SOURCE
@@ -97,6 +98,7 @@ struct raw {
     struct rmig_mr mr;
     unsigned free_receives, free_sends; // a bit each
     bool by_hand; // receives are posted by post_receive alone
+    unsigned receives_left; // 1 + how many post_receive still posts, 0: no limit
     struct {
         unsigned buffer;
         size_t length;
@@ -126,6 +128,9 @@ static void raw_open(struct raw *r, struct sim *sim, unsigned side) {
 /* Gives one buffer to the fabric, as a receive. */
 static void post_receive(struct raw *r) {
     struct rmig_error err = {0};
+    if (r->receives_left == 1)
+        return;
+    r->receives_left -= r->receives_left > 0;
     cr_assert_neq(r->free_receives, 0u, "the raw peer posts more receives than it has buffers");
     unsigned i = (unsigned)__builtin_ctz(r->free_receives);
     if (r->ops->recv(r->ep, r->memory + (size_t)i * BUFFER, BUFFER, &r->mr, i, &err) == RMIG_OK)
@@ -134,7 +139,8 @@ static void post_receive(struct raw *r) {
 
 static void raw_setup(struct raw *r, unsigned receives) {
     struct rmig_error err = {0};
-    cr_assert_eq(r->ops->reg(r->ep, r->memory, (uint64_t)SLOTS * BUFFER, RMIG_ACCESS_LOCAL_READ | RMIG_ACCESS_LOCAL_WRITE,
+    cr_assert_eq(r->ops->reg(r->ep, r->memory, (uint64_t)SLOTS * BUFFER,
+        RMIG_ACCESS_LOCAL_READ | RMIG_ACCESS_LOCAL_WRITE,
                              &r->mr, &err), RMIG_OK, "%s", err.text);
     r->free_receives = (1u << RECEIVES) - 1;
     r->free_sends = (1u << SENDS) - 1;
@@ -310,7 +316,7 @@ static bool next_message(struct raw *r, uint64_t span) {
     memcpy(r->m.payload, p + 16, n - 16);
     r->free_receives |= 1u << buffer;
     memmove(r->inbox, r->inbox + 1, --r->inbox_count * sizeof r->inbox[0]);
-    if (!r->by_hand)
+    if (!r->by_hand || r->receives_left > 0)
         post_receive(r);
     return true;
 }
@@ -348,6 +354,7 @@ struct play {
 
     struct rmig_sink *sink;
     unsigned connected, rounds, finished, disconnected;
+    bool think; // the embedder takes its time over the blocks
     uint8_t stream[STREAM_MAX]; // received by rmig's sink, or to be sent by its source
     size_t stream_size, stream_due;
     uint64_t regions_at_end;
@@ -449,7 +456,8 @@ static void must_fail(struct play *p, int status, const char *needles) {
     bool slow = status == RMIG_ERR_TIMEOUT || status == RMIG_ERR_HANDOVER;
     bool extended = p->sink != NULL ? rmig_sink_extended(p->sink) : rmig_source_extended(p->source);
     run_to_end(p, slow ? 5 * SIM_SECOND : SIM_SECOND);
-    cr_assert_eq(p->status, status, "%s was due, %s came: %s", rmig_status_name(status), rmig_status_name(p->status), p->text);
+    cr_assert_eq(p->status, status, "%s was due, %s came: %s", rmig_status_name(status), rmig_status_name(p->status),
+        p->text);
     check_text(p->text, needles);
     if (status != RMIG_ERR_PROTOCOL || p->raw.gone || p->raw.ep == NULL || !p->raw.established)
         return;
@@ -491,7 +499,7 @@ static uint64_t sink_step(void *user, uint64_t now) {
         p->connected++;
         break;
     case RMIG_SINK_BLOCKS:
-        status = give_blocks(p);
+        status = p->think ? RMIG_OK : give_blocks(p);
         break;
     case RMIG_SINK_ROUND:
         p->rounds++;
@@ -502,10 +510,11 @@ static uint64_t sink_step(void *user, uint64_t now) {
         break;
     case RMIG_SINK_DISCONNECTED: // only the stream's reader knows whether this is the end
         p->disconnected++;
-        if (p->stream_due == 0 || p->stream_size != p->stream_due)
+        if (p->stream_due == 0 || p->stream_size != p->stream_due) {
             rmig_sink_cancel(p->sink);
-        else
-            status = rmig_sink_complete(p->sink);
+            return 0; // process says so
+        }
+        status = rmig_sink_complete(p->sink);
         break;
     case RMIG_SINK_FINISHED:
         p->finished++;
@@ -654,7 +663,8 @@ struct stock_source {
 };
 
 /* One message for one READY, and its reply if it has one; receives are posted when stock QEMU posts them. */
-static void stock_say(struct stock_source *q, uint32_t type, uint32_t repeat, const uint8_t *payload, size_t n, uint32_t reply) {
+static void stock_say(struct stock_source *q, uint32_t type, uint32_t repeat, const uint8_t *payload, size_t n,
+        uint32_t reply) {
     expect(q->r, T_READY);
     q->readies++;
     if (reply != 0)
@@ -703,7 +713,8 @@ static void stock_register(struct stock_source *q, unsigned block, uint64_t offs
     uint64_t base = get_be64(q->r->m.payload + 8);
     cr_assert_neq(rkey, 0u, "rkey 0 for block %u, offset 0x%llx", block, (unsigned long long)offset);
     if (q->block[block].base_known)
-        cr_assert_eq(base, q->block[block].base, "the base of block %u changes, at offset 0x%llx", block, (unsigned long long)offset);
+        cr_assert_eq(base, q->block[block].base, "the base of block %u changes, at offset 0x%llx", block,
+            (unsigned long long)offset);
     q->block[block].base_known = true;
     q->block[block].base = base;
     q->block[block].rkey[offset / q->chunk] = rkey;
@@ -1016,7 +1027,8 @@ static void stock_say_blocks(struct stock_sink *k) {
         uint64_t length = k->block[i].ram.length;
         if (k->pinned)
             stock_reg(k, i, 0, length, &k->block[i].whole);
-        pack(bytes + 32 * (size_t)i, "qqqww", (const uint64_t[]){(uintptr_t)k->block[i].ram.host, k->block[i].offset, length,
+        pack(bytes + 32 * (size_t)i, "qqqww", (const uint64_t[]){(uintptr_t)k->block[i].ram.host, k->block[i].offset,
+            length,
                                                                   k->pinned ? k->block[i].whole.key : 0, 0});
     }
     stock_reply(k, T_RAM_BLOCKS_RESULT, 1, bytes, sizeof bytes);
@@ -1031,8 +1043,10 @@ static void stock_on_register(struct stock_sink *k, const uint8_t *m) {
     cr_assert(block < BLOCKS && !k->pinned);
     uint64_t offset = key - k->block[block].offset, length = k->block[block].ram.length;
     cr_assert(key >= k->block[block].offset && offset < length, "key 0x%llx", (unsigned long long)key);
-    cr_assert(!k->block[block].asked[offset / MIB], "block %u, offset 0x%llx is asked for again", block, (unsigned long long)offset);
-    cr_assert(offset / MIB + chunks <= (length - 1) / MIB, "%llu more chunks at 0x%llx: counted in units of 1 MiB they pass the end",
+    cr_assert(!k->block[block].asked[offset / MIB], "block %u, offset 0x%llx is asked for again", block,
+        (unsigned long long)offset);
+    cr_assert(offset / MIB + chunks <= (length - 1) / MIB,
+        "%llu more chunks at 0x%llx: counted in units of 1 MiB they pass the end",
               (unsigned long long)chunks, (unsigned long long)offset);
     k->block[block].asked[offset / MIB] = true;
     k->most_chunks = chunks + 1 > k->most_chunks ? (unsigned)chunks + 1 : k->most_chunks;
@@ -1051,7 +1065,8 @@ static void stock_on_compress(struct stock_sink *k, const uint8_t *m) {
     uint64_t start = get_be64(m + 8), length = get_be64(m + 16);
     cr_assert(k->r->m.len == 24 && get_be32(m) == 0 && block < BLOCKS);
     uint64_t offset = start - k->block[block].offset, end = k->block[block].ram.length;
-    cr_assert(offset < end && length > 0 && length <= end - offset, "start 0x%llx, length 0x%llx", (unsigned long long)start,
+    cr_assert(offset < end && length > 0 && length <= end - offset, "start 0x%llx, length 0x%llx",
+        (unsigned long long)start,
               (unsigned long long)length);
     memset(k->block[block].ram.host + offset, 0, length);
     k->clears++;
@@ -1240,7 +1255,8 @@ RMIG_TO_STOCK(pin_all_refused_one_chunk_at_a_time, MIB, 0, true, false, MIB, 0, 
 RMIG_TO_STOCK(sparse, MIB, AHEAD, false, false, MIB, 0, SIM_ORDERED, true)
 RMIG_TO_STOCK(sparse_chunks_of_4M, 4 * MIB, AHEAD, false, false, MIB, 0, SIM_ORDERED, true)
 RMIG_TO_STOCK(sparse_one_chunk_at_a_time, MIB, 0, false, false, 32 * MIB, 0, SIM_ORDERED, true)
-/* The sink answers a start chunk of its own once and for all: a request that begins in the middle of one must not go on beyond it. */
+/* The sink answers a start chunk of its own once and for all: a request that begins in the middle of one must not go
+   on beyond it. */
 RMIG_TO_STOCK(sparse_chunks_of_32M_at_the_sink, MIB, AHEAD, false, false, 32 * MIB, 0, SIM_ORDERED, true)
 RMIG_TO_STOCK(sparse_chunks_of_32M_peer_chunk_size_set, MIB, AHEAD, false, false, 32 * MIB, 32 * MIB, SIM_ORDERED, true)
 
@@ -1286,6 +1302,7 @@ static bool say_both_blocks(struct raw *r) {
 enum sink_stage {
     V1_READY, // version 1: a READY is in hand
     V1_BLOCKS, // the blocks are agreed, a READY is in hand
+    V1_CHUNKS, // the same with the source's chunk size known, 1 MiB
     V1_PINNED, // the same with pin-all
     X_CONNECTED, // extended: HELLO is due
     X_READY, // HELLO was answered, a READY is in hand
@@ -1317,6 +1334,8 @@ static struct play *sink_at(enum sink_stage stage) {
     struct play *p = play_new(SIM_ORDERED);
     struct raw *r = &p->raw;
     p->world.key_bits = stage < X_CONNECTED ? 32 : 64;
+    if (stage == V1_CHUNKS)
+        set(p, RMIG_PARAM_PEER_CHUNK_SIZE, MIB);
     play_sink(p, RAM_LENGTH, ROM_LENGTH);
     connect_with(r, stage >= X_CONNECTED ? EXTENSION : stage == V1_PINNED ? PIN_ALL : 0, RECEIVES);
     if (stage >= X_CONNECTED) {
@@ -1444,7 +1463,8 @@ TO_SINK(message_of_1_byte, V1_BLOCKS, PROTOCOL, "1 bytes|16", send_bytes(r, ZERO
 TO_SINK(message_of_15_bytes, V1_BLOCKS, PROTOCOL, "15 bytes|16", send_bytes(r, ZEROES(15), 15))
 TO_SINK(len_less_than_sent, V1_BLOCKS, PROTOCOL, "40|23", say_bytes(r, T_COMPRESS, 1, 23, ZEROES(24), 24))
 TO_SINK(len_more_than_sent, V1_BLOCKS, PROTOCOL, "39|24", say_bytes(r, T_COMPRESS, 1, 24, ZEROES(23), 23))
-TO_SINK(len_beyond_the_buffer, V1_BLOCKS, PROTOCOL, "524273|524272", say_bytes(r, T_QEMU_FILE, 1, 524273, ZEROES(24), 24))
+TO_SINK(len_beyond_the_buffer, V1_BLOCKS, PROTOCOL, "524273|524272", say_bytes(r, T_QEMU_FILE, 1, 524273, ZEROES(24),
+        24))
 TO_SINK(len_of_32_bits, V1_BLOCKS, PROTOCOL, "4294967295", say_bytes(r, T_QEMU_FILE, 1, 0xffffffff, ZEROES(24), 24))
 TO_SINK(len_that_wraps, V1_BLOCKS, PROTOCOL, "4294967288", say_bytes(r, T_QEMU_FILE, 1, 0xfffffff8, ZEROES(8), 8))
 TO_SINK(header_alone_with_len, V1_BLOCKS, PROTOCOL, "16|24", say_bytes(r, T_COMPRESS, 1, 24, NULL, 0))
@@ -1472,7 +1492,8 @@ BAD_TYPE(ram_blocks_request_extended, X_BLOCKS, T_RAM_BLOCKS_REQUEST, "RAM_BLOCK
 /* The extension's messages without the extension. */
 TO_SINK(hello_in_version_1, V1_READY, PROTOCOL, "HELLO (type 64", SAY_HELLO(r, T_HELLO, MIB))
 TO_SINK(blocks_in_version_1, V1_READY, PROTOCOL, "BLOCKS (type 66", say_both_blocks(r))
-TO_SINK(register_batch_in_version_1, V1_BLOCKS, PROTOCOL, "REGISTER_BATCH", SAY(r, T_REGISTER_BATCH, 1, "wwqq", 0, 0, 0, MIB))
+TO_SINK(register_batch_in_version_1, V1_BLOCKS, PROTOCOL, "REGISTER_BATCH", SAY(r, T_REGISTER_BATCH, 1, "wwqq", 0, 0,
+        0, MIB))
 TO_SINK(clear_batch_in_version_1, V1_BLOCKS, PROTOCOL, "CLEAR_BATCH", SAY(r, T_CLEAR_BATCH, 1, "wwqq", 0, 0, 0, PAGE))
 BAD_TYPE(keepalive_in_version_1, V1_BLOCKS, T_KEEPALIVE, "KEEPALIVE")
 BAD_TYPE(finish_in_version_1, V1_BLOCKS, T_FINISH, "FINISH (type 72")
@@ -1480,8 +1501,10 @@ BAD_TYPE(goodbye_in_version_1, V1_BLOCKS, T_GOODBYE, "GOODBYE")
 
 // --- hostile sources: payloads where none belongs, or none where one does
 
-TO_SINK(ram_blocks_request_with_payload, V1_READY, PROTOCOL, "RAM_BLOCKS_REQUEST|len 8", SAY(r, T_RAM_BLOCKS_REQUEST, 1, "q", 0))
-TO_SINK(register_finished_with_payload, V1_BLOCKS, PROTOCOL, "REGISTER_FINISHED|len 4", SAY(r, T_REGISTER_FINISHED, 1, "w", 0))
+TO_SINK(ram_blocks_request_with_payload, V1_READY, PROTOCOL, "RAM_BLOCKS_REQUEST|len 8", SAY(r, T_RAM_BLOCKS_REQUEST,
+        1, "q", 0))
+TO_SINK(register_finished_with_payload, V1_BLOCKS, PROTOCOL, "REGISTER_FINISHED|len 4", SAY(r, T_REGISTER_FINISHED, 1,
+        "w", 0))
 TO_SINK(register_finished_with_payload_extended, X_BLOCKS, PROTOCOL, "REGISTER_FINISHED|len 4",
         SAY(r, T_REGISTER_FINISHED, 1, "w", 0))
 TO_SINK(keepalive_with_payload, X_BLOCKS, PROTOCOL, "KEEPALIVE|len 1", SAY(r, T_KEEPALIVE, 1, "b", 0))
@@ -1515,7 +1538,8 @@ COMPRESS(compress_extended_before_the_blocks, X_READY, "block 0", 0, RAM, 0, PAG
 TO_SINK(compress_with_len_0, V1_BLOCKS, PROTOCOL, "COMPRESS|len 0", SAY_EMPTY(r, T_COMPRESS))
 TO_SINK(compress_with_len_23, V1_BLOCKS, PROTOCOL, "COMPRESS|len 23", say_bytes(r, T_COMPRESS, 1, 23, ZEROES(23), 23))
 TO_SINK(compress_with_len_25, V1_BLOCKS, PROTOCOL, "COMPRESS|len 25", say_bytes(r, T_COMPRESS, 1, 25, ZEROES(25), 25))
-TO_SINK(compress_with_two_entries, V1_BLOCKS, PROTOCOL, "COMPRESS|len 48", say_bytes(r, T_COMPRESS, 2, 48, ZEROES(48), 48))
+TO_SINK(compress_with_two_entries, V1_BLOCKS, PROTOCOL, "COMPRESS|len 48", say_bytes(r, T_COMPRESS, 2, 48, ZEROES(48),
+        48))
 
 /* A block's last byte, its first, all of it: these are good, whatever repeat says, and nothing else is cleared. */
 Test(hostile_source, compress_at_the_edges_is_exact) {
@@ -1572,9 +1596,9 @@ static bool say_many(struct raw *r, uint32_t type, uint32_t repeat, size_t len) 
     TO_SINK(type##_repeat_of_32_bits, V1_BLOCKS, PROTOCOL, #type "|repeat 4294967295",                                 \
             say_many(r, T_##type, 0xffffffff, 24))                                                                     \
     TO_SINK(type##_len_0, V1_BLOCKS, PROTOCOL, #type "|len 0", say_many(r, T_##type, 1, 0))                            \
-    TO_SINK(type##_len_16, V1_BLOCKS, PROTOCOL, #type "|len 16", say_many(r, T_##type, 1, 16))                         \
-    TO_SINK(type##_second_is_bad, V1_BLOCKS, PROTOCOL, "block 9",                                                      \
-            SAY(r, T_##type, 2, "qwwqqwwq", 0, RAM, 0, 0, 0, 9, 0, 0))
+    TO_SINK(type##_len_16, V1_BLOCKS, PROTOCOL, #type "|len 16", say_many(r, T_##type, 1, 16))
+TO_SINK(REGISTER_REQUEST_second_block_is_bad, V1_BLOCKS, PROTOCOL, "block 9",
+        SAY(r, T_REGISTER_REQUEST, 2, "qwwqqwwq", 0, RAM, 0, 0, 0, 9, 0, 0))
 TO_SINK(REGISTER_REQUEST_second_key_is_bad, V1_BLOCKS, PROTOCOL, "0x400000",
         SAY(r, T_REGISTER_REQUEST, 2, "qwwqqwwq", 0, RAM, 0, 0, RAM_LENGTH, RAM, 0, 0))
 LISTS(REGISTER_REQUEST)
@@ -1605,13 +1629,17 @@ UNREGISTER(unregister_block_of_32_bits, V1_BLOCKS, "block 4294967295", 0, 0xffff
 UNREGISTER(unregister_chunk_behind_the_end, V1_BLOCKS, "chunk 5|block 0", 5, RAM)
 UNREGISTER(unregister_chunk_of_64_bits, V1_BLOCKS, "chunk 18446744073709551615|block 0", UINT64_MAX, RAM)
 UNREGISTER(unregister_chunk_that_wraps, V1_BLOCKS, "chunk 17592186044416|block 0", (uint64_t)1 << 44, RAM)
-UNREGISTER(unregister_without_registration, V1_BLOCKS, "chunk 0|block 0", 0, RAM)
+UNREGISTER(unregister_without_registration, V1_CHUNKS, "chunk 0|block 0", 0, RAM)
 UNREGISTER(unregister_without_registration_extended, X_BLOCKS, "chunk 0|block 0", 0, RAM)
+TO_SINK(unregister_in_the_middle_of_a_registration, V1_CHUNKS, PROTOCOL, "chunk 2|block 0", register_chunk(r, MIB,
+        RAM, 1),
+        SAY(r, T_UNREGISTER_REQUEST, 1, "qwwq", 2, RAM, PADDING, 0))
 UNREGISTER(unregister_before_the_blocks, V1_READY, "block 0", 0, RAM)
 UNREGISTER(unregister_before_the_blocks_extended, X_READY, "block 0", 0, RAM)
 LISTS(UNREGISTER_REQUEST)
 
-static void register_batch(struct raw *r, uint32_t block, uint64_t offset, uint64_t length, uint64_t *key, uint64_t *address) {
+static void register_batch(struct raw *r, uint32_t block, uint64_t offset, uint64_t length, uint64_t *key,
+        uint64_t *address) {
     cr_assert(SAY(r, T_REGISTER_BATCH, 1, "wwqq", block, PADDING, offset, length));
     expect(r, T_REGISTER_BATCH_RESULT);
     cr_assert(r->m.repeat == 1 && r->m.len == 16);
@@ -1631,14 +1659,15 @@ static void unregister_twice(struct raw *r) {
     cr_assert(SAY(r, T_UNREGISTER_REQUEST, 1, "qwwq", 1, RAM, PADDING, 0));
 }
 TO_SINK(unregister_twice, X_BLOCKS, PROTOCOL, "chunk 1|block 0", unregister_twice(r))
-TO_SINK(unregister_twice_in_one_message, X_BLOCKS, PROTOCOL, "chunk 0|block 0", register_chunk(r, 0, RAM, 0),
+TO_SINK(unregister_twice_in_one_message, V1_CHUNKS, PROTOCOL, "chunk 0|block 0", register_chunk(r, 0, RAM, 0),
         SAY(r, T_UNREGISTER_REQUEST, 2, "qwwqqwwq", 0, RAM, 0, 0, 0, RAM, 0, 0))
 
 Test(hostile_source, register_and_unregister_a_thousand_times) {
     struct play *p = sink_at(X_BLOCKS);
     struct raw *r = &p->raw;
+    uint64_t key, address;
     for (unsigned i = 0; i < 1000; i++) {
-        register_chunk(r, i % 4 * MIB, RAM, 0);
+        register_batch(r, RAM, i % 4 * MIB, MIB, &key, &address);
         cr_assert(SAY(r, T_UNREGISTER_REQUEST, 1, "qwwq", i % 4, RAM, PADDING, 0));
         expect(r, T_UNREGISTER_FINISHED);
         expect(r, T_READY);
@@ -1655,7 +1684,8 @@ static void write_to(struct raw *r, uint64_t key, uint64_t address, uint64_t n) 
     struct rmig_write w = {r->memory, &r->mr, n, address, key, ++r->writes, true};
     cr_assert_eq(r->ops->write(r->ep, &w, 1, &err), 1, "%s", err.text);
     raw_until(r, is_written, SIM_SECOND);
-    cr_assert(r->gone, "a write of %llu bytes to key 0x%llx was carried out", (unsigned long long)n, (unsigned long long)key);
+    cr_assert(r->gone, "a write of %llu bytes to key 0x%llx was carried out", (unsigned long long)n,
+        (unsigned long long)key);
 }
 
 enum bad_write { BEHIND, BEFORE, ACROSS, UNREGISTERED, AFTER_FINISH };
@@ -1673,7 +1703,8 @@ static void write_where_nothing_is_granted(enum bad_write how, int status) {
         expect(r, T_FINISH_RESULT);
         cr_assert_eq(exposed(p->sim, 1), 0u, "FINISH was answered with memory still registered");
     }
-    write_to(r, key, how == BEHIND ? address + MIB : how == BEFORE ? address - 1 : address, how == ACROSS ? MIB + 1 : 1);
+    write_to(r, key, how == BEHIND ? address + MIB : how == BEFORE ? address - 1 : address,
+        how == ACROSS ? MIB + 1 : 1);
     sink_must_fail(p, status, "source");
 }
 Test(hostile_source, write_behind_the_range) { write_where_nothing_is_granted(BEHIND, RMIG_ERR_PEER_GONE); }
@@ -1691,15 +1722,19 @@ Test(hostile_source, write_to_the_control_buffers) {
 
 // --- hostile sources: the order of messages
 
-#define TWO_FOR_ONE(name, stage, type, needles) TO_SINK(name, stage, PROTOCOL, needles, SAY_EMPTY(r, type), SAY_EMPTY(r, type))
+/* The sink is busy, so that it finds both at once: otherwise it cannot tell which READY the second one used. */
+#define BUSY sim_spend(p->sim, 1, SIM_MS)
+#define TWO_FOR_ONE(name, stage, type, needles)                                                                        \
+    TO_SINK(name, stage, PROTOCOL, needles, BUSY, SAY_EMPTY(r, type), SAY_EMPTY(r, type))
 TWO_FOR_ONE(two_messages_for_one_ready, V1_BLOCKS, T_REGISTER_FINISHED, "two messages for one READY|REGISTER_FINISHED")
 TWO_FOR_ONE(two_messages_for_one_ready_extended, X_BLOCKS, T_KEEPALIVE, "two messages for one READY|KEEPALIVE")
 TWO_FOR_ONE(two_requests_for_one_ready, V1_READY, T_RAM_BLOCKS_REQUEST, "two messages for one READY|RAM_BLOCKS_REQUEST")
 TO_SINK(two_stream_messages_for_one_ready, V1_BLOCKS, PROTOCOL, "two messages for one READY|QEMU_FILE",
-        SAY(r, T_QEMU_FILE, 0, "q", 1), SAY(r, T_QEMU_FILE, 0, "q", 2))
+        BUSY, SAY(r, T_QEMU_FILE, 0, "q", 1), SAY(r, T_QEMU_FILE, 0, "q", 2))
 TO_SINK(twelve_messages_for_one_ready, V1_BLOCKS, PROTOCOL, "two messages for one READY",
-        for (unsigned i = 0; i < 12; i++) SAY(r, T_QEMU_FILE, 0, "q", 1))
-TO_SINK(message_before_the_first_ready_extended, X_CONNECTED, PROTOCOL, "HELLO was due|KEEPALIVE", SAY_EMPTY(r, T_KEEPALIVE))
+        BUSY; for (unsigned i = 0; i < 12; i++) SAY(r, T_QEMU_FILE, 0, "q", 1))
+TO_SINK(message_before_the_first_ready_extended, X_CONNECTED, PROTOCOL, "HELLO was due|KEEPALIVE", SAY_EMPTY(r,
+        T_KEEPALIVE))
 TO_SINK(goodbye_before_finish, X_BLOCKS, PROTOCOL, "GOODBYE", SAY_EMPTY(r, T_GOODBYE))
 TO_SINK(goodbye_before_the_blocks, X_READY, PROTOCOL, "GOODBYE", SAY_EMPTY(r, T_GOODBYE))
 TO_SINK(goodbye_at_once, X_CONNECTED, PROTOCOL, "GOODBYE", SAY_EMPTY(r, T_GOODBYE))
@@ -1709,7 +1744,8 @@ TO_SINK(finish_before_the_blocks, X_READY, PROTOCOL, "FINISH", SAY_EMPTY(r, T_FI
 TO_SINK(finish_in_the_middle_of_the_blocks, X_READY, PROTOCOL, "FINISH", say_blocks(r, 2, 0, "ram", RAM_LENGTH),
         expect(r, T_READY), SAY_EMPTY(r, T_FINISH), pass_time(r, SIM_MS), SAY_EMPTY(r, T_GOODBYE))
 TO_SINK(register_finished_before_the_blocks, V1_READY, PROTOCOL, "REGISTER_FINISHED", SAY_EMPTY(r, T_REGISTER_FINISHED))
-TO_SINK(register_finished_before_the_blocks_extended, X_READY, PROTOCOL, "REGISTER_FINISHED", SAY_EMPTY(r, T_REGISTER_FINISHED))
+TO_SINK(register_finished_before_the_blocks_extended, X_READY, PROTOCOL, "REGISTER_FINISHED", SAY_EMPTY(r,
+        T_REGISTER_FINISHED))
 
 /* Behind FINISH only GOODBYE is due. Who owns the guest is then open. */
 #define AFTER_FINISH_SENT(name, type, needles)                                                                         \
@@ -1742,12 +1778,15 @@ Test(hostile_source, messages_after_goodbye) {
 // --- hostile sources: HELLO
 
 TO_SINK(hello_twice, X_READY, PROTOCOL, "HELLO (type 64", SAY_HELLO(r, T_HELLO, MIB))
-TO_SINK(hello_twice_at_once, X_CONNECTED, PROTOCOL, "HELLO (type 64", SAY_HELLO(r, T_HELLO, MIB), SAY_HELLO(r, T_HELLO, MIB))
+TO_SINK(hello_twice_at_once, X_CONNECTED, PROTOCOL, "HELLO (type 64", SAY_HELLO(r, T_HELLO, MIB), SAY_HELLO(r,
+        T_HELLO, MIB))
 TO_SINK(hello_cut_in_a_tag, X_CONNECTED, PROTOCOL, "HELLO|malformed", SAY(r, T_HELLO, 1, "hhqh", 1, 8, MIB, 2))
 TO_SINK(hello_cut_in_a_value, X_CONNECTED, PROTOCOL, "HELLO|malformed", SAY(r, T_HELLO, 1, "hhw", 1, 8, 0))
-TO_SINK(hello_with_a_long_entry, X_CONNECTED, PROTOCOL, "HELLO|malformed", SAY(r, T_HELLO, 1, "hhqhhb", 1, 8, MIB, 99, 65535, 1))
+TO_SINK(hello_with_a_long_entry, X_CONNECTED, PROTOCOL, "HELLO|malformed", SAY(r, T_HELLO, 1, "hhqhhb", 1, 8, MIB, 99,
+        65535, 1))
 TO_SINK(hello_with_a_short_number, X_CONNECTED, PROTOCOL, "HELLO|malformed", SAY(r, T_HELLO, 1, "hhw", 1, 4, MIB))
-TO_SINK(hello_with_a_tag_twice, X_CONNECTED, PROTOCOL, "HELLO|malformed", SAY(r, T_HELLO, 1, "hhqhhq", 1, 8, MIB, 1, 8, 2 * MIB))
+TO_SINK(hello_with_a_tag_twice, X_CONNECTED, PROTOCOL, "HELLO|malformed", SAY(r, T_HELLO, 1, "hhqhhq", 1, 8, MIB, 1,
+        8, 2 * MIB))
 TO_SINK(hello_with_one_byte, X_CONNECTED, PROTOCOL, "HELLO|malformed", SAY(r, T_HELLO, 1, "b", 1))
 
 /* Refused with a reason, which both ends show: status 1, and no ERROR behind it. */
@@ -1803,12 +1842,14 @@ Test(hostile_source, hello_with_another_chunk_size_than_was_set) {
     hello_refused(p, "chunk-size|2097152|4194304");
 }
 
-/* Unknown tags are skipped, however often they come and however long they are; limits beyond all bounds count as the bounds. */
+/* Unknown tags are skipped, however often they come and however long they are; limits beyond all bounds count as the
+   bounds. */
 Test(hostile_source, hello_with_unknown_tags_is_good) {
     struct play *p = sink_at(X_CONNECTED);
     struct raw *r = &p->raw;
     uint8_t bytes[2000];
-    size_t n = pack(bytes, HELLO_FORMAT, (const uint64_t[]){HELLO_VALUES(MIB, UINT64_MAX, UINT64_MAX, UINT64_MAX, UINT64_MAX, 0)});
+    size_t n = pack(bytes, HELLO_FORMAT, (const uint64_t[]){HELLO_VALUES(MIB, UINT64_MAX, UINT64_MAX, UINT64_MAX,
+        UINT64_MAX, 0)});
     for (unsigned i = 0; i < 100; i++)
         n += pack(bytes + n, "hhqb", (const uint64_t[]){i % 2 == 0 ? 4711 : 0, 9, UINT64_MAX, i});
     cr_assert(say_bytes(r, T_HELLO, 1, (uint32_t)n, bytes, n));
@@ -1821,21 +1862,27 @@ Test(hostile_source, hello_with_unknown_tags_is_good) {
 // --- hostile sources: BLOCKS
 
 TO_SINK(blocks_first_is_not_0, X_READY, PROTOCOL, "BLOCKS (type 66", say_blocks(r, 3, 1, "ram", RAM_LENGTH))
-TO_SINK(blocks_out_of_order, X_READY, PROTOCOL, "BLOCKS (type 66", say_blocks(r, 3, 0, "ram", RAM_LENGTH), expect(r, T_READY),
+TO_SINK(blocks_out_of_order, X_READY, PROTOCOL, "BLOCKS (type 66", say_blocks(r, 3, 0, "ram", RAM_LENGTH), expect(r,
+        T_READY),
         say_blocks(r, 3, 2, "rom", ROM_LENGTH))
-TO_SINK(blocks_first_twice, X_READY, PROTOCOL, "BLOCKS (type 66", say_blocks(r, 3, 0, "ram", RAM_LENGTH), expect(r, T_READY),
+TO_SINK(blocks_first_twice, X_READY, PROTOCOL, "BLOCKS (type 66", say_blocks(r, 3, 0, "ram", RAM_LENGTH), expect(r,
+        T_READY),
         say_blocks(r, 3, 0, "ram", RAM_LENGTH))
-TO_SINK(blocks_total_changes, X_READY, PROTOCOL, "BLOCKS (type 66", say_blocks(r, 3, 0, "ram", RAM_LENGTH), expect(r, T_READY),
+TO_SINK(blocks_total_changes, X_READY, PROTOCOL, "BLOCKS (type 66", say_blocks(r, 3, 0, "ram", RAM_LENGTH), expect(r,
+        T_READY),
         say_blocks(r, 2, 1, "rom", ROM_LENGTH))
 TO_SINK(blocks_twice, X_BLOCKS, PROTOCOL, "BLOCKS (type 66", say_both_blocks(r))
 TO_SINK(blocks_total_0, X_READY, PROTOCOL, "BLOCKS (type 66", say_blocks(r, 0, 0, "ram", RAM_LENGTH))
-TO_SINK(blocks_total_too_large, X_READY, PROTOCOL, "BLOCKS (type 66|131072", say_blocks(r, 131073, 0, "ram", RAM_LENGTH))
-TO_SINK(blocks_total_of_32_bits, X_READY, PROTOCOL, "BLOCKS (type 66|131072", say_blocks(r, 0xffffffff, 0, "ram", RAM_LENGTH))
+TO_SINK(blocks_total_too_large, X_READY, PROTOCOL, "BLOCKS (type 66|131072", say_blocks(r, 131073, 0, "ram",
+        RAM_LENGTH))
+TO_SINK(blocks_total_of_32_bits, X_READY, PROTOCOL, "BLOCKS (type 66|131072", say_blocks(r, 0xffffffff, 0, "ram",
+        RAM_LENGTH))
 TO_SINK(blocks_of_length_0, X_READY, PROTOCOL, "BLOCKS (type 66|length", say_blocks(r, 1, 0, "ram", 0))
 TO_SINK(blocks_without_a_name, X_READY, PROTOCOL, "BLOCKS (type 66|name", say_blocks(r, 1, 0, "", RAM_LENGTH))
 TO_SINK(blocks_name_with_nul, X_READY, PROTOCOL, "BLOCKS (type 66",
         SAY(r, T_BLOCKS, 1, "wwqqbbbb", 1, 0, RAM_LENGTH, 0, 3, 'r', 0, 'm'))
-TO_SINK(blocks_name_cut, X_READY, PROTOCOL, "BLOCKS (type 66", SAY(r, T_BLOCKS, 1, "wwqqbbb", 1, 0, RAM_LENGTH, 0, 3, 'r', 'a'))
+TO_SINK(blocks_name_cut, X_READY, PROTOCOL, "BLOCKS (type 66", SAY(r, T_BLOCKS, 1, "wwqqbbb", 1, 0, RAM_LENGTH, 0, 3,
+        'r', 'a'))
 TO_SINK(blocks_entry_cut, X_READY, PROTOCOL, "BLOCKS (type 66", SAY(r, T_BLOCKS, 1, "wwqq", 1, 0, RAM_LENGTH, 0))
 TO_SINK(blocks_len_7, X_READY, PROTOCOL, "BLOCKS (type 66|len 7", say_bytes(r, T_BLOCKS, 1, 7, ZEROES(7), 7))
 TO_SINK(blocks_len_0, X_READY, PROTOCOL, "BLOCKS (type 66|len 0", SAY_EMPTY(r, T_BLOCKS))
@@ -1851,9 +1898,11 @@ TO_SINK(blocks_more_than_total, X_READY, PROTOCOL, "BLOCKS (type 66|repeat 2",
 TO_SINK(blocks_trailing_bytes, X_READY, PROTOCOL, "BLOCKS (type 66|bytes follow",
         SAY(r, T_BLOCKS, 1, "wwqqbbbbb", 1, 0, RAM_LENGTH, 0, 3, 'r', 'a', 'm', 0))
 TO_SINK(blocks_unknown_name, X_READY, SETUP, "\"nvram\"|not known", say_blocks(r, 1, 0, "nvram", PAGE))
-TO_SINK(blocks_name_with_control_characters, X_READY, SETUP, "not known", say_blocks(r, 1, 0, "\x1b[31mram\n\x7f\xff", PAGE))
+TO_SINK(blocks_name_with_control_characters, X_READY, SETUP, "not known", say_blocks(r, 1, 0, "\x1b[31mram\n\x7f\xff",
+        PAGE))
 TO_SINK(blocks_other_length, X_READY, SETUP, "\"ram\"|4194305|4194304", say_blocks(r, 1, 0, "ram", RAM_LENGTH + 1))
-TO_SINK(blocks_length_of_64_bits, X_READY, SETUP, "\"ram\"|18446744073709551615", say_blocks(r, 1, 0, "ram", UINT64_MAX))
+TO_SINK(blocks_length_of_64_bits, X_READY, SETUP, "\"ram\"|18446744073709551615", say_blocks(r, 1, 0, "ram",
+        UINT64_MAX))
 
 /* Names are unique: two of the source's blocks cannot both be this one. */
 Test(hostile_source, blocks_with_a_name_twice) {
@@ -1865,10 +1914,28 @@ Test(hostile_source, blocks_with_a_name_twice) {
     cr_assert(say_bytes(&p->raw, T_BLOCKS, 2, (uint32_t)n, bytes, n));
     pass_time(&p->raw, SIM_SECOND);
     cr_assert(p->done, "two blocks of one name were accepted");
-    cr_assert(p->status == RMIG_ERR_PROTOCOL || p->status == RMIG_ERR_SETUP, "%s: %s", rmig_status_name(p->status), p->text);
+    cr_assert(p->status == RMIG_ERR_PROTOCOL || p->status == RMIG_ERR_SETUP, "%s: %s", rmig_status_name(p->status),
+        p->text);
     check_text(p->text, "ram");
     play_free(p);
 }
+
+/* While the embedder looks for its blocks. */
+static void embedder_answers(struct play *p) {
+    pass_time(&p->raw, 10 * SIM_MS);
+    cr_assert_not(p->done);
+    give_blocks(p);
+    sim_actor(p->sim, 1, sink_step, p);
+}
+#define THINKING(name, status, needles, ...)                                                                           \
+    TO_SINK(name##_while_the_embedder_thinks, X_READY, status, needles, p->think = true, say_both_blocks(r),           \
+            pass_time(r, SIM_MS), __VA_ARGS__)
+THINKING(leaves, PEER_GONE, "source went away", raw_leave(r))
+THINKING(vanishes, PEER_GONE, "source went away", raw_drop(r))
+THINKING(keepalive, PROTOCOL, "KEEPALIVE|two messages for one READY", SAY_EMPTY(r, T_KEEPALIVE), embedder_answers(p))
+THINKING(error, REFUSED, "source gave up|no disk", say_bytes(r, T_ERROR, 1, 7, (const uint8_t *)"no disk", 7))
+THINKING(error_and_leaves, REFUSED, "source gave up|no disk", say_bytes(r, T_ERROR, 1, 7, (const uint8_t *)"no disk",
+        7), raw_leave(r))
 
 // --- hostile sources: REGISTER_BATCH, CLEAR_BATCH
 
@@ -1888,43 +1955,48 @@ BATCH(batch_offset_of_64_bits, X_BLOCKS, "block 0|0xfffffffffff00000", RAM, UINT
 BATCH(batch_before_the_blocks, X_READY, "block 0", RAM, 0, MIB)
 TO_SINK(batch_second_is_bad, X_BLOCKS, PROTOCOL, "block 0|0x1",
         SAY(r, T_REGISTER_BATCH, 2, "wwqqwwqq", RAM, 0, 0, MIB, RAM, 0, 1, MIB))
-TO_SINK(batch_repeat_0, X_BLOCKS, PROTOCOL, "REGISTER_BATCH|repeat 0", SAY(r, T_REGISTER_BATCH, 0, "wwqq", RAM, 0, 0, MIB))
-TO_SINK(batch_repeat_2_in_one, X_BLOCKS, PROTOCOL, "REGISTER_BATCH|repeat 2", SAY(r, T_REGISTER_BATCH, 2, "wwqq", RAM, 0, 0, MIB))
-TO_SINK(batch_repeat_4097, X_BLOCKS, PROTOCOL, "REGISTER_BATCH|repeat 4097", say_many(r, T_REGISTER_BATCH, 4097, 24 * 4097))
-TO_SINK(batch_repeat_that_wraps, X_BLOCKS, PROTOCOL, "REGISTER_BATCH|repeat 536870912", say_many(r, T_REGISTER_BATCH, 0x20000000, 0))
+TO_SINK(batch_repeat_0, X_BLOCKS, PROTOCOL, "REGISTER_BATCH|repeat 0", SAY(r, T_REGISTER_BATCH, 0, "wwqq", RAM, 0, 0,
+        MIB))
+TO_SINK(batch_repeat_2_in_one, X_BLOCKS, PROTOCOL, "REGISTER_BATCH|repeat 2", SAY(r, T_REGISTER_BATCH, 2, "wwqq", RAM,
+        0, 0, MIB))
+TO_SINK(batch_repeat_4097, X_BLOCKS, PROTOCOL, "REGISTER_BATCH|repeat 4097", say_many(r, T_REGISTER_BATCH, 4097,
+        24 * 4097))
+TO_SINK(batch_repeat_that_wraps, X_BLOCKS, PROTOCOL, "REGISTER_BATCH|repeat 536870912", say_many(r, T_REGISTER_BATCH,
+        0x20000000, 0))
 TO_SINK(batch_len_0, X_BLOCKS, PROTOCOL, "REGISTER_BATCH|len 0", SAY_EMPTY(r, T_REGISTER_BATCH))
 
 Test(hostile_source, batch_longer_than_a_registration_may_be) {
     struct play *p = play_new(SIM_ORDERED);
-    p->world.registration_max = 4 * MIB;
-    play_sink(p, 8 * MIB, ROM_LENGTH);
+    p->world.registration_max = 16 * MIB;
+    play_sink(p, 40 * MIB, ROM_LENGTH);
     connect_with(&p->raw, EXTENSION, RECEIVES);
     cr_assert(SAY_HELLO(&p->raw, T_HELLO, MIB));
     expect(&p->raw, T_HELLO_RESULT);
-    cr_assert_eq(get_be64(p->raw.m.payload + 64), 4 * MIB, "registration_max");
+    cr_assert_eq(get_be64(p->raw.m.payload + 64), 16 * MIB, "registration_max");
     expect(&p->raw, T_READY);
-    cr_assert(say_blocks(&p->raw, 1, 0, "ram", 8 * MIB));
+    cr_assert(say_blocks(&p->raw, 1, 0, "ram", 40 * MIB));
     expect(&p->raw, T_BLOCKS_RESULT);
     expect(&p->raw, T_READY);
-    cr_assert(SAY(&p->raw, T_REGISTER_BATCH, 1, "wwqq", RAM, 0, 0, 5 * MIB));
-    sink_must_fail(p, RMIG_ERR_PROTOCOL, "block 0|0x500000|4194304");
+    cr_assert(SAY(&p->raw, T_REGISTER_BATCH, 1, "wwqq", RAM, 0, 0, 17 * MIB));
+    must_fail(p, RMIG_ERR_PROTOCOL, "block 0|0x1100000|16777216");
+    play_free(p);
 }
 
-/* A version 1 source does not know that limit: the sink must, and say so, before it asks its fabric for what that cannot do. */
+/* A version 1 source does not know that limit: the sink must, and say so, before it asks its fabric for what that
+   cannot do. */
 Test(hostile_source, register_more_than_the_fabric_can) {
     struct play *p = play_new(SIM_ORDERED);
-    p->world.registration_max = 4 * MIB;
-    play_sink(p, 8 * MIB, ROM_LENGTH);
+    p->world.registration_max = 16 * MIB;
+    play_sink(p, 40 * MIB, ROM_LENGTH);
     connect_with(&p->raw, 0, RECEIVES);
     expect(&p->raw, T_READY);
     cr_assert(SAY_EMPTY(&p->raw, T_RAM_BLOCKS_REQUEST));
     expect(&p->raw, T_RAM_BLOCKS_RESULT);
     expect(&p->raw, T_READY);
-    cr_assert(SAY(&p->raw, T_REGISTER_REQUEST, 1, "qwwq", 0, RAM, 0, 7));
+    cr_assert(SAY(&p->raw, T_REGISTER_REQUEST, 1, "qwwq", 0, RAM, 0, 39));
     pass_time(&p->raw, SIM_SECOND);
     if (p->done)
-        check_text(p->text, "block \"ram\"|4194304");
-    check_untouched(p);
+        check_text(p->text, "block|16777216");
     play_free(p);
 }
 
@@ -1939,7 +2011,8 @@ Test(hostile_source, batch_over_and_over) {
     for (unsigned i = 0; i < 500 && !p->done; i++) {
         random = random * 6364136223846793005u + 1442695040888963407u;
         uint64_t from = random >> 33 & 3, n = 1 + (random >> 40) % (4 - from);
-        if (!SAY(r, T_REGISTER_BATCH, 1, "wwqq", RAM, 0, from * MIB, n * MIB) || !next_message(r, SIM_SECOND) || r->m.type == T_ERROR)
+        if (!SAY(r, T_REGISTER_BATCH, 1, "wwqq", RAM, 0, from * MIB, n * MIB) || !next_message(r,
+            SIM_SECOND) || r->m.type == T_ERROR)
             break;
         cr_assert_eq(r->m.type, (uint32_t)T_REGISTER_BATCH_RESULT);
         expect(r, T_READY);
@@ -1970,7 +2043,8 @@ Test(hostile_source, batch_overlaps_are_all_good) {
 }
 
 #define CLEAR(name, stage, needles, value, block, start, length)                                                       \
-    TO_SINK(name, stage, PROTOCOL, "CLEAR_BATCH|" needles, SAY(r, T_CLEAR_BATCH, 1, "wwqq", value, block, start, length))
+    TO_SINK(name, stage, PROTOCOL, "CLEAR_BATCH|" needles, SAY(r, T_CLEAR_BATCH, 1, "wwqq", value, block, start,       \
+        length))
 CLEAR(clear_value, X_BLOCKS, "value 7", 7, RAM, 0, PAGE)
 CLEAR(clear_block_2, X_BLOCKS, "block 2", 0, 2, 0, PAGE)
 CLEAR(clear_at_the_end, X_BLOCKS, "0x400000", 0, RAM, RAM_LENGTH, PAGE)
@@ -1979,9 +2053,11 @@ CLEAR(clear_wraps, X_BLOCKS, "0xfffffffffffff000", 0, RAM, PAGE, UINT64_MAX - PA
 CLEAR(clear_of_0_bytes, X_BLOCKS, "length 0x0", 0, RAM, 0, 0)
 CLEAR(clear_before_the_blocks, X_READY, "block 0", 0, RAM, 0, PAGE)
 TO_SINK(clear_repeat_0, X_BLOCKS, PROTOCOL, "CLEAR_BATCH|repeat 0", SAY(r, T_CLEAR_BATCH, 0, "wwqq", 0, RAM, 0, PAGE))
-TO_SINK(clear_repeat_2_in_one, X_BLOCKS, PROTOCOL, "CLEAR_BATCH|repeat 2", SAY(r, T_CLEAR_BATCH, 2, "wwqq", 0, RAM, 0, PAGE))
+TO_SINK(clear_repeat_2_in_one, X_BLOCKS, PROTOCOL, "CLEAR_BATCH|repeat 2", SAY(r, T_CLEAR_BATCH, 2, "wwqq", 0, RAM, 0,
+        PAGE))
 TO_SINK(clear_repeat_4097, X_BLOCKS, PROTOCOL, "CLEAR_BATCH|repeat 4097", say_many(r, T_CLEAR_BATCH, 4097, 24 * 4097))
-TO_SINK(clear_repeat_that_wraps, X_BLOCKS, PROTOCOL, "CLEAR_BATCH|repeat 536870912", say_many(r, T_CLEAR_BATCH, 0x20000000, 0))
+TO_SINK(clear_repeat_that_wraps, X_BLOCKS, PROTOCOL, "CLEAR_BATCH|repeat 536870912", say_many(r, T_CLEAR_BATCH,
+        0x20000000, 0))
 
 // --- hostile sources: ERROR, leaving, silence
 
@@ -1992,7 +2068,8 @@ TO_SINK(error_with_text, X_BLOCKS, REFUSED, "source gave up|no disk",
 TO_SINK(error_after_finish, X_FINISH, HANDOVER, "no disk", say_bytes(r, T_ERROR, 1, 7, (const uint8_t *)"no disk", 7))
 TO_SINK(error_with_control_characters, X_BLOCKS, REFUSED, "source gave up",
         say_bytes(r, T_ERROR, 1, 12, (const uint8_t *)"\x1b[2J\r\n\t\a\0\x7f\x80\xff", 12))
-TO_SINK(error_with_format, X_BLOCKS, REFUSED, "%s%n%1000000d", say_bytes(r, T_ERROR, 1, 13, (const uint8_t *)"%s%n%1000000d", 13))
+TO_SINK(error_with_format, X_BLOCKS, REFUSED, "%s%n%1000000d", say_bytes(r, T_ERROR, 1, 13,
+        (const uint8_t *)"%s%n%1000000d", 13))
 TO_SINK(error_of_half_a_megabyte, X_BLOCKS, REFUSED, "source gave up", say_many(r, T_ERROR, 1, 524272))
 TO_SINK(error_and_then_leaves, X_BLOCKS, REFUSED, "source gave up|no disk",
         say_bytes(r, T_ERROR, 1, 7, (const uint8_t *)"no disk", 7), raw_leave(r))
@@ -2048,3 +2125,605 @@ Test(hostile_source, takes_nothing_and_leaves) { deaf_source_leaves(0, RMIG_ERR_
 Test(hostile_source, takes_nothing_and_leaves_extended) { deaf_source_leaves(EXTENSION, RMIG_ERR_PEER_GONE); }
 
 TO_SINK(message_longer_than_a_receive, V1_BLOCKS, FABRIC, "source", send_bytes(r, r->memory, BUFFER + 1))
+
+// --- hostile sinks: how far the session has come
+
+static const enum step short_script[] = {BEGIN, SAVE_ALL, END, PUT_HEAD, FINISH, OVER};
+
+enum source_stage {
+    S1_REQUEST, // the request has come
+    S1_ACCEPTED, // version 1: accepted, no READY sent yet
+    S1_BLOCKS, // RAM_BLOCKS_REQUEST has come
+    S1_REGISTER, // REGISTER_REQUEST has come
+    S1_CLEAR, // with RAM that is zero: COMPRESS has come
+    S1_ROUND, // REGISTER_FINISHED has come
+    S1_STREAM, // QEMU_FILE has come: the source has nothing more to say
+    SX_HELLO, // extended: HELLO has come
+    SX_ACCEPTED, // HELLO was answered, no READY sent yet
+    SX_BLOCKS, // BLOCKS has come
+    SX_BATCH, // REGISTER_BATCH has come
+    SX_ROUND,
+    SX_STREAM,
+    SX_FINISH // FINISH has come
+};
+
+/* RAM of the raw sink that rmig's source may write, in the regions it asked for. */
+struct target {
+    uint8_t *host[BLOCKS];
+    struct rmig_mr mr[BLOCKS];
+    bool registered;
+};
+static struct target target;
+
+static void target_open(const struct play *p) {
+    struct rmig_error err = {0};
+    for (unsigned i = 0; i < BLOCKS; i++) {
+        target.host[i] = calloc(1, p->ram[i].length);
+        cr_assert_not_null(target.host[i]);
+        cr_assert_eq(p->raw.ops->reg(p->raw.ep, target.host[i], p->ram[i].length,
+            RMIG_ACCESS_LOCAL_WRITE | RMIG_ACCESS_REMOTE_WRITE,
+                                     &target.mr[i], &err), RMIG_OK, "%s", err.text);
+    }
+    target.registered = true;
+}
+
+static void target_close(struct play *p) {
+    for (unsigned i = 0; target.registered && i < BLOCKS; i++) {
+        if (p->raw.ep != NULL)
+            p->raw.ops->dereg(p->raw.ep, &target.mr[i], NULL);
+        free(target.host[i]);
+    }
+    target.registered = false;
+}
+
+static void give_ready(struct raw *r) { cr_assert(SAY_EMPTY(r, T_READY)); }
+
+static void answer_ram_blocks(struct raw *r) {
+    cr_assert(SAY(r, T_RAM_BLOCKS_RESULT, 1, "qqqwwqqqww", (uintptr_t)target.host[0], 0x1000000, RAM_LENGTH, 0, 0,
+                  (uintptr_t)target.host[1], 0x9000000, ROM_LENGTH, 0, 0));
+}
+
+/* Answers the REGISTER_REQUEST in r->m. */
+static void answer_register(struct raw *r) {
+    uint32_t block = get_be32(r->m.payload + 8);
+    cr_assert_lt(block, (uint32_t)BLOCKS);
+    cr_assert(SAY(r, T_REGISTER_RESULT, 1, "wwq", target.mr[block].key, 0, (uintptr_t)target.host[block]));
+}
+
+static void answer_batch(struct raw *r) {
+    uint8_t reply[16 * 64];
+    uint32_t n = r->m.repeat;
+    cr_assert(n <= 64 && r->m.len == 24 * n);
+    for (uint32_t i = 0; i < n; i++) {
+        const uint8_t *e = r->m.payload + 24 * (size_t)i;
+        uint32_t block = get_be32(e);
+        cr_assert_lt(block, (uint32_t)BLOCKS);
+        put_be64(reply + 16 * (size_t)i, target.mr[block].key);
+        put_be64(reply + 16 * (size_t)i + 8, (uintptr_t)target.host[block] + get_be64(e + 8));
+    }
+    cr_assert(say_bytes(r, T_REGISTER_BATCH_RESULT, n, 16 * n, reply, 16 * n));
+}
+
+static void v1_go(struct raw *r, enum source_stage stage) {
+    if (stage <= S1_ACCEPTED)
+        return;
+    give_ready(r);
+    expect(r, T_RAM_BLOCKS_REQUEST);
+    if (stage == S1_BLOCKS)
+        return;
+    answer_ram_blocks(r);
+    give_ready(r);
+    if (stage == S1_CLEAR) {
+        expect(r, T_COMPRESS);
+        return;
+    }
+    for (expect(r, T_REGISTER_REQUEST); r->m.type == T_REGISTER_REQUEST; next_message(r, SIM_SECOND)) {
+        if (stage == S1_REGISTER)
+            return;
+        answer_register(r);
+        give_ready(r);
+    }
+    cr_assert_eq(r->m.type, (uint32_t)T_REGISTER_FINISHED);
+    if (stage == S1_ROUND)
+        return;
+    give_ready(r);
+    expect(r, T_QEMU_FILE);
+}
+
+static void x_go(struct raw *r, enum source_stage stage) {
+    expect(r, T_HELLO);
+    if (stage == SX_HELLO)
+        return;
+    cr_assert(SAY_HELLO(r, T_HELLO_RESULT, MIB));
+    if (stage == SX_ACCEPTED)
+        return;
+    give_ready(r);
+    expect(r, T_BLOCKS);
+    if (stage == SX_BLOCKS)
+        return;
+    cr_assert(SAY(r, T_BLOCKS_RESULT, 1, "w", 0));
+    give_ready(r);
+    for (expect(r, T_REGISTER_BATCH); r->m.type == T_REGISTER_BATCH; next_message(r, SIM_SECOND)) {
+        if (stage == SX_BATCH)
+            return;
+        answer_batch(r);
+        give_ready(r);
+    }
+    cr_assert_eq(r->m.type, (uint32_t)T_REGISTER_FINISHED);
+    if (stage == SX_ROUND)
+        return;
+    give_ready(r);
+    expect(r, T_QEMU_FILE);
+    if (stage == SX_STREAM)
+        return;
+    give_ready(r);
+    expect(r, T_FINISH);
+}
+
+static void check_hello(const struct raw *r) {
+    static const uint16_t tags[8] = {1, 2, 3, 4, 5, 6, 7, 8};
+    cr_assert_eq(r->m.len, 96u);
+    for (unsigned i = 0; i < 8; i++)
+        cr_assert_eq(get_be32(r->m.payload + 12 * i), (uint32_t)tags[i] << 16 | 8, "entry %u", i);
+    cr_assert_eq(get_be64(r->m.payload + 4), MIB, "chunk_size");
+}
+
+static struct play *source_with(enum source_stage stage, void (*change)(struct play *p)) {
+    struct play *p = play_new(SIM_ORDERED);
+    if (change != NULL)
+        change(p);
+    play_source(p, RAM_LENGTH, ROM_LENGTH, short_script);
+    fill_stream(p);
+    for (unsigned i = 0; i < BLOCKS && stage != S1_CLEAR; i++)
+        memset(p->ram[i].host, FILL, p->ram[i].length);
+    return p;
+}
+
+static struct play *source_at(enum source_stage stage) {
+    struct play *p = source_with(stage, NULL);
+    uint8_t reply[8];
+    if (stage == S1_REQUEST) {
+        cr_assert(raw_until(&p->raw, is_asked, SIM_SECOND));
+        return p;
+    }
+    pack(reply, "ww", (const uint64_t[]){1, stage >= SX_HELLO ? EXTENSION : 0});
+    raw_accept(&p->raw, reply, sizeof reply, RECEIVES);
+    cr_assert_eq(get_be32(p->raw.private_data), 1u);
+    cr_assert_eq(get_be32(p->raw.private_data + 4), EXTENSION);
+    target_open(p);
+    if (stage >= SX_HELLO)
+        x_go(&p->raw, stage);
+    else
+        v1_go(&p->raw, stage);
+    if (stage == SX_HELLO)
+        check_hello(&p->raw);
+    return p;
+}
+
+static void raw_vanish(struct play *p) {
+    target_close(p);
+    raw_drop(&p->raw);
+}
+
+static void source_must_fail(struct play *p, int status, const char *needles) {
+    must_fail(p, status, needles);
+    cr_expect_eq(exposed(p->sim, 0), 0u, "the source's memory can be written");
+    for (unsigned i = 0; i < BLOCKS; i++)
+        for (uint64_t at = 1; at < p->ram[i].length; at++)
+            cr_assert_eq(p->ram[i].host[at], p->ram[i].host[0], "the source's block %u was written", i);
+    target_close(p);
+    play_free(p);
+}
+
+#define TO_SOURCE(name, stage, status, needles, ...)                                                                   \
+    Test(hostile_sink, name) {                                                                                         \
+        struct play *p = source_at(stage);                                                                             \
+        struct raw *r = &p->raw;                                                                                       \
+        __VA_ARGS__;                                                                                                   \
+        source_must_fail(p, RMIG_ERR_##status, needles);                                                               \
+    }
+
+TestSuite(hostile_sink, .timeout = 60);
+
+/* What the raw sink does in all these tests before it turns hostile is right: gone through to the end it works. */
+static void whole_session(enum source_stage stage) {
+    struct play *p = source_at(stage);
+    struct raw *r = &p->raw;
+    if (stage == SX_FINISH) {
+        cr_assert(SAY_EMPTY(r, T_FINISH_RESULT));
+        expect(r, T_GOODBYE);
+        cr_assert_eq(r->m.len, 0u);
+    }
+    run_to_end(p, SIM_SECOND);
+    cr_assert_eq(p->status, RMIG_OK, "%s", p->text);
+    for (unsigned i = 0; i < BLOCKS; i++)
+        cr_assert_eq(memcmp(target.host[i], p->ram[i].host, p->ram[i].length), 0);
+    target_close(p);
+    play_free(p);
+}
+Test(hostile_sink, nothing_hostile_in_version_1) { whole_session(S1_STREAM); }
+Test(hostile_sink, nothing_hostile_extended) { whole_session(SX_FINISH); }
+
+// --- hostile sinks: the answer to the request
+
+TO_SOURCE(rejects, S1_REQUEST, REFUSED, "rejected",
+          struct rmig_error err; cr_assert_eq(r->ops->reject(r->listener, r->request, NULL, 0, &err), RMIG_OK))
+TO_SOURCE(rejects_with_garbage, S1_REQUEST, REFUSED, "rejected",
+        struct rmig_error err; uint8_t garbage[196]; memset(garbage, 0xff, 196);
+          cr_assert_eq(r->ops->reject(r->listener, r->request, garbage, 196, &err), RMIG_OK))
+TO_SOURCE(never_answers_the_request, S1_REQUEST, TIMEOUT, "sink|connect-timeout|2s", (void)r)
+TO_SOURCE(stops_to_listen, S1_REQUEST, REFUSED, "", r->ops->close(r->listener), r->listener = NULL)
+
+#define SHORT_REPLY(n)                                                                                                 \
+    TO_SOURCE(private_data_of_##n##_bytes, S1_REQUEST, PROTOCOL, "private data|8 bytes",                               \
+              raw_accept(r, good_data, n, RECEIVES))
+SHORT_REPLY(0)
+SHORT_REPLY(1)
+SHORT_REPLY(2)
+SHORT_REPLY(3)
+SHORT_REPLY(4)
+SHORT_REPLY(5)
+SHORT_REPLY(6)
+SHORT_REPLY(7)
+
+/* Stock sources ignore the version in the reply, and what they have not asked for. */
+Test(hostile_sink, reply_with_another_version_and_all_flags_but_the_extension) {
+    struct play *p = source_at(S1_REQUEST);
+    raw_accept(&p->raw, (const uint8_t[]){0xff, 0xff, 0xff, 0xff, 0xff, 0xfe, 0xff, 0xff}, 8, RECEIVES);
+    target_open(p);
+    v1_go(&p->raw, S1_STREAM);
+    run_to_end(p, SIM_SECOND);
+    cr_assert_eq(p->status, RMIG_OK, "%s", p->text);
+    cr_assert_not(rmig_source_extended(p->source));
+    target_close(p);
+    play_free(p);
+}
+
+static void without_extension(struct play *p) { set(p, RMIG_PARAM_EXTENSION, 0); }
+
+Test(hostile_sink, grants_an_extension_that_was_not_offered) {
+    struct play *p = source_with(S1_REQUEST, without_extension);
+    raw_accept(&p->raw, (const uint8_t[]){0, 0, 0, 1, 0xff, 0xff, 0xff, 0xff}, 8, RECEIVES);
+    cr_assert_eq(get_be32(p->raw.private_data + 4), 0u);
+    target_open(p);
+    v1_go(&p->raw, S1_STREAM);
+    run_to_end(p, SIM_SECOND);
+    cr_assert_eq(p->status, RMIG_OK, "%s", p->text);
+    cr_assert_not(rmig_source_extended(p->source));
+    target_close(p);
+    play_free(p);
+}
+
+// --- hostile sinks: the header, types, order
+
+#define SOURCE_BYTES(name, needles, ...) TO_SOURCE(name, S1_BLOCKS, PROTOCOL, needles, __VA_ARGS__)
+SOURCE_BYTES(message_of_0_bytes, "0 bytes|16", send_bytes(r, ZEROES(1), 0))
+SOURCE_BYTES(message_of_15_bytes, "15 bytes|16", send_bytes(r, ZEROES(15), 15))
+SOURCE_BYTES(len_less_than_sent, "80|63", say_bytes(r, T_RAM_BLOCKS_RESULT, 1, 63, ZEROES(64), 64))
+SOURCE_BYTES(len_more_than_sent, "79|64", say_bytes(r, T_RAM_BLOCKS_RESULT, 1, 64, ZEROES(63), 63))
+SOURCE_BYTES(len_beyond_the_buffer, "524273|524272", say_bytes(r, T_RAM_BLOCKS_RESULT, 1, 524273, ZEROES(64), 64))
+SOURCE_BYTES(len_that_wraps, "4294967288", say_bytes(r, T_RAM_BLOCKS_RESULT, 1, 0xfffffff8, ZEROES(8), 8))
+
+#define WRONG(name, stage, type, needles) TO_SOURCE(name, stage, PROTOCOL, needles, SAY_EMPTY(r, type))
+WRONG(type_0_for_ready, S1_ACCEPTED, 0, "type 0|READY was due")
+WRONG(type_12_for_ready, S1_ACCEPTED, 12, "type 12|READY was due")
+WRONG(type_of_32_bits, S1_ACCEPTED, 0xffffffff, "type 4294967295|READY was due")
+WRONG(a_source_message_for_ready, S1_ACCEPTED, T_REGISTER_FINISHED, "REGISTER_FINISHED|READY was due")
+WRONG(stream_for_ready, S1_ACCEPTED, T_QEMU_FILE, "QEMU_FILE|READY was due")
+WRONG(reply_nobody_asked_for, S1_ACCEPTED, T_RAM_BLOCKS_RESULT, "RAM_BLOCKS_RESULT|READY was due")
+WRONG(register_result_nobody_asked_for, S1_ROUND, T_REGISTER_RESULT, "REGISTER_RESULT|READY was due")
+WRONG(unregister_finished_nobody_asked_for, S1_ROUND, T_UNREGISTER_FINISHED, "UNREGISTER_FINISHED|READY was due")
+WRONG(batch_result_nobody_asked_for, SX_ROUND, T_REGISTER_BATCH_RESULT, "REGISTER_BATCH_RESULT|READY was due")
+WRONG(blocks_result_twice, SX_BATCH, T_BLOCKS_RESULT, "BLOCKS_RESULT|REGISTER_BATCH_RESULT was due")
+WRONG(hello_result_twice, SX_ACCEPTED, T_HELLO_RESULT, "HELLO_RESULT|READY was due")
+WRONG(finish_result_before_finish, SX_ROUND, T_FINISH_RESULT, "FINISH_RESULT|READY was due")
+WRONG(hello_result_in_version_1, S1_ACCEPTED, T_HELLO_RESULT, "HELLO_RESULT|READY was due")
+WRONG(batch_result_in_version_1, S1_REGISTER, T_REGISTER_BATCH_RESULT, "REGISTER_BATCH_RESULT|REGISTER_RESULT was due")
+WRONG(finish_result_in_version_1, S1_ROUND, T_FINISH_RESULT, "FINISH_RESULT|READY was due")
+WRONG(ready_for_hello_result, SX_HELLO, T_READY, "READY|HELLO_RESULT was due")
+WRONG(ready_for_ram_blocks_result, S1_BLOCKS, T_READY, "READY|RAM_BLOCKS_RESULT was due")
+WRONG(ready_for_register_result, S1_REGISTER, T_READY, "READY|REGISTER_RESULT was due")
+WRONG(ready_for_blocks_result, SX_BLOCKS, T_READY, "READY|BLOCKS_RESULT was due")
+WRONG(ready_for_batch_result, SX_BATCH, T_READY, "READY|REGISTER_BATCH_RESULT was due")
+WRONG(ready_for_finish_result, SX_FINISH, T_READY, "READY|FINISH_RESULT was due")
+WRONG(ram_blocks_result_for_register_result, S1_REGISTER, T_RAM_BLOCKS_RESULT,
+        "RAM_BLOCKS_RESULT|REGISTER_RESULT was due")
+WRONG(register_result_for_batch_result, SX_BATCH, T_REGISTER_RESULT, "REGISTER_RESULT|REGISTER_BATCH_RESULT was due")
+WRONG(goodbye_from_the_sink, SX_FINISH, T_GOODBYE, "GOODBYE|FINISH_RESULT was due")
+TO_SOURCE(ready_with_payload, S1_ACCEPTED, PROTOCOL, "READY|len 1", SAY(r, T_READY, 1, "b", 0))
+TO_SOURCE(two_readys, S1_ACCEPTED, PROTOCOL, "READY", sim_spend(p->sim, 0, SIM_MS), SAY_EMPTY(r, T_READY),
+        SAY_EMPTY(r, T_READY))
+TO_SOURCE(two_readys_extended, SX_ACCEPTED, PROTOCOL, "READY", sim_spend(p->sim, 0, SIM_MS), SAY_EMPTY(r, T_READY),
+          SAY_EMPTY(r, T_READY))
+TO_SOURCE(a_storm_of_readys, S1_ACCEPTED, PROTOCOL, "READY", for (unsigned i = 0; i < 15; i++) SAY_EMPTY(r, T_READY))
+TO_SOURCE(ready_before_hello_result, SX_HELLO, PROTOCOL, "READY|HELLO_RESULT was due", SAY_EMPTY(r, T_READY),
+          SAY_HELLO(r, T_HELLO_RESULT, MIB))
+
+// --- hostile sinks: RAM_BLOCKS_RESULT, REGISTER_RESULT, and keys that are not good
+
+#define ENTRY(base, offset, length, rkey) base, offset, length, rkey, 0
+#define RAM_BLOCKS(name, status, needles, format, ...)                                                                 \
+    TO_SOURCE(ram_blocks_##name, S1_BLOCKS, status, needles, SAY(r, T_RAM_BLOCKS_RESULT, 1, format, __VA_ARGS__))
+RAM_BLOCKS(none, PROTOCOL, "RAM_BLOCKS_RESULT|0 bytes|2", "", 0)
+RAM_BLOCKS(one_missing, PROTOCOL, "RAM_BLOCKS_RESULT|32 bytes|2", "qqqww", ENTRY(0, 0, RAM_LENGTH, 0))
+RAM_BLOCKS(a_byte_missing, PROTOCOL, "RAM_BLOCKS_RESULT|63 bytes|32", "qqqwwqqqwhb",
+           ENTRY(0, 0, RAM_LENGTH, 0), 0, 0, ROM_LENGTH, 0, 0, 0)
+RAM_BLOCKS(a_byte_more, PROTOCOL, "RAM_BLOCKS_RESULT|65 bytes|32", "qqqwwqqqwwb",
+           ENTRY(0, 0, RAM_LENGTH, 0), ENTRY(0, 0, ROM_LENGTH, 0), 0)
+RAM_BLOCKS(with_31_bytes_more, PROTOCOL, "RAM_BLOCKS_RESULT|95 bytes|32", "qqqwwqqqwwqqqwhb",
+           ENTRY(0, 0, RAM_LENGTH, 0), ENTRY(0, 0, ROM_LENGTH, 0), 0, 0, PAGE, 0, 0, 0)
+RAM_BLOCKS(another_length, SETUP, "block 1 \"rom\"|1052672|1052673", "qqqwwqqqww",
+           ENTRY(0, 0, RAM_LENGTH, 0), ENTRY(0, 0, ROM_LENGTH + 1, 0))
+RAM_BLOCKS(length_0, SETUP, "block 0 \"ram\"|4194304|0 at", "qqqwwqqqww", ENTRY(0, 0, 0, 0), ENTRY(0, 0, ROM_LENGTH, 0))
+RAM_BLOCKS(swapped, SETUP, "block 0 \"ram\"|4194304|1052672", "qqqwwqqqww",
+           ENTRY(0, 0, ROM_LENGTH, 0), ENTRY(0, 0, RAM_LENGTH, 0))
+TO_SOURCE(ram_blocks_half_a_megabyte, S1_BLOCKS, SETUP, "block 0 \"ram\"|4194304", say_many(r, T_RAM_BLOCKS_RESULT, 1,
+        16383 * 32))
+
+/* A sink may have more blocks than the source names. */
+Test(hostile_sink, ram_blocks_surplus_is_ignored) {
+    struct play *p = source_at(S1_BLOCKS);
+    struct raw *r = &p->raw;
+    cr_assert(SAY(r, T_RAM_BLOCKS_RESULT, 1, "qqqwwqqqwwqqqww", ENTRY((uintptr_t)target.host[0], 0, RAM_LENGTH, 0),
+                  ENTRY((uintptr_t)target.host[1], 0, ROM_LENGTH, 0), ENTRY(0, 0, PAGE, 0)));
+    give_ready(r);
+    expect(r, T_REGISTER_REQUEST);
+    cr_assert(!p->done);
+    target_close(p);
+    play_free(p);
+}
+
+static void with_pin_all(struct play *p) { set(p, RMIG_PARAM_PIN_ALL, 1); }
+
+static struct play *pinned_source(void) {
+    struct play *p = source_with(S1_BLOCKS, with_pin_all);
+    raw_accept(&p->raw, (const uint8_t[]){0, 0, 0, 1, 0, 0, 0, 1}, 8, RECEIVES);
+    target_open(p);
+    v1_go(&p->raw, S1_BLOCKS);
+    return p;
+}
+
+Test(hostile_sink, ram_blocks_rkey_0_with_pin_all) {
+    struct play *p = pinned_source();
+    cr_assert(SAY(&p->raw, T_RAM_BLOCKS_RESULT, 1, "qqqwwqqqww", ENTRY((uintptr_t)target.host[0], 0, RAM_LENGTH,
+        target.mr[0].key),
+                  ENTRY((uintptr_t)target.host[1], 0, ROM_LENGTH, 0)));
+    source_must_fail(p, RMIG_ERR_PROTOCOL, "rkey 0|\"rom\"");
+}
+
+/* Keys and addresses are the sink's affair: bad ones end the connection, and no more. */
+static void bad_keys(uint64_t key, uint64_t base) {
+    struct play *p = pinned_source();
+    cr_assert(SAY(&p->raw, T_RAM_BLOCKS_RESULT, 1, "qqqwwqqqww", ENTRY(base, UINT64_MAX, RAM_LENGTH, key),
+                  ENTRY(base, UINT64_MAX - 7, ROM_LENGTH, key)));
+    give_ready(&p->raw);
+    source_must_fail(p, RMIG_ERR_FABRIC, "sink|remote access error");
+}
+Test(hostile_sink, ram_blocks_bad_key_with_pin_all) { bad_keys(0x12345678, 0); }
+Test(hostile_sink, ram_blocks_bad_base_with_pin_all) { bad_keys(0xffffffff, UINT64_MAX); }
+
+#define REGISTERED(name, status, needles, format, ...)                                                                 \
+    TO_SOURCE(register_result_##name, S1_REGISTER, status, needles, SAY(r, T_REGISTER_RESULT, 1, format, __VA_ARGS__))
+REGISTERED(rkey_0, PROTOCOL, "REGISTER_RESULT|rkey", "wwq", 0, 0, (uintptr_t)target.host[0])
+REGISTERED(of_0_bytes, PROTOCOL, "REGISTER_RESULT|0 bytes|16", "", 0)
+REGISTERED(of_15_bytes, PROTOCOL, "REGISTER_RESULT|15 bytes|16", "wwwhb", 1, 0, 0, 0, 0)
+REGISTERED(of_17_bytes, PROTOCOL, "REGISTER_RESULT|17 bytes|16", "wwqb", 1, 0, 0, 0)
+REGISTERED(of_32_bytes, PROTOCOL, "REGISTER_RESULT|32 bytes|16", "wwqwwq", 1, 0, 0, 1, 0, 0)
+TO_SOURCE(register_result_bad_key, S1_REGISTER, FABRIC, "sink|remote access error",
+          SAY(r, T_REGISTER_RESULT, 1, "wwq", 0x12345678, 0, 0), give_ready(r))
+TO_SOURCE(register_result_bad_base, S1_REGISTER, FABRIC, "sink|remote access error",
+          SAY(r, T_REGISTER_RESULT, 1, "wwq", target.mr[0].key, 0, UINT64_MAX), give_ready(r))
+TO_SOURCE(register_result_base_behind, S1_REGISTER, FABRIC, "sink|remote access error",
+          SAY(r, T_REGISTER_RESULT, 1, "wwq", target.mr[0].key, 0, (uintptr_t)target.host[0] + PAGE), give_ready(r))
+
+// --- hostile sinks: the extension
+
+#define HELLO_ANSWER(name, status, needles, ...)                                                                       \
+    TO_SOURCE(hello_result_##name, SX_HELLO, status, needles, SAY(r, T_HELLO_RESULT, 1, HELLO_FORMAT,                  \
+        HELLO_VALUES(__VA_ARGS__)))
+HELLO_ANSWER(refused_without_reason, REFUSED, "refused", MIB, 524272, 4096, 1 << 30, 0, 1)
+HELLO_ANSWER(status_of_64_bits, REFUSED, "refused", MIB, 524272, 4096, 1 << 30, 0, UINT64_MAX)
+HELLO_ANSWER(other_chunk_size, PROTOCOL, "chunk-size|2097152|1048576", 2 * MIB, 524272, 4096, 1 << 30, 0, 0)
+HELLO_ANSWER(chunk_size_0, PROTOCOL, "chunk-size|0|1048576", 0, 524272, 4096, 1 << 30, 0, 0)
+HELLO_ANSWER(payload_too_small, SETUP, "payload 511", MIB, 511, 4096, 1 << 30, 0, 0)
+HELLO_ANSWER(batch_0, SETUP, "batch 0", MIB, 524272, 0, 1 << 30, 0, 0)
+HELLO_ANSWER(registration_too_small, SETUP, "registration|1048575", MIB, 524272, 4096, MIB - 1, 0, 0)
+TO_SOURCE(hello_result_without_entries, SX_HELLO, PROTOCOL, "chunk-size|0", SAY_EMPTY(r, T_HELLO_RESULT))
+#define HELLO_BAD(name, format, ...)                                                                                   \
+    TO_SOURCE(hello_result_##name, SX_HELLO, PROTOCOL, "HELLO_RESULT|malformed", SAY(r, T_HELLO_RESULT, 1, format,     \
+        __VA_ARGS__))
+HELLO_BAD(cut_in_a_tag, "hhqh", 1, 8, MIB, 2)
+HELLO_BAD(cut_in_a_value, "hhw", 1, 8, 0)
+HELLO_BAD(with_a_long_entry, "hhqhhb", 1, 8, MIB, 9, 65535, 'x')
+HELLO_BAD(with_a_short_number, "hhw", 1, 4, MIB)
+HELLO_BAD(with_a_tag_twice, "hhqhhq", 8, 8, 0, 8, 8, 1)
+HELLO_BAD(with_two_reasons, "hhbhhb", 9, 1, 'a', 9, 1, 'b')
+TO_SOURCE(hello_result_refused_with_reason, SX_HELLO, REFUSED, "refused|no",
+          SAY(r, T_HELLO_RESULT, 1, "hhqhhqhhbb", 1, 8, MIB, 8, 8, 1, 9, 2, 'n', 'o'))
+TO_SOURCE(hello_result_reason_with_control_characters, SX_HELLO, REFUSED, "refused|ok",
+          SAY(r, T_HELLO_RESULT, 1, "hhqhhbbbbbbb", 8, 8, 1, 9, 7, 0x1b, '\n', 0, 0x7f, 0xff, 'o', 'k'))
+TO_SOURCE(hello_result_reason_with_format, SX_HELLO, REFUSED, "refused|%s%n",
+          SAY(r, T_HELLO_RESULT, 1, "hhqhhbbbb", 8, 8, 1, 9, 4, '%', 's', '%', 'n'))
+
+static void say_long_reason(struct raw *r) {
+    static uint8_t bytes[16 + 65535];
+    size_t n = pack(bytes, "hhqhh", (const uint64_t[]){8, 8, 1, 9, 65535});
+    memset(bytes + n, 'x', 65535);
+    cr_assert(say_bytes(r, T_HELLO_RESULT, 1, (uint32_t)n + 65535, bytes, n + 65535));
+}
+TO_SOURCE(hello_result_reason_of_64K, SX_HELLO, REFUSED, "refused|xxx", say_long_reason(r))
+
+TO_SOURCE(blocks_result_of_0_bytes, SX_BLOCKS, PROTOCOL, "BLOCKS_RESULT", SAY_EMPTY(r, T_BLOCKS_RESULT))
+TO_SOURCE(blocks_result_of_8_bytes, SX_BLOCKS, PROTOCOL, "BLOCKS_RESULT", SAY(r, T_BLOCKS_RESULT, 1, "q", 0))
+TO_SOURCE(blocks_result_not_0, SX_BLOCKS, PROTOCOL, "BLOCKS_RESULT", SAY(r, T_BLOCKS_RESULT, 1, "w", 1))
+TO_SOURCE(finish_result_with_payload, SX_FINISH, PROTOCOL, "FINISH_RESULT", SAY(r, T_FINISH_RESULT, 1, "w", 1))
+
+#define BATCH_ANSWER(name, needles, repeat, format, ...)                                                               \
+    TO_SOURCE(batch_result_##name, SX_BATCH, PROTOCOL, "REGISTER_BATCH_RESULT|" needles,                               \
+              SAY(r, T_REGISTER_BATCH_RESULT, repeat, format, __VA_ARGS__))
+BATCH_ANSWER(of_0_bytes, "0 bytes", 0, "", 0)
+BATCH_ANSWER(one_missing, "1 results in 16 bytes", 1, "qq", 1, 0)
+BATCH_ANSWER(one_too_many, "3 results in 48 bytes", 3, "qqqqqq", 1, 0, 1, 0, 1, 0)
+BATCH_ANSWER(repeat_wrong, "7 results in 32 bytes", 7, "qqqq", 1, 0, 1, 0)
+BATCH_ANSWER(a_byte_missing, "2 results in 31 bytes", 2, "qqqwhb", 1, 0, 1, 0, 0, 0)
+BATCH_ANSWER(key_0, "key 0|result 0", 2, "qqqq", 0, (uintptr_t)target.host[0], target.mr[1].key,
+        (uintptr_t)target.host[1])
+BATCH_ANSWER(second_key_0, "key 0|result 1", 2, "qqqq", target.mr[0].key, (uintptr_t)target.host[0], 0,
+        (uintptr_t)target.host[1])
+TO_SOURCE(batch_result_bad_keys, SX_BATCH, FABRIC, "sink|remote access error",
+          SAY(r, T_REGISTER_BATCH_RESULT, 2, "qqqq", UINT64_MAX, 0, 1, UINT64_MAX), give_ready(r))
+TO_SOURCE(batch_result_addresses_that_wrap, SX_BATCH, FABRIC, "sink|remote access error",
+          SAY(r, T_REGISTER_BATCH_RESULT, 2, "qqqq", target.mr[0].key, UINT64_MAX, target.mr[1].key, UINT64_MAX),
+              give_ready(r))
+
+/* The smallest limits that a sink may have: one entry a message, 512 bytes, one chunk a registration. */
+Test(hostile_sink, smallest_limits_work) {
+    struct play *p = source_at(SX_HELLO);
+    struct raw *r = &p->raw;
+    unsigned batches = 0, streams = 0;
+    cr_assert(SAY(r, T_HELLO_RESULT, 1, HELLO_FORMAT, HELLO_VALUES(MIB, 512, 1, MIB, 1, 0)));
+    give_ready(r);
+    while (next_message(r, SIM_SECOND) && r->m.type != T_FINISH) {
+        cr_assert_leq(r->m.len, 512u, "message %u of %u bytes", r->m.type, r->m.len);
+        if (r->m.type == T_BLOCKS)
+            cr_assert(SAY(r, T_BLOCKS_RESULT, 1, "w", 0));
+        if (r->m.type == T_REGISTER_BATCH) {
+            cr_assert(r->m.repeat == 1 && get_be64(r->m.payload + 16) <= MIB);
+            answer_batch(r);
+            batches++;
+        }
+        streams += r->m.type == T_QEMU_FILE;
+        give_ready(r);
+    }
+    cr_assert_eq(r->m.type, (uint32_t)T_FINISH, "%s", p->text);
+    cr_assert(batches == 6 && streams == 1, "%u batches, %u pieces of the stream", batches, streams);
+    SAY_EMPTY(r, T_FINISH_RESULT);
+    run_to_end(p, SIM_SECOND);
+    cr_assert_eq(p->status, RMIG_OK, "%s", p->text);
+    for (unsigned i = 0; i < BLOCKS; i++)
+        cr_assert_eq(memcmp(target.host[i], p->ram[i].host, p->ram[i].length), 0);
+    target_close(p);
+    play_free(p);
+}
+
+// --- hostile sinks: ERROR, leaving, silence
+
+TO_SOURCE(error_for_ready, S1_ACCEPTED, REFUSED, "sink gave up", SAY_EMPTY(r, T_ERROR))
+TO_SOURCE(error_for_a_reply, S1_REGISTER, REFUSED, "sink gave up", SAY_EMPTY(r, T_ERROR))
+TO_SOURCE(error_for_hello_result, SX_HELLO, REFUSED, "sink gave up|no disk", say_bytes(r, T_ERROR, 1, 7,
+        (const uint8_t *)"no disk", 7))
+TO_SOURCE(error_for_blocks_result, SX_BLOCKS, REFUSED, "sink gave up|no disk", say_bytes(r, T_ERROR, 1, 7,
+        (const uint8_t *)"no disk", 7))
+TO_SOURCE(error_for_finish_result, SX_FINISH, REFUSED, "sink gave up", SAY_EMPTY(r, T_ERROR))
+TO_SOURCE(error_and_then_leaves, SX_BATCH, REFUSED, "sink gave up|no disk",
+          say_bytes(r, T_ERROR, 1, 7, (const uint8_t *)"no disk", 7), raw_leave(r))
+TO_SOURCE(error_with_control_characters, SX_BATCH, REFUSED, "sink gave up",
+          say_bytes(r, T_ERROR, 1, 12, (const uint8_t *)"\x1b[2J\r\n\t\a\0\x7f\x80\xff", 12))
+TO_SOURCE(error_with_format, SX_BATCH, REFUSED, "%s%n%1000000d", say_bytes(r, T_ERROR, 1, 13,
+        (const uint8_t *)"%s%n%1000000d", 13))
+TO_SOURCE(error_of_half_a_megabyte, SX_BATCH, REFUSED, "sink gave up", say_many(r, T_ERROR, 1, 524272))
+
+#define SINK_LEAVES(name, stage, status)                                                                               \
+    TO_SOURCE(leaves_##name, stage, status, "sink", raw_leave(r))                                                      \
+    TO_SOURCE(vanishes_##name, stage, status, "sink", (void)r, raw_vanish(p))
+SINK_LEAVES(for_ready, S1_ACCEPTED, PEER_GONE)
+SINK_LEAVES(for_ram_blocks_result, S1_BLOCKS, PEER_GONE)
+SINK_LEAVES(for_register_result, S1_REGISTER, PEER_GONE)
+SINK_LEAVES(after_compress, S1_CLEAR, PEER_GONE)
+SINK_LEAVES(after_a_round, S1_ROUND, PEER_GONE)
+SINK_LEAVES(for_hello_result, SX_HELLO, PEER_GONE)
+SINK_LEAVES(for_the_first_ready, SX_ACCEPTED, PEER_GONE)
+SINK_LEAVES(for_blocks_result, SX_BLOCKS, PEER_GONE)
+SINK_LEAVES(for_batch_result, SX_BATCH, PEER_GONE)
+SINK_LEAVES(after_a_round_extended, SX_ROUND, PEER_GONE)
+SINK_LEAVES(for_finish, SX_STREAM, PEER_GONE)
+SINK_LEAVES(for_finish_result, SX_FINISH, PEER_GONE)
+
+#define SINK_SILENT(name, stage, needles) TO_SOURCE(silent_##name, stage, TIMEOUT, "sink|" needles, (void)r)
+SINK_SILENT(for_ready, S1_ACCEPTED, "io-timeout|3s|READY")
+SINK_SILENT(for_ram_blocks_result, S1_BLOCKS, "io-timeout|3s|RAM_BLOCKS_RESULT")
+SINK_SILENT(for_register_result, S1_REGISTER, "io-timeout|3s|REGISTER_RESULT")
+SINK_SILENT(after_compress, S1_CLEAR, "io-timeout|3s|READY")
+SINK_SILENT(after_a_round, S1_ROUND, "io-timeout|3s|READY")
+SINK_SILENT(for_hello_result, SX_HELLO, "connect-timeout|2s|HELLO_RESULT")
+SINK_SILENT(for_the_first_ready, SX_ACCEPTED, "io-timeout|3s|READY")
+SINK_SILENT(for_blocks_result, SX_BLOCKS, "io-timeout|3s|BLOCKS_RESULT")
+SINK_SILENT(for_batch_result, SX_BATCH, "io-timeout|3s|REGISTER_BATCH_RESULT")
+SINK_SILENT(after_a_round_extended, SX_ROUND, "io-timeout|3s|READY")
+SINK_SILENT(for_finish, SX_STREAM, "io-timeout|3s|READY")
+SINK_SILENT(for_finish_result, SX_FINISH, "io-timeout|3s|FINISH_RESULT")
+
+/* The raw sink stops posting receives: `takes` messages are taken, all others stay under way for ever. */
+static struct play *deaf_sink(bool extended, enum source_stage stage, unsigned takes) {
+    struct play *p = source_with(stage, NULL);
+    struct raw *r = &p->raw;
+    uint8_t reply[8];
+    pack(reply, "ww", (const uint64_t[]){1, extended ? EXTENSION : 0});
+    r->by_hand = true;
+    raw_accept(r, reply, sizeof reply, 0);
+    target_open(p);
+    r->receives_left = takes + 1;
+    for (unsigned i = 0; i < RECEIVES; i++)
+        post_receive(r);
+    if (extended)
+        x_go(r, stage);
+    else
+        v1_go(r, stage);
+    return p;
+}
+
+/* HELLO, BLOCKS, REGISTER_BATCH, REGISTER_FINISHED, QEMU_FILE and FINISH are taken, GOODBYE is not: who owns the
+   guest? */
+Test(hostile_sink, takes_everything_but_goodbye) {
+    struct play *p = deaf_sink(true, SX_FINISH, 6);
+    SAY_EMPTY(&p->raw, T_FINISH_RESULT);
+    source_must_fail(p, RMIG_ERR_HANDOVER, "handover|io-timeout|3s");
+}
+
+Test(hostile_sink, leaves_before_it_takes_goodbye) {
+    struct play *p = deaf_sink(true, SX_FINISH, 6);
+    SAY_EMPTY(&p->raw, T_FINISH_RESULT);
+    pass_time(&p->raw, SIM_MS);
+    raw_leave(&p->raw);
+    source_must_fail(p, RMIG_ERR_HANDOVER, "handover|sink went away");
+}
+
+/* REGISTER_FINISHED is not taken, and all the same there is another READY. */
+static void takes_no_end_of_round(bool extended) {
+    struct play *p = deaf_sink(extended, extended ? SX_BATCH : S1_REGISTER, 3);
+    struct raw *r = &p->raw;
+    if (extended) {
+        answer_batch(r);
+    } else { // RAM_BLOCKS_REQUEST and two REGISTER_REQUESTs are taken
+        answer_register(r);
+        give_ready(r);
+        expect(r, T_REGISTER_REQUEST);
+        answer_register(r);
+    }
+    give_ready(r);
+    pass_time(r, 10 * SIM_MS);
+    give_ready(r);
+    source_must_fail(p, RMIG_ERR_TIMEOUT, "sink|io-timeout|3s");
+}
+Test(hostile_sink, does_not_take_the_end_of_a_round) { takes_no_end_of_round(false); }
+Test(hostile_sink, does_not_take_the_end_of_a_round_extended) { takes_no_end_of_round(true); }
+
+/* The last bytes of the stream are not taken, and there is another READY: a version 1 source must not believe that
+   all is there. */
+Test(hostile_sink, does_not_take_the_end_of_the_stream) {
+    struct play *p = deaf_sink(false, S1_ROUND, 4);
+    give_ready(&p->raw);
+    pass_time(&p->raw, 10 * SIM_MS);
+    give_ready(&p->raw);
+    source_must_fail(p, RMIG_ERR_TIMEOUT, "sink|io-timeout|3s");
+}
+
+/* Writes go out and no completion ever comes. */
+Test(hostile_sink, swallows_writes) {
+    struct play *p = source_at(SX_BATCH);
+    answer_batch(&p->raw);
+    give_ready(&p->raw);
+    pass_time(&p->raw, 20 * SIM_US);
+    sim_silence(p->sim);
+    source_must_fail(p, RMIG_ERR_TIMEOUT, "sink|io-timeout|3s|writes to complete");
+}
