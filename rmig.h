@@ -308,7 +308,7 @@ enum rmig_param {
     RMIG_PARAM_PIN_ALL, // register all blocks whole before the first round
     RMIG_PARAM_SIGNAL_EVERY, // ask for a completion every so many writes
     RMIG_PARAM_WRITE_DEPTH, // writes outstanding at most
-    RMIG_PARAM_REGISTER_AHEAD, // bytes registered ahead of the wire; 0: one chunk at a time, as stock QEMU
+    RMIG_PARAM_REGISTER_AHEAD, // bytes registered ahead of the wire, at least two chunks; 0: one chunk at a time, as stock QEMU
     RMIG_PARAM_ZERO_DETECT, // do not send or pin what is zero
     RMIG_PARAM_MAX_BANDWIDTH, // bytes per second, 0: unlimited
     RMIG_PARAM_CONNECT_TIMEOUT, // ns for resolving, connecting and the first messages
@@ -1282,13 +1282,13 @@ struct rmig__param_row {
 /* In the order of enum rmig_param. A default of 0 for merge-max stands for 2 x chunk-size. */
 static const struct rmig__param_row rmig__params[RMIG_PARAM_COUNT] = {
     {"chunk-size", RMIG_UNIT_BYTES, RMIG_CHUNK_SIZE_MIN, RMIG_CHUNK_SIZE_MAX, RMIG_CHUNK_SIZE, false, true,
-     "unit of registration; the source's holds at both ends"},
+     "unit of registration; the source's holds, or a sink set to another refuses"},
     {"merge-max", RMIG_UNIT_BYTES, 4096, (uint64_t)1 << 40, 0, false, false, "longest write made of merged pages"},
     {"pin-all", RMIG_UNIT_SWITCH, 0, 1, 0, false, false, "register all RAM before the first round"},
     {"signal-every", RMIG_UNIT_COUNT, 1, 65536, 64, false, false, "ask for a completion every so many writes"},
     {"write-depth", RMIG_UNIT_COUNT, 1, 65536, 128, false, false, "writes outstanding at most"},
     {"register-ahead", RMIG_UNIT_BYTES, RMIG_CHUNK_SIZE_MIN, (uint64_t)1 << 40, 128 * RMIG_MIB, true, false,
-     "bytes registered ahead of the wire; 0: one chunk at a time, as stock QEMU"},
+     "bytes registered ahead of the wire, at least two chunks; 0: one at a time, as stock QEMU"},
     {"zero-detect", RMIG_UNIT_SWITCH, 0, 1, 1, false, false, "neither send nor pin what is all zero"},
     {"max-bandwidth", RMIG_UNIT_BYTES_PER_SECOND, 4096, (uint64_t)1 << 50, 0, true, false,
      "bytes per second; 0: unlimited"},
@@ -2781,7 +2781,7 @@ static void rmig__source_parameters(struct rmig_source *s) {
     s->lockstep = ahead == 0;
     /* One half of what is registered ahead is on the wire while the other half is being registered. */
     s->window_max = s->lockstep ? 1 : 2;
-    s->window_bytes = rmig__max(ahead / 2, s->chunk_size);
+    s->window_bytes = rmig__max(ahead / 2 / s->chunk_size, 1) * s->chunk_size;
     if (s->lockstep)
         s->window_bytes = s->chunk_size;
 }
@@ -4595,8 +4595,6 @@ static int rmig__sink_on_message(struct rmig_sink *s, bool *moved) {
         return RMIG_OK; // a reply may be due: wait for a free buffer
     const uint8_t *p = rmig__control_buffer(&s->ss, r->buffer) + RMIG_HEADER_SIZE;
     int status = RMIG_OK;
-    if (h->type == RMIG_MSG_ERROR)
-        return rmig__peer_error(&s->ss, "source", r);
     if (s->state == RMIG__SINK_HELLO && h->type == RMIG_MSG_HELLO) {
         status = rmig__sink_on_hello(s, p, h, out);
     } else if (s->state == RMIG__SINK_HANDOVER && h->type == RMIG_MSG_GOODBYE && h->len == 0) {
@@ -4828,7 +4826,10 @@ static int rmig__sink_turn(struct rmig_sink *s, bool *moved) {
         rmig__trace(ss, "connected, %s", ss->extended ? "extended" : "version 1");
         return RMIG_OK;
     }
-    if (ss->inbox_count > 0 && s->state != RMIG__SINK_ACCEPTING && s->state != RMIG__SINK_ASKING)
+    for (unsigned i = 0; i < ss->inbox_count; i++) // also behind what the embedder has not taken yet
+        if (ss->inbox[i].header.type == RMIG_MSG_ERROR)
+            return rmig__peer_error(ss, "source", &ss->inbox[i]);
+    if (ss->inbox_count > 0 && s->state != RMIG__SINK_ACCEPTING)
         status = rmig__sink_on_message(s, moved);
     if (status == RMIG_OK && s->event == RMIG_SINK_NONE)
         status = rmig__sink_link(s);

@@ -20,12 +20,14 @@ tidy() { # FILE CHECKS FLAGS...
         --header-filter='examples/[a-z_]*\.h$' "$file" -- "$@" 2>/dev/null) || { printf '%s\n' "$out"; return 1; }
 }
 
-# cppcheck does not read system headers: what ours ask of them is told. Labels of an assembly are the two ends of one object.
+# cppcheck does not read system headers: what ours ask of them is told. Labels of an
+# assembly are the two ends of one object.
 posix=(-D__x86_64__=1 -D__GNUC__=12 -DCLOCK_MONOTONIC=1 -DFI_MAJOR_VERSION=1 -DFI_MINOR_VERSION=17)
 
 cpp_check() { # FILE FLAGS...
     cppcheck --quiet --error-exitcode=1 --enable=warning,performance,portability --inline-suppr --std=c11 \
-        --suppress=missingIncludeSystem --suppress=unknownMacro --suppress=comparePointers:examples/kvm_guest.h --max-configs=1 "$@"
+        --suppress=missingIncludeSystem --suppress=unknownMacro --suppress=comparePointers:examples/kvm_guest.h \
+        --max-configs=1 "$@"
 }
 
 missing=
@@ -38,7 +40,8 @@ if [ -n "$missing" ]; then
 fi
 # shellcheck disable=SC2046 # a list of flags
 for header in rmig*.h; do
-    check "clang-tidy: $header" tidy "$header" "$checks" -x c -std=c11 -DRMIG_IMPLEMENTATION -I. $(pkg-config --cflags libfabric)
+    check "clang-tidy: $header" tidy "$header" "$checks" -x c -std=c11 -DRMIG_IMPLEMENTATION -I. \
+        $(pkg-config --cflags libfabric)
     check "cppcheck: $header" cpp_check --language=c -DRMIG_IMPLEMENTATION=1 "${posix[@]}" "$header"
 done
 for example in examples/*.c; do

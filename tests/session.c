@@ -1104,8 +1104,8 @@ static bool says_one_of(const char *text, const char *const *parts) {
 }
 
 #define TELL(w)                                                                                                        \
-    "blow %d on side %u at step %llu, after %llu ns: source %s \"%s\" at %llu, sink %s \"%s\" at %llu",               \
-        (int)(w)->blow, (w)->blow_side, (unsigned long long)(w)->blow_at, (unsigned long long)(w)->blown,                              \
+    "blow %d on side %u at step %llu, after %llu ns: source %s \"%s\" at %llu, sink %s \"%s\" at %llu",                \
+        (int)(w)->blow, (w)->blow_side, (unsigned long long)(w)->blow_at, (unsigned long long)(w)->blown,              \
         (w)->from.done ? rmig_status_name((w)->from.status) : "gone", (w)->from.text,                                  \
         (unsigned long long)(w)->from.at, (w)->to.done ? rmig_status_name((w)->to.status) : "gone", (w)->to.text,      \
         (unsigned long long)(w)->to.at
