@@ -2172,6 +2172,7 @@ struct rmig__session {
     struct rmig_config cfg;
     struct rmig_error error; // of the last call or of the session
     int failed; // the session's status once it is over
+    bool failure_told; // process has returned it
     struct rmig_fabric_caps caps;
     struct rmig_stats stats;
 
@@ -2598,6 +2599,7 @@ enum rmig__window_state {
 struct rmig__window {
     uint32_t first, count;
     uint64_t bytes;
+    uint64_t reach; // offset beyond which the last region must not grow
     enum rmig__window_state state;
     uint32_t end_block; // where the last region ends: beyond it the window is used up
     uint64_t end_page;
@@ -3139,6 +3141,27 @@ static uint64_t rmig__request_unit(const struct rmig_source *s) {
     return peer != 0 ? peer : RMIG_CHUNK_SIZE_MIN;
 }
 
+/* How far a request that begins at `start` may reach in its block. A version 1 sink answers a chunk that was asked for before
+   with the range of that time, whatever is asked now, and the size of its chunks is not on the wire. Where an earlier request
+   began in the same aligned range of some power of two, the sink's chunk may be that range, so this one ends with it: either
+   the sink's chunks are smaller and it registers anew, or the old range covers at least this one. */
+static uint64_t rmig__request_reach(const struct rmig_source *s, uint32_t block, uint64_t start) {
+    const struct rmig__source_block *b = &s->block[block];
+    uint64_t near = start / RMIG_CHUNK_SIZE_MAX * RMIG_CHUNK_SIZE_MAX;
+    uint64_t last = rmig__min((near + RMIG_CHUNK_SIZE_MAX) / s->chunk_size, b->chunks);
+    uint64_t reach = UINT64_MAX;
+    for (uint64_t i = near / s->chunk_size; i < last; i++) {
+        uint64_t size = RMIG_CHUNK_SIZE_MIN;
+        if (b->chunk[i] == 0)
+            continue;
+        while (size <= RMIG_CHUNK_SIZE_MAX && s->region[b->chunk[i] - 1].offset / size != start / size)
+            size *= 2;
+        if (size <= RMIG_CHUNK_SIZE_MAX)
+            reach = rmig__min(reach, (start / size + 1) * size);
+    }
+    return reach;
+}
+
 /* The chunk at offset joins the window, in the region before it if that ends there. False if the window is full. */
 static bool rmig__window_add(struct rmig_source *s, struct rmig__window *w, uint32_t block, uint64_t offset) {
     uint64_t index = rmig_chunk_index(offset, s->chunk_size);
@@ -3147,16 +3170,13 @@ static bool rmig__window_add(struct rmig_source *s, struct rmig__window *w, uint
     struct rmig__region *last = w->count > 0 ? &s->region[w->first + w->count - 1] : NULL;
     if (w->bytes >= s->window_bytes)
         return false;
-    /* A version 1 sink answers a chunk of its own that it was asked for before with the range of that time. So a region
-       that need not begin where the sink's chunks do must not reach into the next one. */
-    uint64_t unit = rmig__request_unit(s);
-    bool joins = s->ss.extended || unit <= s->chunk_size || start % unit != 0;
-    if (last != NULL && last->block == block && last->offset + last->length == start && joins &&
-        last->length + length <= rmig__registration_max(s)) {
+    if (last != NULL && last->block == block && last->offset + last->length == start &&
+        last->length + length <= rmig__registration_max(s) && start + length <= w->reach) {
         last->length += length;
     } else {
         if (w->count == s->window_regions)
             return false;
+        w->reach = s->ss.extended ? UINT64_MAX : rmig__request_reach(s, block, start);
         last = rmig__region_new(s, block, start, length);
         w->count++;
     }
@@ -3322,7 +3342,8 @@ static int rmig__say_register(struct rmig_source *s, struct rmig__window *w, uin
         struct rmig_register request;
         request.key = s->block[r->block].sink_offset + r->offset;
         request.block = r->block;
-        request.chunks = rmig_chunk_further(r->length, rmig__request_unit(s));
+        uint64_t unit = rmig__request_unit(s);
+        request.chunks = (r->offset + r->length - 1) / unit - r->offset / unit;
         return rmig__ask(s, RMIG_MSG_REGISTER_REQUEST, 1,
                          (size_t)rmig_encode_register(payload, RMIG_PAYLOAD_MAX, &request), RMIG_MSG_REGISTER_RESULT);
     }
@@ -3740,11 +3761,11 @@ static int rmig__source_step(struct rmig_source *s) {
 
 RMIG__DEF int rmig_source_process(struct rmig_source *s) {
     int status = rmig__source_step(s);
+    s->ss.failure_told = s->ss.failed != RMIG_OK;
     if (status != RMIG_OK)
         return status;
-    if (s->in_round) {
+    if (s->in_round)
         s->ss.stats.round_ns = rmig__now(&s->ss) - s->round_began;
-    }
     return s->op == RMIG__OP_NONE ? RMIG_OK : RMIG_PENDING;
 }
 
@@ -3755,7 +3776,9 @@ RMIG__DEF int rmig_source_fds(struct rmig_source *s, struct rmig_fd *fds, size_t
 }
 
 RMIG__DEF uint64_t rmig_source_next_deadline(struct rmig_source *s) {
-    if (s->ss.failed || s->state == RMIG__SOURCE_NEW || s->state == RMIG__SOURCE_DONE)
+    if (s->ss.failed)
+        return s->ss.failure_told ? RMIG_FOREVER : 0;
+    if (s->state == RMIG__SOURCE_NEW || s->state == RMIG__SOURCE_DONE)
         return RMIG_FOREVER;
     if (s->ss.ready || s->ss.again)
         return 0;
@@ -4349,6 +4372,7 @@ static void rmig__sink_clear(struct rmig_sink *s, const struct rmig_block *b, ui
 static int rmig__sink_on_clear(struct rmig_sink *s, const uint8_t *p, const struct rmig_header *h, uint32_t count) {
     if (count == 0 || count > RMIG_REPEAT_MAX || h->len != count * RMIG_COMPRESS_SIZE)
         return rmig__sink_bad(s, h, "must be 24 bytes an entry");
+    uint64_t total = 0;
     for (uint32_t i = 0; i < count; i++) {
         struct rmig_compress run;
         rmig_decode_compress(p + (size_t)i * RMIG_COMPRESS_SIZE, RMIG_COMPRESS_SIZE, &run);
@@ -4360,6 +4384,9 @@ static int rmig__sink_on_clear(struct rmig_sink *s, const uint8_t *p, const stru
                              "%u blocks, value 0",
                              rmig_message_name(h->type), run.block, (unsigned long long)run.start,
                              (unsigned long long)run.length, run.value, s->block_count);
+        total += run.length; // bounded, so that one message cannot keep this end busy for long
+        if (count > 1 && total > RMIG__ZERO_BYTES)
+            return rmig__sink_bad(s, h, "a batch clears at most 8 GiB");
         rmig__sink_clear(s, ram, run.start, run.start + run.length);
         s->ss.stats.bytes_zero += run.length;
     }
@@ -4798,7 +4825,8 @@ static int rmig__sink_timers(struct rmig_sink *s) {
 
 static int rmig__sink_link(struct rmig_sink *s) {
     struct rmig__session *ss = &s->ss;
-    if ((!ss->broken && !ss->disconnected) || ss->inbox_count > 0 || s->disconnect_told)
+    bool more = ss->inbox_count > 0 && (s->stream_told || rmig__payload(ss) != NULL); // what came before comes first
+    if ((!ss->broken && !ss->disconnected) || more || s->disconnect_told)
         return RMIG_OK;
     if (s->state == RMIG__SINK_ACCEPTING) {
         rmig__sink_forget(s, ss->link_text);
@@ -4843,32 +4871,38 @@ static int rmig__sink_turn(struct rmig_sink *s, bool *moved) {
     return RMIG_OK;
 }
 
-RMIG__DEF int rmig_sink_process(struct rmig_sink *s, struct rmig_sink_event *ev) {
-    if (ev == NULL)
-        return RMIG__REFUSE(&s->ss, RMIG_ERR_ARGUMENT, 0, "rmig_sink_process: ev is NULL");
-    memset(ev, 0, sizeof *ev);
+/* Turns until there is an event or nothing moves. */
+static int rmig__sink_step(struct rmig_sink *s) {
     bool moved = true;
     s->ss.again = false;
-    for (unsigned turns = 0; moved && s->event == RMIG_SINK_NONE; turns++) {
-        if (s->ss.failed)
-            return s->ss.failed;
+    for (unsigned turns = 0; moved && s->event == RMIG_SINK_NONE && s->ss.failed == RMIG_OK; turns++) {
         if (turns == 16) {
             s->ss.again = true;
             break;
         }
         moved = false;
-        int status = rmig__sink_turn(s, &moved);
-        if (status != RMIG_OK)
-            return status;
+        rmig__sink_turn(s, &moved);
     }
+    if (s->ss.failed == RMIG_OK && s->event == RMIG_SINK_NONE)
+        rmig__sink_timers(s);
+    return s->ss.failed;
+}
+
+RMIG__DEF int rmig_sink_process(struct rmig_sink *s, struct rmig_sink_event *ev) {
+    if (ev == NULL)
+        return RMIG__REFUSE(&s->ss, RMIG_ERR_ARGUMENT, 0, "rmig_sink_process: ev is NULL");
+    memset(ev, 0, sizeof *ev);
+    int status = rmig__sink_step(s);
+    s->ss.failure_told = status != RMIG_OK;
+    if (status != RMIG_OK)
+        return status;
     ev->type = s->event;
     ev->block_count = s->event == RMIG_SINK_BLOCKS ? s->peer_count : 0;
     ev->round = s->event == RMIG_SINK_ROUND ? s->ss.stats.rounds : 0;
     ev->stream_bytes = s->event == RMIG_SINK_STREAM ? s->ss.inbox[0].header.len : 0;
     s->event = RMIG_SINK_NONE;
-    if (ev->type == RMIG_SINK_NONE)
-        return rmig__sink_timers(s);
-    s->ss.again = true;
+    if (ev->type != RMIG_SINK_NONE)
+        s->ss.again = true;
     return RMIG_OK;
 }
 
@@ -4885,7 +4919,9 @@ RMIG__DEF int rmig_sink_fds(struct rmig_sink *s, struct rmig_fd *fds, size_t n) 
 }
 
 RMIG__DEF uint64_t rmig_sink_next_deadline(struct rmig_sink *s) {
-    if (s->ss.failed || s->state == RMIG__SINK_OVER)
+    if (s->ss.failed)
+        return s->ss.failure_told ? RMIG_FOREVER : 0;
+    if (s->state == RMIG__SINK_OVER)
         return s->event != RMIG_SINK_NONE ? 0 : RMIG_FOREVER;
     if (s->ss.ready || s->ss.again)
         return 0;

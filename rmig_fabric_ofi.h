@@ -5,8 +5,8 @@ rmig_fabric_ofi.h - a fabric for rmig.h over libfabric: tcp, verbs and other pro
         #define RMIG_IMPLEMENTATION
         #include "rmig.h"
         #include "rmig_fabric_ofi.h"
-    in exactly *one* C or C++ file, and include it without the macro elsewhere. Link with -lfabric (libfabric 1.11 or
-    later, 2.x too). Only the file with the implementation needs libfabric's headers. It uses POSIX clocks, poll and
+    in exactly *one* C or C++ file, and include it without the macro elsewhere. Link with -lfabric -pthread (libfabric 1.11 or
+    later, 2.x too) and -pthread. Only the file with the implementation needs libfabric's headers. It uses POSIX clocks, poll and
     getaddrinfo: under -std=c11 either include it first (it then defines _DEFAULT_SOURCE if no feature macro is defined)
     or define a feature macro yourself.
 
@@ -31,6 +31,14 @@ WHAT IT ASKS OF A PROVIDER
     stay behind the writes before them. Memory registration may need FI_MR_LOCAL, FI_MR_VIRT_ADDR, FI_MR_ALLOCATED,
     FI_MR_PROV_KEY and FI_MR_ENDPOINT; keys longer than 64 bits (FI_MR_RAW) are not taken. `fi_info -t FI_EP_MSG` lists
     candidates.
+
+POPULATING
+
+    An adapter pins what is registered, so the memory is there when the data comes. A provider in software (tcp) does not, and
+    the first touch of fresh guest memory then costs more than the copy. So memory registered for the peer's writes is populated
+    ahead of the wire by a thread of the fabric's own, started at the first such registration and ended with the fabric. It never
+    changes what memory holds, and never touches what has been deregistered. Linux 5.14 or later; elsewhere, with adapters and with
+    no_populate set there is no thread.
 
 ADDRESSES
 
@@ -71,6 +79,7 @@ extern "C" {
 struct rmig_ofi_options {
     const char *provider; // as fi_info names it. NULL: the first on offer that can do it; tcp without an adapter
     bool poll; // busy poll: no descriptors to wait on, waits only yield the processor. For cores to spare
+    bool no_populate; // leave the first touch of registered memory to the data's arrival; see POPULATING above
 };
 
 /* Opens a fabric. options NULL: all defaults. Returns NULL with *err filled in (err may be NULL): RMIG_ERR_FABRIC when
@@ -96,10 +105,13 @@ RMIG_API const char *rmig_ofi_provider(const struct rmig_fabric *f);
 #include <netdb.h>
 #include <netinet/in.h>
 #include <poll.h>
+#include <pthread.h>
 #include <sched.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/uio.h>
 #include <time.h>
@@ -152,6 +164,21 @@ struct rmig__ofi_domain { // one per adapter or interface: the scope of completi
     struct fid_domain *domain;
 };
 
+struct rmig__ofi_range { // to be populated
+    uintptr_t at, end;
+    const void *owner; // the registration
+};
+
+struct rmig__ofi_populator {
+    pthread_t thread;
+    pthread_mutex_t lock; // of all that follows
+    pthread_cond_t wake, idle;
+    struct rmig__ofi_range *range; // oldest first
+    size_t count, capacity;
+    const void *busy; // whose range is being populated
+    bool stop;
+};
+
 struct rmig__ofi {
     struct rmig_fabric base;
     char provider[FI_NAME_MAX * 2];
@@ -161,6 +188,8 @@ struct rmig__ofi {
     uint32_t keys; // registrations made so far
     struct rmig__ofi_net *nets;
     struct rmig__ofi_domain *domains;
+    bool no_populate;
+    struct rmig__ofi_populator *populator; // NULL: not started
 };
 
 struct rmig__ofi_ep { // what listeners and connections share
@@ -268,6 +297,122 @@ static uint64_t rmig__ofi_now(struct rmig_fabric *f) {
     (void)f;
     clock_gettime(CLOCK_MONOTONIC, &t);
     return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+}
+
+// >>ofi: populating
+
+#define RMIG__OFI_POPULATE_WRITE 23 // MADV_POPULATE_WRITE of Linux 5.14, which older headers lack
+#define RMIG__OFI_PIECE ((uintptr_t)4 << 20) // populated at once: what a deregistration may have to wait for
+
+static void *rmig__ofi_populate_run(void *argument) {
+    struct rmig__ofi_populator *p = (struct rmig__ofi_populator *)argument;
+    pthread_mutex_lock(&p->lock);
+    while (!p->stop) {
+        if (p->count == 0) {
+            pthread_cond_wait(&p->wake, &p->lock);
+            continue;
+        }
+        struct rmig__ofi_range *r = &p->range[0];
+        uintptr_t at = r->at, n = r->end - at < RMIG__OFI_PIECE ? r->end - at : RMIG__OFI_PIECE;
+        p->busy = r->owner;
+        r->at += n;
+        if (r->at == r->end)
+            memmove(r, r + 1, --p->count * sizeof *r);
+        pthread_mutex_unlock(&p->lock);
+        int ret = madvise((void *)at, n, RMIG__OFI_POPULATE_WRITE); // NOLINT(performance-no-int-to-ptr)
+        int code = ret == 0 ? 0 : errno;
+        pthread_mutex_lock(&p->lock);
+        p->busy = NULL;
+        p->stop = p->stop || code == EINVAL; // an older kernel
+        pthread_cond_broadcast(&p->idle);
+    }
+    pthread_mutex_unlock(&p->lock);
+    return NULL;
+}
+
+static void rmig__ofi_populate_free(struct rmig__ofi_populator *p) {
+    pthread_cond_destroy(&p->idle);
+    pthread_cond_destroy(&p->wake);
+    pthread_mutex_destroy(&p->lock);
+    rmig__ofi_free(p->range);
+    rmig__ofi_free(p);
+}
+
+static struct rmig__ofi_populator *rmig__ofi_populate_start(void) {
+    struct rmig__ofi_populator *p = (struct rmig__ofi_populator *)rmig__ofi_alloc(1, sizeof *p);
+    if (p == NULL)
+        return NULL;
+    pthread_mutex_init(&p->lock, NULL);
+    pthread_cond_init(&p->wake, NULL);
+    pthread_cond_init(&p->idle, NULL);
+    sigset_t all, before; // the embedder's signals are not for this thread
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    int ret = pthread_create(&p->thread, NULL, rmig__ofi_populate_run, p);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    if (ret == 0)
+        return p;
+    rmig__ofi_populate_free(p);
+    return NULL;
+}
+
+/* Whole pages of the range are populated in the background. It is help only: where it cannot be had, nothing is lost. */
+static void rmig__ofi_populate(struct rmig__ofi *f, void *address, uint64_t length, const void *owner) {
+    long page = sysconf(_SC_PAGESIZE);
+    uintptr_t mask = page > 0 ? (uintptr_t)page - 1 : 4095;
+    struct rmig__ofi_range r;
+    r.at = ((uintptr_t)address + mask) & ~mask;
+    r.end = ((uintptr_t)address + (uintptr_t)length) & ~mask;
+    r.owner = owner;
+    if (r.at >= r.end || f->no_populate)
+        return;
+    if (f->populator == NULL)
+        f->populator = rmig__ofi_populate_start();
+    struct rmig__ofi_populator *p = f->populator;
+    if (p == NULL)
+        return;
+    pthread_mutex_lock(&p->lock);
+    if (p->count == p->capacity) {
+        size_t capacity = p->capacity == 0 ? 64 : 2 * p->capacity;
+        void *more = RMIG_REALLOC(p->range, capacity * sizeof *p->range);
+        if (more != NULL) {
+            p->range = (struct rmig__ofi_range *)more;
+            p->capacity = capacity;
+        }
+    }
+    if (p->count < p->capacity && !p->stop)
+        p->range[p->count++] = r;
+    pthread_cond_signal(&p->wake);
+    pthread_mutex_unlock(&p->lock);
+}
+
+/* The memory may be gone after this. */
+static void rmig__ofi_populate_drop(struct rmig__ofi *f, const void *owner) {
+    struct rmig__ofi_populator *p = f->populator;
+    if (p == NULL)
+        return;
+    pthread_mutex_lock(&p->lock);
+    size_t kept = 0;
+    for (size_t i = 0; i < p->count; i++)
+        if (p->range[i].owner != owner)
+            p->range[kept++] = p->range[i];
+    p->count = kept;
+    while (p->busy == owner)
+        pthread_cond_wait(&p->idle, &p->lock);
+    pthread_mutex_unlock(&p->lock);
+}
+
+static void rmig__ofi_populate_stop(struct rmig__ofi *f) {
+    struct rmig__ofi_populator *p = f->populator;
+    if (p == NULL)
+        return;
+    pthread_mutex_lock(&p->lock);
+    p->stop = true;
+    pthread_cond_signal(&p->wake);
+    pthread_mutex_unlock(&p->lock);
+    pthread_join(p->thread, NULL);
+    rmig__ofi_populate_free(p);
+    f->populator = NULL;
 }
 
 // >>ofi: choosing a provider, resolving addresses
@@ -460,6 +605,7 @@ static int rmig__ofi_get_domain(struct rmig__ofi *f, struct rmig__ofi_net *net, 
 
 static void rmig__ofi_close_fabric(struct rmig_fabric *base) {
     struct rmig__ofi *f = (struct rmig__ofi *)(void *)base;
+    rmig__ofi_populate_stop(f);
     while (f->domains != NULL) {
         struct rmig__ofi_domain *d = f->domains;
         f->domains = d->next;
@@ -1265,6 +1411,12 @@ static int rmig__ofi_try_reg(struct rmig__ofi_conn *c, void *address, uint64_t l
     return ret;
 }
 
+// >>ofi: registering
+
+static bool rmig__ofi_pins(const struct fi_info *info) { // whoever makes keys or wants memory to exist has an adapter
+    return (info->domain_attr->mr_mode & (FI_MR_ALLOCATED | FI_MR_PROV_KEY)) != 0;
+}
+
 static int rmig__ofi_reg(struct rmig_ep *ep, void *address, uint64_t length, unsigned access, struct rmig_mr *mr,
                          struct rmig_error *err) {
     struct rmig__ofi_conn *c = (struct rmig__ofi_conn *)(void *)ep;
@@ -1294,14 +1446,16 @@ static int rmig__ofi_reg(struct rmig_ep *ep, void *address, uint64_t length, uns
     mr->desc = fi_mr_desc(fid);
     mr->key = fi_mr_key(fid);
     mr->remote_address = (c->head.info->domain_attr->mr_mode & FI_MR_VIRT_ADDR) != 0 ? (uint64_t)(uintptr_t)address : 0;
+    if ((access & RMIG_ACCESS_REMOTE_WRITE) != 0 && !rmig__ofi_pins(c->head.info))
+        rmig__ofi_populate(rmig__ofi_of(ep), address, length, fid);
     return RMIG_OK;
 }
 
 static int rmig__ofi_dereg(struct rmig_ep *ep, struct rmig_mr *mr, struct rmig_error *err) {
     struct fid_mr *fid = (struct fid_mr *)mr->handle;
-    (void)ep;
     if (fid == NULL)
         return rmig_fail(err, RMIG_ERR_ARGUMENT, 0, "dereg: the region is not registered");
+    rmig__ofi_populate_drop(rmig__ofi_of(ep), fid);
     int ret = fi_close(&fid->fid);
     if (ret != 0)
         return rmig__ofi_fail(err, RMIG_ERR_REGISTRATION, ret, "deregistering memory");
@@ -1591,6 +1745,7 @@ RMIG__DEF struct rmig_fabric *rmig_ofi_open(const struct rmig_ofi_options *optio
     }
     f->base.ops = &rmig__ofi_ops;
     f->poll = options != NULL && options->poll;
+    f->no_populate = options != NULL && options->no_populate;
     if (rmig__ofi_choose(f, options == NULL ? NULL : options->provider, err) != RMIG_OK) {
         rmig__ofi_free(f);
         return NULL;
