@@ -33,9 +33,10 @@ static uint64_t now_ns(void) {
     return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
 }
 
-static struct rmig_block_desc map_ram(int fd, uint64_t bytes) {
+/* populate: as a guest that has run left it. */
+static struct rmig_block_desc map_ram(int fd, uint64_t bytes, bool populate) {
     struct rmig_block_desc ram = {.name = "ram", .length = bytes, .backing = RMIG_BACKING_SHARED_FD, .fd = fd};
-    ram.host = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    ram.host = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | (populate ? MAP_POPULATE : 0), fd, 0);
     if (ram.host == MAP_FAILED)
         die("mmap", strerror(errno));
     return ram;
@@ -45,7 +46,7 @@ static struct rmig_block_desc make_ram(uint64_t bytes) {
     int fd = memfd_create("ram", MFD_CLOEXEC);
     if (fd < 0 || ftruncate(fd, (off_t)bytes) != 0)
         die("memfd", strerror(errno));
-    return map_ram(fd, bytes);
+    return map_ram(fd, bytes, false);
 }
 
 static struct rmig_block_desc file_ram(const char *path, uint64_t *bytes) {
@@ -56,7 +57,7 @@ static struct rmig_block_desc file_ram(const char *path, uint64_t *bytes) {
     if (st.st_size == 0 || st.st_size % 4096 != 0)
         die(path, "its size must be a multiple of 4096 above 0");
     *bytes = (uint64_t)st.st_size;
-    return map_ram(fd, *bytes);
+    return map_ram(fd, *bytes, true);
 }
 
 static void fill_random(void *p, uint64_t bytes) {
