@@ -47,8 +47,8 @@ QUICK START
                 rmig_sink_add_block(sink, &ram, &block);
                 rmig_sink_accept_blocks(sink);
             }
-            if (ev.type == RMIG_SINK_STREAM)
-                n += rmig_sink_get(sink, state + n, sizeof state - n);
+            while (ev.type == RMIG_SINK_STREAM && (got = rmig_sink_get(sink, state + n, sizeof state - n)) > 0)
+                n += got;
         }
 
     examples/minimal.c is that, whole. docs/embedding.md has the event loop,
@@ -85,7 +85,7 @@ MEMORY
 
     A session allocates when it is opened, when blocks are added and when the
     session is set up; never in a round after the first. A source needs one bit a
-    page (1/32768 of RAM), both ends about 84 bytes a chunk, and 3 MiB of control buffers.
+    page (1/32768 of RAM) and about 80 bytes a chunk, a sink about 120 bytes a chunk, and each 4.5 MiB of buffers.
     Guest RAM stays the embedder's and must stay mapped until close.
 
 VERSIONING
@@ -265,7 +265,7 @@ extern "C" {
     X(ERR_REFUSED, -103, "the peer refused", "see the text for its reason")                                            \
     X(ERR_FABRIC, -104, "the fabric failed", "see the text for the provider's own words")                              \
     X(ERR_REGISTRATION, -105, "memory could not be registered",                                                        \
-      "raise RLIMIT_MEMLOCK, lower register-ahead, or leave pin-all off")                                              \
+      "raise RLIMIT_MEMLOCK, lower register-ahead, leave pin-all off, or tell a version 1 sink its peer-chunk-size")                                              \
     X(ERR_UNREACHABLE, -106, "the address cannot be reached", "check that the sink listens there")                     \
     X(ERR_CANCELLED, -107, "cancelled", "")                                                                            \
     X(ERR_SETUP, -108, "the session could not be set up", "see the text")                                              \
@@ -960,7 +960,8 @@ RMIG_API int rmig_source_flush(struct rmig_source *s);
 
 /* The handover: RMIG_OK means that the sink has everything, has deregistered all memory, and owns the guest. Any other result: the guest
    is still this side's, except RMIG_ERR_HANDOVER (the link broke in the last microseconds: nobody can know).
-   With a plain version 1 sink there is no answer: RMIG_OK means that everything was delivered. */
+   With a plain version 1 sink there is no answer: RMIG_OK means that everything was delivered, and any failure in here is
+   RMIG_ERR_HANDOVER. There, leave the last bytes of device state to finish, or a failure of flush leaves the same doubt. */
 RMIG_API int rmig_source_finish_start(struct rmig_source *s);
 RMIG_API int rmig_source_finish(struct rmig_source *s);
 
@@ -968,8 +969,8 @@ RMIG_API int rmig_source_finish(struct rmig_source *s);
    may still be). Negative: the session's error. Call it when a descriptor is ready and when the deadline has come, also between rounds (it keeps
    the connection alive). */
 RMIG_API int rmig_source_process(struct rmig_source *s);
-/* Descriptors for the caller's poll/epoll, armed; returns how many (n >= 4 always suffices). Call it right before sleeping, and
-   then next_deadline. */
+/* Descriptors for the caller's poll/epoll, armed; returns how many (n >= 4 always suffices; 0: the fabric has none, next_deadline
+   then says when to poll). Call it right before sleeping, and then next_deadline. */
 RMIG_API int rmig_source_fds(struct rmig_source *s, struct rmig_fd *fds, size_t n);
 /* When to call process at the latest, in the fabric's ns; 0: at once; RMIG_FOREVER: no time. */
 RMIG_API uint64_t rmig_source_next_deadline(struct rmig_source *s);
@@ -989,9 +990,10 @@ struct rmig_sink;
 enum rmig_sink_event_type {
     RMIG_SINK_NONE,
     RMIG_SINK_CONNECTED, // a source is there
-    RMIG_SINK_BLOCKS, // the source asks for the blocks: add those missing, then rmig_sink_accept_blocks or rmig_sink_refuse
+    RMIG_SINK_BLOCKS, // the source asks for the blocks: add those missing, then rmig_sink_accept_blocks or rmig_sink_refuse;
+                      // it waits meanwhile, up to its io-timeout: have memory that takes long to make ready before
     RMIG_SINK_ROUND, // a round ended: memory is as it was at the source at some time in that round
-    RMIG_SINK_STREAM, // stream bytes are there: rmig_sink_get until it returns 0; the source waits meanwhile
+    RMIG_SINK_STREAM, // stream bytes are there: rmig_sink_get until it returns 0; the source waits meanwhile, up to its io-timeout
     RMIG_SINK_DISCONNECTED, // a plain version 1 source has left: rmig_sink_complete if the stream was whole, else close
     RMIG_SINK_FINISHED // all is there, nothing is registered any more, the guest is this side's
 };
@@ -1755,6 +1757,8 @@ static void rmig__holes_file(const struct rmig_holes *h, const struct rmig_block
             *data = to;
         return;
     }
+    if (at < base + (off_t)from) // not a file that knows: all data
+        return;
     if (at >= base + (off_t)to) {
         *data = to;
         return;
@@ -1763,7 +1767,7 @@ static void rmig__holes_file(const struct rmig_holes *h, const struct rmig_block
     if (to - *data <= h->page) // no room for a hole; looking for one may walk the whole file
         return;
     off_t hole = lseek(b->fd, at, RMIG__SEEK_HOLE);
-    if (hole >= 0 && hole < base + (off_t)to)
+    if (hole > at && hole < base + (off_t)to)
         *end = (uint64_t)(hole - base);
 }
 
@@ -2198,6 +2202,7 @@ struct rmig__session {
     bool handover; // the last word is on its way: a failure now leaves open who owns the guest
     bool last_words; // an ERROR or a refusal is on its way
     bool ready; // poll has something: do not sleep
+    bool no_fds; // the fabric has no descriptors: poll it now and then
     bool again; // more to do than one call should
 };
 
@@ -2236,6 +2241,15 @@ static uint8_t *rmig__payload(const struct rmig__session *ss) {
 /* Ends the session with what stands in ss->error, and tells the peer if it can be told. */
 static int rmig__session_end(struct rmig__session *ss);
 
+/* The link is of no more use. What arrived before still counts, it may say why: so the session ends when that is handled. */
+static void rmig__link_lost(struct rmig__session *ss, const struct rmig_error *why) {
+    if (!ss->broken && !ss->disconnected) {
+        ss->link_code = why->provider_code;
+        snprintf(ss->link_text, sizeof ss->link_text, "%.150s", why->text);
+    }
+    ss->broken = true;
+}
+
 /* Sends the buffer that rmig__payload returned. */
 static int rmig__send(struct rmig__session *ss, enum rmig_message type, uint32_t repeat, size_t len) {
     unsigned slot = (unsigned)rmig__ctz(ss->sends_free);
@@ -2248,11 +2262,8 @@ static int rmig__send(struct rmig__session *ss, enum rmig_message type, uint32_t
     int status = ss->fabric->ops->send(ss->ep, buffer, RMIG_HEADER_SIZE + len, &ss->control_mr, RMIG__ID_SEND | slot,
                                        &ss->error);
     if (status != RMIG_OK) {
-        if (status == RMIG_ERR_FULL)
-            rmig_fail(&ss->error, RMIG_ERR_FABRIC, 0, "the send queue is full although only %d sends are outstanding",
-                      RMIG__SENDS);
-        ss->broken = true; // nothing more can be sent, not even an ERROR
-        return rmig__session_end(ss);
+        rmig__link_lost(ss, &ss->error);
+        return RMIG_OK;
     }
     ss->last_sent = rmig__now(ss);
     if (rmig__all_sent(ss) && ss->writes_done == ss->stats.writes_posted)
@@ -2368,6 +2379,9 @@ static void rmig__session_drop(struct rmig__session *ss) {
 
 /* The peer should learn why: gives the last message a moment to leave. */
 static void rmig__session_linger(struct rmig__session *ss) {
+    if (!ss->last_words || ss->ep == NULL)
+        return;
+    ss->last_words = false;
     const struct rmig_fabric_ops *ops = ss->fabric->ops;
     uint64_t until = rmig__after(rmig__now(ss), RMIG__LINGER);
     while (!rmig__all_sent(ss) && rmig__now(ss) < until) {
@@ -2383,8 +2397,7 @@ static void rmig__session_linger(struct rmig__session *ss) {
 }
 
 static void rmig__session_close(struct rmig__session *ss) {
-    if (ss->last_words && ss->ep != NULL)
-        rmig__session_linger(ss);
+    rmig__session_linger(ss);
     if (ss->ep != NULL && ss->established && !ss->disconnected && !ss->broken)
         ss->fabric->ops->disconnect(ss->ep);
     rmig__session_drop(ss);
@@ -2454,7 +2467,7 @@ static int rmig__on_event(struct rmig__session *ss, const struct rmig_fabric_eve
     return RMIG_OK;
 }
 
-/* Takes in what has happened. Stops while the inbox is full: receives are posted again as messages are handled. */
+/* Takes in what has happened. The inbox has room for all receives: each is posted again when its message is handled. */
 static int rmig__session_poll(struct rmig__session *ss) {
     ss->ready = false;
     for (;;) {
@@ -2481,11 +2494,8 @@ static void rmig__inbox_pop(struct rmig__session *ss) {
     unsigned buffer = ss->inbox[0].buffer;
     ss->inbox_count--;
     memmove(ss->inbox, ss->inbox + 1, ss->inbox_count * sizeof ss->inbox[0]);
-    if (!ss->disconnected && !ss->broken && rmig__post_recv(ss, buffer) != RMIG_OK) {
-        ss->broken = true; // what arrived before still counts: it may say why
-        ss->link_code = ss->error.provider_code;
-        snprintf(ss->link_text, sizeof ss->link_text, "%.150s", ss->error.text);
-    }
+    if (!ss->disconnected && !ss->broken && rmig__post_recv(ss, buffer) != RMIG_OK)
+        rmig__link_lost(ss, &ss->error);
 }
 
 /* The peer's ERROR message, in its own words if it has some. */
@@ -2521,6 +2531,7 @@ static int rmig__session_fds(struct rmig__session *ss, struct rmig_ep *ep, struc
     if (got < 0)
         return rmig__session_end(ss);
     ss->ready = ss->ready || ready;
+    ss->no_fds = got == 0;
     return got;
 }
 
@@ -2654,10 +2665,16 @@ struct rmig_source {
     uint64_t unstepped; // bytes saved since the engine last ran
     struct rmig__window window[2]; // oldest first
     unsigned windows;
-    struct rmig__cursor pin; // pin-all: next block and, in bytes, offset to register
+    struct { // pin-all: what is registered next
+        uint32_t block;
+        uint64_t offset;
+    } pin;
     struct rmig_compress zero[RMIG__ZERO_RUNS];
     unsigned zero_count;
     uint64_t zero_bytes;
+    bool zero_sent; // the READY that says that the runs sent were cleared is still to come
+    struct rmig__cursor zero_low, zero_high; // all runs noted or sent and not known to be cleared lie between, in pages
+    bool fence; // pages in there were saved again: the clearing must be over before they are written
     struct { // what was last learned of holes: [from, data) of the block is a hole, [data, end) may hold something
         uint32_t block;
         uint64_t from, data, end;
@@ -2703,6 +2720,7 @@ RMIG__DEF int rmig_source_open(struct rmig_fabric *fabric, const struct rmig_con
 RMIG__DEF void rmig_source_close(struct rmig_source *s) {
     if (s == NULL)
         return;
+    rmig__session_linger(&s->ss); // before writes under way lose their memory
     for (uint32_t i = 0; i < s->region_count; i++)
         if (s->region[i].local)
             rmig__deregister(&s->ss, &s->region[i].mr, s->region[i].length, NULL);
@@ -2809,7 +2827,7 @@ RMIG__DEF int rmig_source_connect_start(struct rmig_source *s, const char *addre
     if (status != RMIG_OK) {
         rmig__source_free_tables(s);
         ss->ep = NULL;
-        return status;
+        return status <= RMIG_SESSION_ERRORS ? rmig__session_end(ss) : status;
     }
     s->state = RMIG__SOURCE_CONNECTING;
     s->op = RMIG__OP_CONNECT;
@@ -3039,12 +3057,19 @@ static int rmig__source_on_reply(struct rmig_source *s, const uint8_t *p, const 
     }
 }
 
+static void rmig__zero_settle(struct rmig_source *s) {
+    if (s->zero_count == 0 && !s->zero_sent)
+        s->fence = false;
+}
+
 static int rmig__source_on_message(struct rmig_source *s, const struct rmig__received *r) {
     const struct rmig_header *h = &r->header;
     if (h->type == RMIG_MSG_ERROR)
         return rmig__peer_error(&s->ss, "sink", r);
     if (h->type == RMIG_MSG_READY && h->len == 0 && !s->credit && s->await == 0) {
         s->credit = true;
+        s->zero_sent = false;
+        rmig__zero_settle(s);
         return RMIG_OK;
     }
     if (s->await != 0 && h->type == s->await)
@@ -3126,8 +3151,27 @@ static bool rmig__zero_add(struct rmig_source *s, uint32_t block, uint64_t offse
         run->start = offset;
         run->length = length;
     }
+    struct rmig__cursor from, to;
+    from.block = to.block = block;
+    from.page = offset / s->page_size;
+    to.page = (offset + length + s->page_size - 1) / s->page_size;
+    bool first = s->zero_bytes == 0 && !s->zero_sent;
+    s->zero_low = first || rmig__cursor_before(from, s->zero_low) ? from : s->zero_low;
+    s->zero_high = first || rmig__cursor_before(s->zero_high, to) ? to : s->zero_high;
     s->zero_bytes += length;
     return true;
+}
+
+/* The pages were saved again, or for the first time. If they may be among those to be cleared at the sink, nothing is written until the sink has
+   said that it cleared them: a write does not wait for the sink's processor, so it could come first. */
+static void rmig__zero_guard(struct rmig_source *s, uint32_t block, uint64_t page, uint64_t n) {
+    struct rmig__cursor from, to;
+    from.block = to.block = block;
+    from.page = page;
+    to.page = page + n;
+    if ((s->zero_count > 0 || s->zero_sent) && rmig__cursor_before(from, s->zero_high) &&
+        rmig__cursor_before(s->zero_low, to))
+        s->fence = true;
 }
 
 static void rmig__take_pages(struct rmig_source *s, uint32_t block, uint64_t page, uint64_t n) {
@@ -3245,17 +3289,18 @@ static void rmig__plan_walk(struct rmig_source *s, struct rmig__window *w, uint6
 
 /* Pin-all: the next window is whole blocks. */
 static void rmig__plan_pin(struct rmig_source *s, struct rmig__window *w) {
-    while (s->pin.block < s->blocks.count && w->count < s->window_regions) {
+    uint64_t longest = rmig__min(rmig__registration_max(s), RMIG_CHUNK_SIZE_MAX); // bounds what one call may take
+    while (s->pin.block < s->blocks.count && w->count < s->window_regions && w->bytes < s->window_bytes) {
         uint64_t length = s->blocks.block[s->pin.block].length;
-        struct rmig__region *r = rmig__region_new(s, s->pin.block, s->pin.page,
-                                                  rmig__min(length - s->pin.page, rmig__registration_max(s)));
+        struct rmig__region *r = rmig__region_new(s, s->pin.block, s->pin.offset,
+                                                  rmig__min(length - s->pin.offset, longest));
         rmig__region_claim(s, r, r->offset);
         w->count++;
         w->bytes += r->length;
-        s->pin.page += r->length;
-        if (s->pin.page == length) {
+        s->pin.offset += r->length;
+        if (s->pin.offset == length) {
             s->pin.block++;
-            s->pin.page = 0;
+            s->pin.offset = 0;
         }
     }
     w->end_block = 0;
@@ -3266,7 +3311,7 @@ static bool rmig__pinned(const struct rmig_source *s) { return s->pin.block >= s
 
 /* Opens, fills and closes windows. True if something changed. */
 static bool rmig__plan(struct rmig_source *s) {
-    if (s->exchange != RMIG__BLOCKS_DONE || s->prelude)
+    if (s->exchange != RMIG__BLOCKS_DONE || s->prelude || s->fence)
         return false;
     struct rmig__window *w = s->windows > 0 ? &s->window[s->windows - 1] : NULL;
     if (w == NULL || w->state != RMIG__WINDOW_OPEN) {
@@ -3368,6 +3413,7 @@ static int rmig__say_zero(struct rmig_source *s, uint8_t *payload) {
         rmig_encode_compress(payload + (size_t)i * RMIG_COMPRESS_SIZE, RMIG_COMPRESS_SIZE, &run);
         s->zero_bytes -= run.length;
     }
+    s->zero_sent = true;
     s->zero_count -= n;
     memmove(s->zero, s->zero + n, s->zero_count * sizeof s->zero[0]);
     return rmig__ask(s, s->ss.extended ? RMIG_MSG_CLEAR_BATCH : RMIG_MSG_COMPRESS, n, (size_t)n * RMIG_COMPRESS_SIZE,
@@ -3423,20 +3469,12 @@ static bool rmig__stream_due(const struct rmig_source *s) {
 static bool rmig__zero_due(const struct rmig_source *s) {
     /* Not while the planner may still lengthen the last run. */
     bool open = s->windows > 0 && s->window[s->windows - 1].state == RMIG__WINDOW_OPEN;
-    return s->zero_count > 0 && !open;
+    return s->zero_count > 0 && (!open || s->fence);
 }
 
 static uint64_t rmig__keepalive_at(const struct rmig_source *s) {
     return s->ss.extended && s->ss.peer_idle_max != 0 ? rmig__after(s->ss.last_sent, s->ss.peer_idle_max / 4)
                                                       : RMIG_FOREVER;
-}
-
-static int rmig__finish_step(struct rmig_source *s) {
-    if (s->ss.extended && s->finish == RMIG__FINISH_NONE) {
-        s->finish = RMIG__FINISH_ASKED;
-        return rmig__ask(s, RMIG_MSG_FINISH, 1, 0, RMIG_MSG_FINISH_RESULT);
-    }
-    return RMIG_OK;
 }
 
 /* At most one message goes out for a READY. The order of the cases is the order of importance. */
@@ -3459,14 +3497,16 @@ static int rmig__control_out(struct rmig_source *s, bool *moved) {
         status = rmig__say_stream(s, payload);
     else if (s->exchange == RMIG__BLOCKS_SENDING)
         status = rmig__say_blocks(s, payload);
-    else if ((w = rmig__closed_window(s)) != NULL)
+    else if ((w = rmig__closed_window(s)) != NULL && !s->fence)
         status = rmig__say_register(s, w, payload);
     else if (rmig__zero_due(s))
         status = rmig__say_zero(s, payload);
     else if (rmig__settled(s) && s->op == RMIG__OP_END_ROUND && s->in_round && rmig__pinned(s))
         status = rmig__round_over(s);
-    else if (s->op == RMIG__OP_FINISH && rmig__settled(s) && s->finish == RMIG__FINISH_NONE)
-        status = rmig__finish_step(s);
+    else if (s->op == RMIG__OP_FINISH && rmig__settled(s) && s->ss.extended && s->finish == RMIG__FINISH_NONE) {
+        s->finish = RMIG__FINISH_ASKED;
+        status = rmig__ask(s, RMIG_MSG_FINISH, 1, 0, RMIG_MSG_FINISH_RESULT);
+    }
     if (status == RMIG_OK && s->ss.stats.control_sent == before && s->credit &&
         rmig__now(&s->ss) >= rmig__keepalive_at(s))
         status = rmig__ask(s, RMIG_MSG_KEEPALIVE, 1, 0, RMIG_MSG_NONE);
@@ -3622,7 +3662,7 @@ static uint64_t rmig__hold_until(const struct rmig_source *s) {
 static int rmig__write_out(struct rmig_source *s, bool *moved) {
     if (s->exchange != RMIG__BLOCKS_DONE || s->prelude)
         return RMIG_OK;
-    bool hold = !rmig__pinned(s) || (rmig__closed_window(s) != NULL && rmig__now(&s->ss) < rmig__hold_until(s));
+    bool hold = !rmig__pinned(s) || s->fence || (rmig__closed_window(s) != NULL && rmig__now(&s->ss) < rmig__hold_until(s));
     int status = RMIG_OK;
     while (!hold && status == RMIG_OK) {
         uint64_t outstanding = s->ss.stats.writes_posted - s->ss.writes_done;
@@ -3791,6 +3831,8 @@ RMIG__DEF uint64_t rmig_source_next_deadline(struct rmig_source *s) {
         at = rmig__min(at, s->pace_until);
     if (rmig__closed_window(s) != NULL && rmig__hold_until(s) > rmig__now(&s->ss))
         at = rmig__min(at, rmig__hold_until(s));
+    if (s->ss.no_fds)
+        at = rmig__min(at, rmig__now(&s->ss) + RMIG__MS);
     return at;
 }
 
@@ -3858,12 +3900,15 @@ static int rmig__save_check(struct rmig_source *s, const char *call, uint32_t bl
     return RMIG_OK;
 }
 
-/* Pages were noted, so many of them fresh. Runs the engine when there is enough for a write. */
-static int rmig__saved(struct rmig_source *s, uint64_t fresh) {
+/* Pages [first, first + n) were noted, so many of them fresh. Runs the engine when there is enough for a write. */
+static int rmig__saved(struct rmig_source *s, uint32_t block, uint64_t first, uint64_t n, uint64_t fresh) {
     s->pending += fresh;
     s->unstepped += fresh * s->page_size;
     s->ss.stats.round_saved += fresh * s->page_size;
-    s->hole.block = UINT32_MAX; // the guest may have filled holes since they were looked for
+    /* The guest may have filled the hole since it was looked for. */
+    if (s->hole.block == block && first * s->page_size < s->hole.data && (first + n) * s->page_size > s->hole.from)
+        s->hole.block = UINT32_MAX;
+    rmig__zero_guard(s, block, first, n);
     return s->unstepped >= s->merge_max ? rmig__source_step(s) : RMIG_OK;
 }
 
@@ -3879,8 +3924,9 @@ RMIG__DEF int rmig_source_save_range(struct rmig_source *s, uint32_t block, uint
                             (unsigned long long)end);
     struct rmig_merge *dirty = &s->block[block].dirty;
     uint64_t before = dirty->pending, first = offset / s->page_size;
-    rmig_merge_add(dirty, first, (offset + length - 1) / s->page_size - first + 1);
-    return rmig__saved(s, dirty->pending - before);
+    uint64_t n = (offset + length - 1) / s->page_size - first + 1;
+    rmig_merge_add(dirty, first, n);
+    return rmig__saved(s, block, first, n, dirty->pending - before);
 }
 
 RMIG__DEF int rmig_source_save_page(struct rmig_source *s, uint32_t block, uint64_t offset) {
@@ -3889,7 +3935,8 @@ RMIG__DEF int rmig_source_save_page(struct rmig_source *s, uint32_t block, uint6
         return status;
     if (offset >= s->blocks.block[block].length)
         return rmig_source_save_range(s, block, offset, 1); // for its error
-    return rmig_merge_add_page(&s->block[block].dirty, offset / s->page_size) ? rmig__saved(s, 1) : RMIG_OK;
+    uint64_t page = offset / s->page_size;
+    return rmig__saved(s, block, page, 1, rmig_merge_add_page(&s->block[block].dirty, page));
 }
 
 RMIG__DEF int rmig_source_save_bitmap(struct rmig_source *s, uint32_t block, const uint64_t *bitmap, uint64_t first_page,
@@ -3907,7 +3954,7 @@ RMIG__DEF int rmig_source_save_bitmap(struct rmig_source *s, uint32_t block, con
                             s->blocks.block[block].name, (unsigned long long)dirty->pages);
     uint64_t before = dirty->pending;
     rmig_merge_add_bitmap(dirty, first_page, bitmap, pages);
-    return rmig__saved(s, dirty->pending - before);
+    return rmig__saved(s, block, first_page, pages, dirty->pending - before);
 }
 
 RMIG__DEF int rmig_source_end_round_start(struct rmig_source *s) {
@@ -3985,6 +4032,7 @@ RMIG__DEF int rmig_source_finish_start(struct rmig_source *s) {
         return RMIG__REFUSE(&s->ss, RMIG_ERR_STATE, 0, "rmig_source_finish: %s",
                             s->in_round ? "end the round first" : "no round has sent the memory yet");
     s->op = RMIG__OP_FINISH;
+    s->ss.handover = !s->ss.extended; // version 1 has no answer: once the last bytes leave, nobody here can know
     return RMIG_OK;
 }
 
@@ -4068,7 +4116,7 @@ struct rmig_sink {
     uint32_t region_count, region_capacity, region_free; // free: no slot below it is free
 
     size_t stream_at; // bytes taken of the QEMU_FILE in the inbox
-    bool stream_told, disconnect_told;
+    bool stream_told, stream_taken, disconnect_told;
     enum rmig_sink_event_type event; // to be delivered
 };
 
@@ -4134,7 +4182,7 @@ RMIG__DEF int rmig_sink_listen(struct rmig_sink *s, const char *address) {
     int status = s->ss.fabric->ops->listen(s->ss.fabric, address, &s->listener, &s->ss.error);
     if (status != RMIG_OK) {
         s->listener = NULL;
-        return status;
+        return status <= RMIG_SESSION_ERRORS ? rmig__session_end(&s->ss) : status;
     }
     s->state = RMIG__SINK_LISTENING;
     return RMIG_OK;
@@ -4233,6 +4281,10 @@ static int rmig__sink_poll_listener(struct rmig_sink *s) {
     for (;;) {
         struct rmig_fabric_event e;
         int n = s->ss.fabric->ops->poll(s->listener, &e, 1, &s->ss.error);
+        if (n < 0 && s->ss.ep != NULL) { // the migration under way does not need it
+            rmig__trace(&s->ss, "listener: %s", s->ss.error.text);
+            return RMIG_OK;
+        }
         if (n < 0)
             return rmig__session_end(&s->ss);
         if (n == 0)
@@ -4249,10 +4301,6 @@ static int rmig__sink_poll_listener(struct rmig_sink *s) {
 static int rmig__sink_bad(struct rmig_sink *s, const struct rmig_header *h, const char *should) {
     return RMIG__END(&s->ss, RMIG_ERR_PROTOCOL, 0, "the source sent %s (type %u, len %u, repeat %u): %s",
                      rmig_message_name(h->type), h->type, h->len, h->repeat, should);
-}
-
-static int rmig__sink_reply(struct rmig_sink *s, enum rmig_message type, uint32_t repeat, size_t len) {
-    return rmig__send(&s->ss, type, repeat, len);
 }
 
 static int rmig__sink_on_hello(struct rmig_sink *s, const uint8_t *p, const struct rmig_header *h, uint8_t *out) {
@@ -4278,7 +4326,7 @@ static int rmig__sink_on_hello(struct rmig_sink *s, const uint8_t *p, const stru
                  (unsigned long long)hello.payload_max, (unsigned long long)hello.batch_max);
     answer.status = answer.reason[0] != '\0';
     answer.chunk_size = asked;
-    int status = rmig__sink_reply(s, RMIG_MSG_HELLO_RESULT, 1, (size_t)rmig_encode_hello(out, RMIG_PAYLOAD_MAX, &answer));
+    int status = rmig__send(&s->ss, RMIG_MSG_HELLO_RESULT, 1, (size_t)rmig_encode_hello(out, RMIG_PAYLOAD_MAX, &answer));
     if (status == RMIG_OK && answer.status != 0) {
         ss->broken = ss->last_words = true; // the reason is on its way: no ERROR behind it
         return RMIG__END(ss, RMIG_ERR_SETUP, 0, "refused the source: %s", answer.reason);
@@ -4468,7 +4516,7 @@ static int rmig__sink_on_register(struct rmig_sink *s, const uint8_t *p, const s
                              s->ss.fabric->ops->name, (unsigned long long)r->mr.key);
         rmig_encode_register_result(out + (size_t)i * RMIG_REGISTER_RESULT_SIZE, RMIG_REGISTER_RESULT_SIZE, &result);
     }
-    return rmig__sink_reply(s, RMIG_MSG_REGISTER_RESULT, h->repeat, (size_t)h->repeat * RMIG_REGISTER_RESULT_SIZE);
+    return rmig__send(&s->ss, RMIG_MSG_REGISTER_RESULT, h->repeat, (size_t)h->repeat * RMIG_REGISTER_RESULT_SIZE);
 }
 
 static int rmig__sink_on_batch(struct rmig_sink *s, const uint8_t *p, const struct rmig_header *h, uint8_t *out) {
@@ -4494,7 +4542,7 @@ static int rmig__sink_on_batch(struct rmig_sink *s, const uint8_t *p, const stru
         result.address = r->mr.remote_address + (q.offset - r->offset);
         rmig_encode_batch_result(out + (size_t)i * RMIG_BATCH_RESULT_SIZE, RMIG_BATCH_RESULT_SIZE, &result);
     }
-    return rmig__sink_reply(s, RMIG_MSG_REGISTER_BATCH_RESULT, h->repeat, (size_t)h->repeat * RMIG_BATCH_RESULT_SIZE);
+    return rmig__send(&s->ss, RMIG_MSG_REGISTER_BATCH_RESULT, h->repeat, (size_t)h->repeat * RMIG_BATCH_RESULT_SIZE);
 }
 
 /* What the source calls a chunk; the smallest that it can be where that is unknown. */
@@ -4527,7 +4575,7 @@ static int rmig__sink_on_unregister(struct rmig_sink *s, const uint8_t *p, const
         if (rmig__deregister(&s->ss, &r->mr, r->length, &s->ss.error) != RMIG_OK)
             return rmig__session_end(&s->ss);
     }
-    return rmig__sink_reply(s, RMIG_MSG_UNREGISTER_FINISHED, h->repeat, 0);
+    return rmig__send(&s->ss, RMIG_MSG_UNREGISTER_FINISHED, h->repeat, 0);
 }
 
 /* Version 1: the table of blocks, with the keys of whole blocks if they are pinned. */
@@ -4552,7 +4600,7 @@ static int rmig__sink_say_ram_blocks(struct rmig_sink *s) {
         }
         rmig_encode_ram_block(out + (size_t)i * RMIG_RAM_BLOCK_SIZE, RMIG_RAM_BLOCK_SIZE, &entry);
     }
-    return rmig__sink_reply(s, RMIG_MSG_RAM_BLOCKS_RESULT, 1, (size_t)s->block_count * RMIG_RAM_BLOCK_SIZE);
+    return rmig__send(&s->ss, RMIG_MSG_RAM_BLOCKS_RESULT, 1, (size_t)s->block_count * RMIG_RAM_BLOCK_SIZE);
 }
 
 /* The handover, first half: nothing is writable any more, and the source hears so. */
@@ -4561,7 +4609,7 @@ static int rmig__sink_on_finish(struct rmig_sink *s) {
         return rmig__session_end(&s->ss);
     s->state = RMIG__SINK_HANDOVER;
     s->ss.handover = true;
-    return rmig__sink_reply(s, RMIG_MSG_FINISH_RESULT, 1, 0);
+    return rmig__send(&s->ss, RMIG_MSG_FINISH_RESULT, 1, 0);
 }
 
 static int rmig__sink_dispatch(struct rmig_sink *s, const uint8_t *p, const struct rmig_header *h, uint8_t *out) {
@@ -4632,10 +4680,13 @@ static int rmig__sink_on_message(struct rmig_sink *s, bool *moved) {
                                     : s->state == RMIG__SINK_HANDOVER ? "GOODBYE was due"
                                                                       : "two messages for one READY");
     } else if (h->type == RMIG_MSG_QEMU_FILE && h->len > 0) {
-        if (!s->stream_told) {
+        /* Told again while bytes are left and some were taken, and when nothing else can come. */
+        bool link_down = s->ss.disconnected || s->ss.broken;
+        if (!s->stream_told || s->stream_taken || link_down) {
+            s->ss.stats.stream_bytes += s->stream_told ? 0 : h->len;
             s->stream_told = true;
+            s->stream_taken = false;
             s->event = RMIG_SINK_STREAM;
-            s->ss.stats.stream_bytes += h->len;
             *moved = true;
         }
         return RMIG_OK;
@@ -4658,11 +4709,12 @@ RMIG__DEF size_t rmig_sink_get(struct rmig_sink *s, void *buf, size_t n) {
     if (n > 0)
         memcpy(buf, rmig__control_buffer(&s->ss, r->buffer) + RMIG_HEADER_SIZE + s->stream_at, n);
     s->stream_at += n;
+    s->stream_taken = n > 0;
+    s->ss.again = true;
     if (s->stream_at == r->header.len) {
-        s->stream_told = s->ready_out = false;
+        s->stream_told = s->stream_taken = s->ready_out = false;
         s->stream_at = 0;
         rmig__inbox_pop(&s->ss);
-        s->ss.again = true; // a READY is due
     }
     return n;
 }
@@ -4757,7 +4809,7 @@ RMIG__DEF int rmig_sink_accept_blocks(struct rmig_sink *s) {
     if (!ss->extended)
         return rmig__sink_say_ram_blocks(s);
     rmig__put_be32(out, 0);
-    return rmig__sink_reply(s, RMIG_MSG_BLOCKS_RESULT, 1, 4);
+    return rmig__send(&s->ss, RMIG_MSG_BLOCKS_RESULT, 1, 4);
 }
 
 RMIG__DEF int rmig_sink_refuse(struct rmig_sink *s, const char *reason) {
@@ -4825,14 +4877,15 @@ static int rmig__sink_timers(struct rmig_sink *s) {
 
 static int rmig__sink_link(struct rmig_sink *s) {
     struct rmig__session *ss = &s->ss;
-    bool more = ss->inbox_count > 0 && (s->stream_told || rmig__payload(ss) != NULL); // what came before comes first
+    /* What came before comes first; but an extended session cannot end well any more. */
+    bool more = ss->inbox_count > 0 && (s->stream_told ? !ss->extended : rmig__payload(ss) != NULL);
     if ((!ss->broken && !ss->disconnected) || more || s->disconnect_told)
         return RMIG_OK;
     if (s->state == RMIG__SINK_ACCEPTING) {
         rmig__sink_forget(s, ss->link_text);
         return RMIG_OK;
     }
-    if (ss->disconnected && !ss->extended && s->block != NULL) {
+    if (!ss->extended && s->block != NULL) {
         s->disconnect_told = true; // only the reader of the stream knows whether this is the end
         s->event = RMIG_SINK_DISCONNECTED;
         return RMIG_OK;
@@ -4874,7 +4927,7 @@ static int rmig__sink_turn(struct rmig_sink *s, bool *moved) {
 /* Turns until there is an event or nothing moves. */
 static int rmig__sink_step(struct rmig_sink *s) {
     bool moved = true;
-    s->ss.again = false;
+    s->ss.again = s->ss.ready = false;
     for (unsigned turns = 0; moved && s->event == RMIG_SINK_NONE && s->ss.failed == RMIG_OK; turns++) {
         if (turns == 16) {
             s->ss.again = true;
@@ -4899,7 +4952,7 @@ RMIG__DEF int rmig_sink_process(struct rmig_sink *s, struct rmig_sink_event *ev)
     ev->type = s->event;
     ev->block_count = s->event == RMIG_SINK_BLOCKS ? s->peer_count : 0;
     ev->round = s->event == RMIG_SINK_ROUND ? s->ss.stats.rounds : 0;
-    ev->stream_bytes = s->event == RMIG_SINK_STREAM ? s->ss.inbox[0].header.len : 0;
+    ev->stream_bytes = s->event == RMIG_SINK_STREAM ? s->ss.inbox[0].header.len - s->stream_at : 0;
     s->event = RMIG_SINK_NONE;
     if (ev->type != RMIG_SINK_NONE)
         s->ss.again = true;
@@ -4925,7 +4978,8 @@ RMIG__DEF uint64_t rmig_sink_next_deadline(struct rmig_sink *s) {
         return s->event != RMIG_SINK_NONE ? 0 : RMIG_FOREVER;
     if (s->ss.ready || s->ss.again)
         return 0;
-    return rmig__sink_waits_for(s) == NULL ? RMIG_FOREVER : rmig__after(s->ss.last_progress, rmig__sink_timeout(s));
+    uint64_t at = rmig__sink_waits_for(s) == NULL ? RMIG_FOREVER : rmig__after(s->ss.last_progress, rmig__sink_timeout(s));
+    return s->ss.no_fds ? rmig__min(at, rmig__now(&s->ss) + RMIG__MS) : at;
 }
 
 RMIG__DEF int rmig_sink_wait(struct rmig_sink *s, struct rmig_sink_event *ev, uint64_t timeout_ns) {

@@ -69,6 +69,7 @@ struct run {
     unsigned rounds, round;
     bool extended; // both ends have the extension on
     unsigned writes_per_step; // of the guest, while a round runs
+    unsigned zeroes; // percentage of its writes that make a page zero
     uint64_t spend; // ns between rounds
 
     struct rmig_source *source;
@@ -100,7 +101,7 @@ static uint64_t pick(struct run *r, const uint64_t *from, size_t n) { return fro
 static void guest_write(struct run *r, struct guest_block *b, uint64_t page) {
     uint8_t *p = (uint8_t *)b->source.host + page * PAGE;
     uint64_t size = b->source.length - page * PAGE < PAGE ? b->source.length - page * PAGE : PAGE;
-    if (chance(r, 15)) {
+    if (chance(r, r->zeroes)) {
         memset(p, 0, size); // a page may become zero again
     } else {
         for (unsigned i = 0; i < 4; i++)
@@ -315,8 +316,10 @@ static void random_world(struct run *r, struct sim_config *w, uint64_t seed) {
     if (chance(r, 20))
         w->registration_max = PICK(r, 4u << 20, 6u << 20);
     w->max_steps = 3000000;
-    for (unsigned i = 0; i < 2; i++)
+    for (unsigned i = 0; i < 2; i++) {
         w->cpu[i].reg_call = PICK(r, 0, 10000, 2000000);
+        w->cpu[i].poll = PICK(r, 50, 50, 100000); // a slow processor lets writes overtake messages
+    }
 }
 
 static void random_parameters(struct run *r, struct rmig_config *source, struct rmig_config *sink, bool v1) {
@@ -362,6 +365,7 @@ static void *map(struct rmig_block_desc *d, uint64_t length, unsigned way) {
 static void random_blocks(struct run *r) {
     uint64_t at = below(r, 2) * RMIG_GIB;
     r->blocks = 1 + (unsigned)below(r, BLOCKS_MAX);
+    r->zeroes = (unsigned)PICK(r, 15, 15, 60);
     r->fresh_sink = chance(r, 70);
     for (unsigned i = 0; i < r->blocks; i++) {
         struct guest_block *b = &r->block[i];
