@@ -960,8 +960,8 @@ RMIG_API int rmig_source_flush(struct rmig_source *s);
 
 /* The handover: RMIG_OK means that the sink has everything, has deregistered all memory, and owns the guest. Any other result: the guest
    is still this side's, except RMIG_ERR_HANDOVER (the link broke in the last microseconds: nobody can know).
-   With a plain version 1 sink there is no answer: RMIG_OK means that everything was delivered, and any failure in here is
-   RMIG_ERR_HANDOVER. There, leave the last bytes of device state to finish, or a failure of flush leaves the same doubt. */
+   With a plain version 1 sink there is no answer: RMIG_OK means that everything was delivered, and a failure after the last
+   bytes have left is RMIG_ERR_HANDOVER. There, leave the last bytes of device state to finish, or a failure of flush leaves the same doubt. */
 RMIG_API int rmig_source_finish_start(struct rmig_source *s);
 RMIG_API int rmig_source_finish(struct rmig_source *s);
 
@@ -2281,7 +2281,8 @@ static int rmig__session_end(struct rmig__session *ss) {
         ss->error.status = ss->error.status == RMIG_ERR_NO_MEMORY ? RMIG_ERR_SETUP : RMIG_ERR_FABRIC;
     if (ss->handover)
         rmig_fail(&ss->error, RMIG_ERR_HANDOVER, ss->error.provider_code,
-                  "the sink has everything, but the handover was not confirmed: %.230s", ss->error.text);
+                  "the sink %s everything, but the handover was not confirmed: %.230s", ss->extended ? "has" : "may have",
+                  ss->error.text);
     ss->failed = ss->error.status;
     RMIG_LOG(ss->error.text);
     rmig__trace(ss, "failed: %s: %s", rmig_status_name(ss->failed), ss->error.text);
@@ -3420,12 +3421,19 @@ static int rmig__say_zero(struct rmig_source *s, uint8_t *payload) {
                      RMIG_MSG_NONE);
 }
 
+/* Version 1 has no answer to finish: once the last bytes have left, nobody here can know. */
+static void rmig__last_bytes(struct rmig_source *s) {
+    if (s->op == RMIG__OP_FINISH && s->stream_fill == 0 && !s->ss.extended)
+        s->ss.handover = true;
+}
+
 static int rmig__say_stream(struct rmig_source *s, uint8_t *payload) {
     size_t n = s->stream_fill < s->stream_limit ? s->stream_fill : s->stream_limit;
     memcpy(payload, s->stream, n);
     s->stream_fill -= n;
     memmove(s->stream, s->stream + n, s->stream_fill);
     s->ss.stats.stream_bytes += n;
+    rmig__last_bytes(s);
     return rmig__ask(s, RMIG_MSG_QEMU_FILE, 0, n, RMIG_MSG_NONE);
 }
 
@@ -4032,7 +4040,7 @@ RMIG__DEF int rmig_source_finish_start(struct rmig_source *s) {
         return RMIG__REFUSE(&s->ss, RMIG_ERR_STATE, 0, "rmig_source_finish: %s",
                             s->in_round ? "end the round first" : "no round has sent the memory yet");
     s->op = RMIG__OP_FINISH;
-    s->ss.handover = !s->ss.extended; // version 1 has no answer: once the last bytes leave, nobody here can know
+    rmig__last_bytes(s);
     return RMIG_OK;
 }
 
