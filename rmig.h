@@ -200,6 +200,7 @@ RMIG__STATIC_ASSERT(sizeof(size_t) >= 8, "rmig needs a 64-bit host");
 #define rmig_source_open RMIG__NAME(rmig_source_open)
 #define rmig_source_close RMIG__NAME(rmig_source_close)
 #define rmig_source_add_block RMIG__NAME(rmig_source_add_block)
+#define rmig_source_block_at RMIG__NAME(rmig_source_block_at)
 #define rmig_source_connect_start RMIG__NAME(rmig_source_connect_start)
 #define rmig_source_connect RMIG__NAME(rmig_source_connect)
 #define rmig_source_begin_round RMIG__NAME(rmig_source_begin_round)
@@ -927,6 +928,10 @@ RMIG_API void rmig_source_close(struct rmig_source *s);
 /* Before connect. Indexes count from 0 in the order of addition. Errors as rmig_blocks_add; RMIG_ERR_STATE after connect. */
 RMIG_API int rmig_source_add_block(struct rmig_source *s, const struct rmig_block_desc *desc, uint32_t *index);
 
+/* Which block holds an offset in the guest's RAM address space, and where in it: for dirty pages known by guest address. O(log n), at once
+   for the block of the last hit. RMIG_ERR_ARGUMENT in a hole. Each output may be NULL. */
+RMIG_API int rmig_source_block_at(struct rmig_source *s, uint64_t guest_offset, uint32_t *block, uint64_t *offset);
+
 /* Non-blocking calls start an operation; drive it with rmig_source_process until that returns RMIG_OK. The call of the same name
    without _start is the same, waiting. One operation at a time: RMIG_ERR_STATE otherwise.
    connect resolves, connects and agrees on the protocol, within connect-timeout. address: "host:port". */
@@ -947,7 +952,7 @@ RMIG_API int rmig_source_save_range(struct rmig_source *s, uint32_t block, uint6
 RMIG_API int rmig_source_save_bitmap(struct rmig_source *s, uint32_t block, const uint64_t *bitmap, uint64_t first_page,
                                      uint64_t pages);
 
-/* Ends the round: all that was saved is in the sink's memory, and the sink knows it. */
+/* Ends the round: all that was saved is in the sink's memory before the sink hears that the round is over. */
 RMIG_API int rmig_source_end_round_start(struct rmig_source *s);
 RMIG_API int rmig_source_end_round(struct rmig_source *s);
 
@@ -975,7 +980,8 @@ RMIG_API int rmig_source_fds(struct rmig_source *s, struct rmig_fd *fds, size_t 
 /* When to call process at the latest, in the fabric's ns; 0: at once; RMIG_FOREVER: no time. */
 RMIG_API uint64_t rmig_source_next_deadline(struct rmig_source *s);
 
-/* Ends the session from any state; the peer is told if it can be. The next process returns RMIG_ERR_CANCELLED. Not from another thread. */
+/* Ends the session from any state; the peer is told if it can be. The next process returns RMIG_ERR_CANCELLED, or RMIG_ERR_HANDOVER if the last
+   word of finish is on its way already. Not from another thread. */
 RMIG_API void rmig_source_cancel(struct rmig_source *s);
 /* The last error of a call or of the session; status RMIG_OK if none. Valid until close. */
 RMIG_API const struct rmig_error *rmig_source_error(const struct rmig_source *s);
@@ -2184,6 +2190,11 @@ struct rmig__session {
     struct rmig_mr control_mr;
     bool control_registered;
     unsigned sends_free; // bit i: send buffer i is ours
+    struct {
+        unsigned slot;
+        size_t length;
+    } unposted[RMIG__SENDS]; // messages that the fabric has not taken yet, oldest first
+    unsigned unposted_count;
     struct rmig__received inbox[RMIG__RECVS]; // received and not yet handled, oldest first
     unsigned inbox_count;
 
@@ -2250,6 +2261,23 @@ static void rmig__link_lost(struct rmig__session *ss, const struct rmig_error *w
     ss->broken = true;
 }
 
+/* Hands messages to the fabric, in order; what finds the queue full stays for the next turn. */
+static void rmig__post_sends(struct rmig__session *ss) {
+    while (ss->unposted_count > 0 && !ss->broken && !ss->disconnected) {
+        unsigned slot = ss->unposted[0].slot;
+        struct rmig_error err;
+        memset(&err, 0, sizeof err);
+        int status = ss->fabric->ops->send(ss->ep, rmig__control_buffer(ss, RMIG__RECVS + slot), ss->unposted[0].length,
+                                           &ss->control_mr, RMIG__ID_SEND | slot, &err);
+        if (status == RMIG_ERR_FULL)
+            return;
+        if (status != RMIG_OK)
+            rmig__link_lost(ss, &err);
+        ss->unposted_count--;
+        memmove(ss->unposted, ss->unposted + 1, ss->unposted_count * sizeof ss->unposted[0]);
+    }
+}
+
 /* Sends the buffer that rmig__payload returned. */
 static int rmig__send(struct rmig__session *ss, enum rmig_message type, uint32_t repeat, size_t len) {
     unsigned slot = (unsigned)rmig__ctz(ss->sends_free);
@@ -2259,12 +2287,9 @@ static int rmig__send(struct rmig__session *ss, enum rmig_message type, uint32_t
     header.type = (uint32_t)type;
     header.repeat = repeat;
     rmig_encode_header(buffer, RMIG_HEADER_SIZE, &header);
-    int status = ss->fabric->ops->send(ss->ep, buffer, RMIG_HEADER_SIZE + len, &ss->control_mr, RMIG__ID_SEND | slot,
-                                       &ss->error);
-    if (status != RMIG_OK) {
-        rmig__link_lost(ss, &ss->error);
-        return RMIG_OK;
-    }
+    ss->unposted[ss->unposted_count].slot = slot;
+    ss->unposted[ss->unposted_count++].length = RMIG_HEADER_SIZE + len;
+    rmig__post_sends(ss);
     ss->last_sent = rmig__now(ss);
     if (rmig__all_sent(ss) && ss->writes_done == ss->stats.writes_posted)
         ss->last_progress = ss->last_sent; // nothing else was waited for: the peer's time to answer begins here
@@ -2374,7 +2399,7 @@ static void rmig__session_drop(struct rmig__session *ss) {
     if (ss->ep != NULL)
         ss->fabric->ops->close(ss->ep);
     ss->ep = NULL;
-    ss->inbox_count = 0;
+    ss->inbox_count = ss->unposted_count = 0;
     ss->resolved = ss->established = ss->disconnected = ss->broken = ss->extended = false;
 }
 
@@ -2386,6 +2411,7 @@ static void rmig__session_linger(struct rmig__session *ss) {
     const struct rmig_fabric_ops *ops = ss->fabric->ops;
     uint64_t until = rmig__after(rmig__now(ss), RMIG__LINGER);
     while (!rmig__all_sent(ss) && rmig__now(ss) < until) {
+        rmig__post_sends(ss);
         struct rmig_fabric_event e;
         int n = ops->poll(ss->ep, &e, 1, NULL);
         if (n < 0 || (n > 0 && (e.type == RMIG_FEV_DISCONNECTED || e.type == RMIG_FEV_ERROR)))
@@ -2471,6 +2497,7 @@ static int rmig__on_event(struct rmig__session *ss, const struct rmig_fabric_eve
 /* Takes in what has happened. The inbox has room for all receives: each is posted again when its message is handled. */
 static int rmig__session_poll(struct rmig__session *ss) {
     ss->ready = false;
+    rmig__post_sends(ss);
     for (;;) {
         struct rmig_fabric_event events[RMIG__EVENTS];
         int n = ss->fabric->ops->poll(ss->ep, events, RMIG__EVENTS, &ss->error);
@@ -2740,6 +2767,18 @@ RMIG__DEF int rmig_source_add_block(struct rmig_source *s, const struct rmig_blo
     if (s->state != RMIG__SOURCE_NEW || s->ss.failed)
         return RMIG__REFUSE(&s->ss, RMIG_ERR_STATE, 0, "rmig_source_add_block: must come before connect");
     return rmig_blocks_add(&s->blocks, desc, index, &s->ss.error);
+}
+
+RMIG__DEF int rmig_source_block_at(struct rmig_source *s, uint64_t guest_offset, uint32_t *block, uint64_t *offset) {
+    uint32_t found;
+    if (rmig_blocks_by_offset(&s->blocks, guest_offset, &found) != RMIG_OK)
+        return RMIG__REFUSE(&s->ss, RMIG_ERR_ARGUMENT, 0, "rmig_source_block_at: no block holds guest offset 0x%llx",
+                            (unsigned long long)guest_offset);
+    if (block != NULL)
+        *block = found;
+    if (offset != NULL)
+        *offset = guest_offset - s->blocks.block[found].guest_offset;
+    return RMIG_OK;
 }
 
 /* Everything that grows with the guest is allocated here, once. */
@@ -3830,9 +3869,9 @@ RMIG__DEF uint64_t rmig_source_next_deadline(struct rmig_source *s) {
         return RMIG_FOREVER;
     if (s->ss.ready || s->ss.again)
         return 0;
-    uint64_t at = RMIG_FOREVER;
+    uint64_t at = s->ss.unposted_count > 0 ? rmig__now(&s->ss) + RMIG__MS : RMIG_FOREVER;
     if (rmig__source_waits_for(s) != NULL)
-        at = rmig__after(s->ss.last_progress, rmig__source_timeout(s));
+        at = rmig__min(at, rmig__after(s->ss.last_progress, rmig__source_timeout(s)));
     if (s->credit)
         at = rmig__min(at, rmig__keepalive_at(s));
     if (s->pace_until != 0)
@@ -4123,6 +4162,8 @@ struct rmig_sink {
     struct rmig__sink_region *region;
     uint32_t region_count, region_capacity, region_free; // free: no slot below it is free
 
+    uint32_t clear_entry; // of the message in the inbox that is being carried out
+    uint64_t clear_done; // bytes of that entry
     size_t stream_at; // bytes taken of the QEMU_FILE in the inbox
     bool stream_told, stream_taken, disconnect_told;
     enum rmig_sink_event_type event; // to be delivered
@@ -4411,21 +4452,28 @@ static bool rmig__inside(uint64_t offset, uint64_t length, uint64_t end) {
     return offset < end && length > 0 && length <= end - offset;
 }
 
-/* Clears a range without touching what reads as zero already: holes stay holes. */
-static void rmig__sink_clear(struct rmig_sink *s, const struct rmig_block *b, uint64_t from, uint64_t to) {
-    while (from < to) {
+/* Clears from `from` on without touching what reads as zero already: holes stay holes. Returns how far it came: up to `to`, or less
+   when the budget of bytes looked at is spent. */
+static uint64_t rmig__sink_clear(struct rmig_sink *s, const struct rmig_block *b, uint64_t from, uint64_t to,
+                                 uint64_t *budget) {
+    while (from < to && *budget > 0) {
         uint64_t data, end;
         rmig_holes_next_data(&s->holes, b, from, to, &data, &end);
-        for (uint64_t at = data; at < end && data < to; at += s->holes.page) {
+        if (data >= to)
+            return to;
+        end = rmig__min(end, rmig__after(data, *budget));
+        *budget -= end - data;
+        for (uint64_t at = data; at < end; at += s->holes.page) {
             size_t n = (size_t)rmig__min(s->holes.page, end - at);
             if (!rmig_is_zero(b->host + at, n))
                 memset(b->host + at, 0, n);
         }
-        from = data < to ? end : to;
+        from = end;
     }
+    return from;
 }
 
-static int rmig__sink_on_clear(struct rmig_sink *s, const uint8_t *p, const struct rmig_header *h, uint32_t count) {
+static int rmig__sink_check_clear(struct rmig_sink *s, const uint8_t *p, const struct rmig_header *h, uint32_t count) {
     if (count == 0 || count > RMIG_REPEAT_MAX || h->len != count * RMIG_COMPRESS_SIZE)
         return rmig__sink_bad(s, h, "must be 24 bytes an entry");
     uint64_t total = 0;
@@ -4433,20 +4481,37 @@ static int rmig__sink_on_clear(struct rmig_sink *s, const uint8_t *p, const stru
         struct rmig_compress run;
         rmig_decode_compress(p + (size_t)i * RMIG_COMPRESS_SIZE, RMIG_COMPRESS_SIZE, &run);
         const struct rmig__sink_block *b = rmig__sink_find(s, run.block);
-        const struct rmig_block *ram = b == NULL ? NULL : rmig__sink_local(s, b);
-        if (run.value != 0 || ram == NULL || !rmig__inside(run.start, run.length, ram->length))
+        if (run.value != 0 || b == NULL || !rmig__inside(run.start, run.length, rmig__sink_local(s, b)->length))
             return RMIG__END(&s->ss, RMIG_ERR_PROTOCOL, 0,
                              "the source sent %s of block %u, start 0x%llx, length 0x%llx, value %u: must be inside one of "
                              "%u blocks, value 0",
                              rmig_message_name(h->type), run.block, (unsigned long long)run.start,
                              (unsigned long long)run.length, run.value, s->block_count);
-        total += run.length; // bounded, so that one message cannot keep this end busy for long
-        if (count > 1 && total > RMIG__ZERO_BYTES)
+        total += run.length;
+        if (i > 0 && total > RMIG__ZERO_BYTES)
             return rmig__sink_bad(s, h, "a batch clears at most 8 GiB");
-        rmig__sink_clear(s, ram, run.start, run.start + run.length);
-        s->ss.stats.bytes_zero += run.length;
     }
     return RMIG_OK;
+}
+
+/* RMIG_PENDING: there is more to clear than one call should; the message stays in the inbox. */
+static int rmig__sink_on_clear(struct rmig_sink *s, const uint8_t *p, const struct rmig_header *h, uint32_t count) {
+    int status = s->clear_entry == 0 && s->clear_done == 0 ? rmig__sink_check_clear(s, p, h, count) : RMIG_OK;
+    uint64_t budget = RMIG__STEP_SCAN;
+    while (status == RMIG_OK && s->clear_entry < count) {
+        struct rmig_compress run;
+        rmig_decode_compress(p + (size_t)s->clear_entry * RMIG_COMPRESS_SIZE, RMIG_COMPRESS_SIZE, &run);
+        const struct rmig_block *ram = rmig__sink_local(s, rmig__sink_find(s, run.block));
+        uint64_t end = run.start + run.length;
+        s->clear_done = rmig__sink_clear(s, ram, run.start + s->clear_done, end, &budget) - run.start;
+        if (s->clear_done < run.length)
+            return RMIG_PENDING;
+        s->ss.stats.bytes_zero += run.length;
+        s->clear_done = 0;
+        s->clear_entry++;
+    }
+    s->clear_entry = 0;
+    return status;
 }
 
 /* A registration that covers [from, to) of a block: one that is there, or a new one. NULL: the session has ended. */
@@ -4699,12 +4764,14 @@ static int rmig__sink_on_message(struct rmig_sink *s, bool *moved) {
         }
         return RMIG_OK;
     } else {
-        s->ready_out = false;
         status = rmig__sink_dispatch(s, p, h, out);
+        s->ready_out = status == RMIG_PENDING;
     }
+    *moved = true;
+    if (status == RMIG_PENDING)
+        return RMIG_OK;
     if (status == RMIG_OK)
         rmig__inbox_pop(&s->ss);
-    *moved = true;
     return status;
 }
 
@@ -4987,7 +5054,7 @@ RMIG__DEF uint64_t rmig_sink_next_deadline(struct rmig_sink *s) {
     if (s->ss.ready || s->ss.again)
         return 0;
     uint64_t at = rmig__sink_waits_for(s) == NULL ? RMIG_FOREVER : rmig__after(s->ss.last_progress, rmig__sink_timeout(s));
-    return s->ss.no_fds ? rmig__min(at, rmig__now(&s->ss) + RMIG__MS) : at;
+    return s->ss.no_fds || s->ss.unposted_count > 0 ? rmig__min(at, rmig__now(&s->ss) + RMIG__MS) : at;
 }
 
 RMIG__DEF int rmig_sink_wait(struct rmig_sink *s, struct rmig_sink_event *ev, uint64_t timeout_ns) {

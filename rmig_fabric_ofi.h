@@ -1632,6 +1632,8 @@ static int rmig__ofi_fds(struct rmig_ep *ep, struct rmig_fd *fds, size_t n, bool
     struct fid *fid[2];
     size_t count = 0;
     *ready = rmig__ofi_pending(head);
+    if (!head->listener && ((struct rmig__ofi_conn *)(void *)head)->held_at != 0)
+        *ready = true; // the reason of a failure is awaited for a moment, and no descriptor tells when that is over
     if (!head->waitable)
         return 0;
     fid[count++] = &head->eq->fid;

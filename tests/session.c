@@ -2688,3 +2688,21 @@ Test(session, a_peer_killed_in_mid_round_is_noticed_long_before_io_timeout) {
               w.from.text);
     close_tcp_world(&w, f, f);
 }
+
+/* Dirty pages are often known by guest address. */
+Test(session, a_guest_address_finds_its_block) {
+    struct world w;
+    small_world(&w);
+    open_world(&w);
+    uint32_t block = 9;
+    uint64_t at = 9;
+    SOURCE_OK(&w, rmig_source_block_at(w.source, w.ram[0].from.guest_offset + 4097, &block, &at));
+    cr_expect_eq(block, 0);
+    cr_expect_eq(at, 4097);
+    SOURCE_OK(&w, rmig_source_block_at(w.source, w.ram[0].from.guest_offset, NULL, NULL));
+    uint64_t hole = w.ram[0].from.guest_offset + ((uint64_t)1 << 50);
+    cr_expect_eq(rmig_source_block_at(w.source, hole, &block, &at), RMIG_ERR_ARGUMENT);
+    cr_expect(says(rmig_source_error(w.source)->text, "no block holds guest offset 0x"), "%s",
+              rmig_source_error(w.source)->text);
+    close_world(&w);
+}
