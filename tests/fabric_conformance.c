@@ -106,7 +106,7 @@ static void open_sim_slow(struct world *w) {
 }
 
 static struct rmig_fabric *open_ofi(const char *provider, bool poll) {
-    struct rmig_ofi_options options = {provider, poll};
+    struct rmig_ofi_options options = {.provider = provider, .poll = poll};
     struct rmig_error err = {0};
     struct rmig_fabric *f = rmig_ofi_open(&options, &err);
     cr_assert_not_null(f, "provider %s: %s", provider, err.text);
