@@ -2180,6 +2180,7 @@ struct rmig__session {
     struct rmig_fabric *fabric;
     struct rmig_ep *ep;
     struct rmig_config cfg;
+    struct rmig_holes holes;
     struct rmig_error error; // of the last call or of the session
     int failed; // the session's status once it is over
     bool failure_told; // process has returned it
@@ -2331,18 +2332,32 @@ static int rmig__session_end(struct rmig__session *ss) {
 #define RMIG__REFUSE(ss, status, ...)                                                                                  \
     ((ss)->failed != RMIG_OK ? (ss)->failed : (rmig_fail(&(ss)->error, status, __VA_ARGS__), (int)(status)))
 
-static int rmig__session_open(struct rmig__session *ss, struct rmig_fabric *fabric, const struct rmig_config *cfg,
-                              struct rmig_error *err) {
+/* Makes a source or a sink: an object of `size` bytes that begins with its session. NULL: *status says why, and *err in words. */
+static void *rmig__session_new(size_t size, struct rmig_fabric *fabric, const struct rmig_config *cfg, int *status,
+                               struct rmig_error *err) {
     const struct rmig_fabric_ops *ops = fabric == NULL ? NULL : fabric->ops;
-    if (ops == NULL)
-        return rmig_fail(err, RMIG_ERR_ARGUMENT, 0, "the fabric is NULL; open one first, such as rmig_ofi_open");
-    if (ops->size < sizeof *ops)
-        return rmig_fail(err, RMIG_ERR_ARGUMENT, 0, "fabric %s: its table has %zu bytes, %zu are needed: built with an "
-                         "older rmig.h", ops->name, ops->size, sizeof *ops);
+    *status = RMIG_ERR_ARGUMENT;
+    if (ops == NULL) {
+        rmig_fail(err, *status, 0, "the fabric is NULL; open one first, such as rmig_ofi_open");
+        return NULL;
+    }
+    if (ops->size < sizeof *ops) {
+        rmig_fail(err, *status, 0, "fabric %s: its table has %zu bytes, %zu are needed: built with an older rmig.h",
+                  ops->name, ops->size, sizeof *ops);
+        return NULL;
+    }
+    struct rmig__session *ss = (struct rmig__session *)rmig__calloc(1, size);
+    if (ss == NULL) {
+        *status = RMIG_ERR_NO_MEMORY;
+        rmig_fail(err, *status, 0, "out of memory for a session (%zu bytes)", size);
+        return NULL;
+    }
     ss->fabric = fabric;
     if (cfg != NULL)
         ss->cfg = *cfg;
-    return RMIG_OK;
+    rmig_holes_open(&ss->holes);
+    *status = RMIG_OK;
+    return ss;
 }
 
 static int rmig__post_recv(struct rmig__session *ss, unsigned buffer) {
@@ -2428,6 +2443,7 @@ static void rmig__session_close(struct rmig__session *ss) {
     if (ss->ep != NULL && ss->established && !ss->disconnected && !ss->broken)
         ss->fabric->ops->disconnect(ss->ep);
     rmig__session_drop(ss);
+    rmig_holes_close(&ss->holes);
     rmig__release(ss->control);
     ss->control = NULL;
 }
@@ -2670,7 +2686,6 @@ struct rmig_source {
     uint32_t *chunks; // all blocks' chunk tables
     struct rmig__region *region;
     uint32_t region_count, region_capacity;
-    struct rmig_holes holes;
 
     uint64_t chunk_size, page_size, merge_max, window_bytes, window_regions, depth;
     unsigned window_max;
@@ -2729,20 +2744,9 @@ RMIG__DEF int rmig_source_open(struct rmig_fabric *fabric, const struct rmig_con
                                struct rmig_error *err) {
     if (out == NULL)
         return rmig_fail(err, RMIG_ERR_ARGUMENT, 0, "rmig_source_open: out is NULL");
-    *out = NULL;
-    struct rmig_source *s = (struct rmig_source *)rmig__calloc(1, sizeof *s);
-    if (s == NULL) {
-        rmig_fail(err, RMIG_ERR_NO_MEMORY, 0, "out of memory for a source (%zu bytes)", sizeof *s);
-        return RMIG_ERR_NO_MEMORY;
-    }
-    int status = rmig__session_open(&s->ss, fabric, cfg, err);
-    if (status != RMIG_OK) {
-        RMIG_FREE(s);
-        return status;
-    }
-    rmig_holes_open(&s->holes);
-    *out = s;
-    return RMIG_OK;
+    int status;
+    *out = (struct rmig_source *)rmig__session_new(sizeof **out, fabric, cfg, &status, err);
+    return status;
 }
 
 RMIG__DEF void rmig_source_close(struct rmig_source *s) {
@@ -2753,7 +2757,6 @@ RMIG__DEF void rmig_source_close(struct rmig_source *s) {
         if (s->region[i].local)
             rmig__deregister(&s->ss, &s->region[i].mr, s->region[i].length, NULL);
     rmig__session_close(&s->ss);
-    rmig_holes_close(&s->holes);
     rmig_blocks_free(&s->blocks);
     rmig__release(s->block);
     rmig__release(s->bits);
@@ -3150,7 +3153,7 @@ static bool rmig__range_is_zero(struct rmig_source *s, uint32_t block, uint64_t 
     uint64_t peek = rmig__min(from + s->page_size, to);
     if (!rmig__hole_known(s, block, from)) {
         uint64_t data, end;
-        rmig_holes_next_data(&s->holes, b, from, peek, &data, &end);
+        rmig_holes_next_data(&s->ss.holes, b, from, peek, &data, &end);
         if (data == from && !rmig_is_zero(b->host + from, (size_t)(peek - from))) {
             *scanned += peek - from;
             return false;
@@ -3159,7 +3162,7 @@ static bool rmig__range_is_zero(struct rmig_source *s, uint32_t block, uint64_t 
     while (from < to) {
         if (!rmig__hole_known(s, block, from)) {
             uint64_t reach = rmig__min(b->length, rmig__after(from, RMIG_GIB));
-            rmig_holes_next_data(&s->holes, b, from, reach, &s->hole.data, &s->hole.end);
+            rmig_holes_next_data(&s->ss.holes, b, from, reach, &s->hole.data, &s->hole.end);
             s->hole.block = block;
             s->hole.from = from;
         }
@@ -4145,7 +4148,6 @@ struct rmig_sink {
     struct rmig__session ss;
     struct rmig_ep *listener;
     struct rmig_blocks blocks;
-    struct rmig_holes holes;
     enum rmig__sink_state state;
     bool ready_out; // a READY has gone out and no message has come for it
     bool pin_all;
@@ -4173,20 +4175,9 @@ RMIG__DEF int rmig_sink_open(struct rmig_fabric *fabric, const struct rmig_confi
                              struct rmig_error *err) {
     if (out == NULL)
         return rmig_fail(err, RMIG_ERR_ARGUMENT, 0, "rmig_sink_open: out is NULL");
-    *out = NULL;
-    struct rmig_sink *s = (struct rmig_sink *)rmig__calloc(1, sizeof *s);
-    if (s == NULL) {
-        rmig_fail(err, RMIG_ERR_NO_MEMORY, 0, "out of memory for a sink (%zu bytes)", sizeof *s);
-        return RMIG_ERR_NO_MEMORY;
-    }
-    int status = rmig__session_open(&s->ss, fabric, cfg, err);
-    if (status != RMIG_OK) {
-        RMIG_FREE(s);
-        return status;
-    }
-    rmig_holes_open(&s->holes);
-    *out = s;
-    return RMIG_OK;
+    int status;
+    *out = (struct rmig_sink *)rmig__session_new(sizeof **out, fabric, cfg, &status, err);
+    return status;
 }
 
 /* From here on no write of the peer can land. */
@@ -4213,7 +4204,6 @@ RMIG__DEF void rmig_sink_close(struct rmig_sink *s) {
     rmig__session_close(&s->ss);
     if (s->listener != NULL)
         s->ss.fabric->ops->close(s->listener);
-    rmig_holes_close(&s->holes);
     rmig_blocks_free(&s->blocks);
     rmig__release(s->peer);
     rmig__release(s->names);
@@ -4458,13 +4448,13 @@ static uint64_t rmig__sink_clear(struct rmig_sink *s, const struct rmig_block *b
                                  uint64_t *budget) {
     while (from < to && *budget > 0) {
         uint64_t data, end;
-        rmig_holes_next_data(&s->holes, b, from, to, &data, &end);
+        rmig_holes_next_data(&s->ss.holes, b, from, to, &data, &end);
         if (data >= to)
             return to;
         end = rmig__min(end, rmig__after(data, *budget));
         *budget -= end - data;
-        for (uint64_t at = data; at < end; at += s->holes.page) {
-            size_t n = (size_t)rmig__min(s->holes.page, end - at);
+        for (uint64_t at = data; at < end; at += s->ss.holes.page) {
+            size_t n = (size_t)rmig__min(s->ss.holes.page, end - at);
             if (!rmig_is_zero(b->host + at, n))
                 memset(b->host + at, 0, n);
         }

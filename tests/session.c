@@ -4,32 +4,8 @@
 
    A diary between the core and the fabric notes what each side posts, in order. */
 #define _GNU_SOURCE
-#include <stddef.h>
-#include <stdlib.h>
+#include "counted_heap.h"
 
-static struct {
-    size_t count; // calls of malloc and realloc
-    size_t fail_at; // the one that fails, 0: none
-    ptrdiff_t live;
-} heap;
-
-static void *counted_realloc(void *p, size_t n) {
-    if (++heap.count == heap.fail_at)
-        return NULL;
-    void *q = realloc(p, n);
-    if (p == NULL && q != NULL)
-        heap.live++;
-    return q;
-}
-
-static void counted_free(void *p) {
-    heap.live--;
-    free(p);
-}
-
-#define RMIG_MALLOC(n) counted_realloc(NULL, n)
-#define RMIG_REALLOC(p, n) counted_realloc(p, n)
-#define RMIG_FREE(p) counted_free(p)
 #define RMIG_IMPLEMENTATION
 #include "../rmig_fabric_ofi.h"
 
