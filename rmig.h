@@ -100,7 +100,8 @@ LICENCE
 #ifndef RMIG_H
 #define RMIG_H
 
-/* Under -std=c11 libc hides what the fabrics' implementations need (clocks, addresses). It must be asked for before the first header. */
+/* Under -std=c11 libc hides what the fabrics' implementations need (clocks, addresses). It must be asked for before the
+ * first header. */
 #if defined(RMIG_IMPLEMENTATION) && defined(__STRICT_ANSI__) && !defined(_DEFAULT_SOURCE) && !defined(_GNU_SOURCE) &&  \
     !defined(_POSIX_C_SOURCE)
 #define _DEFAULT_SOURCE 1
@@ -136,7 +137,7 @@ LICENCE
 #endif
 
 RMIG__STATIC_ASSERT((RMIG_CHUNK_SIZE) >= RMIG_CHUNK_SIZE_MIN && (RMIG_CHUNK_SIZE) <= RMIG_CHUNK_SIZE_MAX &&
-                        ((RMIG_CHUNK_SIZE) & ((RMIG_CHUNK_SIZE) - 1)) == 0,
+                        ((RMIG_CHUNK_SIZE) & ((RMIG_CHUNK_SIZE)-1)) == 0,
                     "RMIG_CHUNK_SIZE must be a power of two from 1 MiB (1048576) to 1 GiB (1073741824)");
 RMIG__STATIC_ASSERT(sizeof(size_t) >= 8, "rmig needs a 64-bit host");
 
@@ -266,7 +267,7 @@ extern "C" {
     X(ERR_REFUSED, -103, "the peer refused", "see the text for its reason")                                            \
     X(ERR_FABRIC, -104, "the fabric failed", "see the text for the provider's own words")                              \
     X(ERR_REGISTRATION, -105, "memory could not be registered",                                                        \
-      "raise RLIMIT_MEMLOCK, lower register-ahead, leave pin-all off, or tell a version 1 sink its peer-chunk-size")                                              \
+      "raise RLIMIT_MEMLOCK, lower register-ahead, leave pin-all off, or tell a version 1 sink its peer-chunk-size")   \
     X(ERR_UNREACHABLE, -106, "the address cannot be reached", "check that the sink listens there")                     \
     X(ERR_CANCELLED, -107, "cancelled", "")                                                                            \
     X(ERR_SETUP, -108, "the session could not be set up", "see the text")                                              \
@@ -309,7 +310,8 @@ enum rmig_param {
     RMIG_PARAM_PIN_ALL, // register all blocks whole before the first round
     RMIG_PARAM_SIGNAL_EVERY, // ask for a completion every so many writes
     RMIG_PARAM_WRITE_DEPTH, // writes outstanding at most
-    RMIG_PARAM_REGISTER_AHEAD, // bytes registered ahead of the wire, at least two chunks; 0: one chunk at a time, as stock QEMU
+    RMIG_PARAM_REGISTER_AHEAD, // bytes registered ahead of the wire, at least two chunks; 0: one chunk at a time, as
+                               // stock QEMU
     RMIG_PARAM_ZERO_DETECT, // do not send or pin what is zero
     RMIG_PARAM_MAX_BANDWIDTH, // bytes per second, 0: unlimited
     RMIG_PARAM_CONNECT_TIMEOUT, // ns for resolving, connecting and the first messages
@@ -345,9 +347,9 @@ struct rmig_param_info {
     const char *help; // one line
 };
 
-/* Text to bytes: a decimal number, with an optional fraction, and an optional suffix B K M G T (1024-based, either case, as
-   hypervisor monitors take them). The product must be whole. Returns RMIG_OK, or RMIG_ERR_ARGUMENT with a text in *err that
-   quotes the input. Any thread. */
+/* Text to bytes: a decimal number, with an optional fraction, and an optional suffix B K M G T (1024-based, either
+   case, as hypervisor monitors take them). The product must be whole. Returns RMIG_OK, or RMIG_ERR_ARGUMENT with a text
+   in *err that quotes the input. Any thread. */
 RMIG_API int rmig_size_parse(const char *text, uint64_t *bytes, struct rmig_error *err);
 /* Bytes to the shortest exact text ("64M", "1536K", "4097"). Returns buf. Any thread. */
 RMIG_API const char *rmig_size_format(uint64_t bytes, char *buf, size_t buf_size);
@@ -357,8 +359,8 @@ RMIG_API const char *rmig_size_format(uint64_t bytes, char *buf, size_t buf_size
 RMIG_API int rmig_set(struct rmig_config *cfg, enum rmig_param param, uint64_t value, struct rmig_error *err);
 /* The value in force: what was set, or the default. 0 for a number that is no parameter. */
 RMIG_API uint64_t rmig_get(const struct rmig_config *cfg, enum rmig_param param);
-/* The same by name and text: sizes as rmig_size_parse, switches on/off (or yes/no, true/false, 1/0), times "500ms", "10s" (ns us ms s; a bare
-   number is milliseconds). Unknown names and values are refused with RMIG_ERR_PARAM. */
+/* The same by name and text: sizes as rmig_size_parse, switches on/off (or yes/no, true/false, 1/0), times "500ms",
+   "10s" (ns us ms s; a bare number is milliseconds). Unknown names and values are refused with RMIG_ERR_PARAM. */
 RMIG_API int rmig_set_param(struct rmig_config *cfg, const char *name, const char *text, struct rmig_error *err);
 /* Writes the value in force as text that rmig_set_param takes. */
 RMIG_API int rmig_get_param(const struct rmig_config *cfg, const char *name, char *buf, size_t buf_size,
@@ -389,8 +391,8 @@ RMIG__TYPED(extension, EXTENSION)
 
 // >>chunk
 
-/* Chunk arithmetic (protocol version 1, section "Chunks"): chunks are relative to their block; the last may be short. Pure.
-   length: of the block, bytes. chunk: chunk size, a power of two. offset < length. */
+/* Chunk arithmetic (protocol version 1, section "Chunks"): chunks are relative to their block; the last may be short.
+   Pure. length: of the block, bytes. chunk: chunk size, a power of two. offset < length. */
 static inline uint64_t rmig_chunk_index(uint64_t offset, uint64_t chunk) { return offset / chunk; }
 static inline uint64_t rmig_chunk_start(uint64_t index, uint64_t chunk) { return index * chunk; }
 static inline uint64_t rmig_chunk_end(uint64_t index, uint64_t chunk, uint64_t length) {
@@ -439,7 +441,8 @@ struct rmig_block {
     uint64_t fd_offset;
 };
 
-/* The table of RAM blocks: index = order of addition, search by guest offset and by name in O(log n). Zero-initialised works. */
+/* The table of RAM blocks: index = order of addition, search by guest offset and by name in O(log n). Zero-initialised
+ * works. */
 struct rmig_blocks {
     struct rmig_block *block; // by index
     uint32_t *by_offset, *by_name; // indexes, sorted
@@ -449,8 +452,9 @@ struct rmig_blocks {
 
 RMIG_API void rmig_blocks_init(struct rmig_blocks *t);
 RMIG_API void rmig_blocks_free(struct rmig_blocks *t);
-/* Adds a block. Returns RMIG_OK and the index (0, 1, 2 ...), or RMIG_ERR_ARGUMENT (empty or long name, NULL host, length 0,
-   wrap-around of host or guest range, duplicate name, overlap of guest ranges: the text names both blocks), or RMIG_ERR_NO_MEMORY. */
+/* Adds a block. Returns RMIG_OK and the index (0, 1, 2 ...), or RMIG_ERR_ARGUMENT (empty or long name, NULL host,
+   length 0, wrap-around of host or guest range, duplicate name, overlap of guest ranges: the text names both blocks),
+   or RMIG_ERR_NO_MEMORY. */
 RMIG_API int rmig_blocks_add(struct rmig_blocks *t, const struct rmig_block_desc *desc, uint32_t *index,
                              struct rmig_error *err);
 /* RMIG_OK and the index, or RMIG_ERR_ARGUMENT if there is none (a hole, an unknown name). */
@@ -459,9 +463,11 @@ RMIG_API int rmig_blocks_by_offset(struct rmig_blocks *t, uint64_t guest_offset,
 
 // >>zero
 
-/* Is the range all zero? Stops within 128 bytes of the first byte that is not. Any alignment, any length. Any thread. */
+/* Is the range all zero? Stops within 128 bytes of the first byte that is not. Any alignment, any length. Any thread.
+ */
 RMIG_API bool rmig_is_zero(const void *p, size_t n);
-RMIG_API bool rmig_is_zero_portable(const void *p, size_t n); // without SIMD: the fallback, and the tests' second method
+RMIG_API bool rmig_is_zero_portable(const void *p,
+                                    size_t n); // without SIMD: the fallback, and the tests' second method
 
 /* Finds data without making the memory grow. */
 struct rmig_holes {
@@ -470,8 +476,9 @@ struct rmig_holes {
 };
 RMIG_API void rmig_holes_open(struct rmig_holes *h);
 RMIG_API void rmig_holes_close(struct rmig_holes *h);
-/* The next run in [from, to) of the block that may hold something other than zero: [*data, *end). *data == to: none left, all of
-   it is holes and reads as zero. Where the backing cannot say, it is all data. Blocking: a system call or two. */
+/* The next run in [from, to) of the block that may hold something other than zero: [*data, *end). *data == to: none
+   left, all of it is holes and reads as zero. Where the backing cannot say, it is all data. Blocking: a system call or
+   two. */
 RMIG_API void rmig_holes_next_data(struct rmig_holes *h, const struct rmig_block *b, uint64_t from, uint64_t to,
                                    uint64_t *data, uint64_t *end);
 
@@ -546,8 +553,8 @@ static inline bool rmig_merge_add_page(struct rmig_merge *m, uint64_t page) {
     return true;
 }
 
-/* Adds the pages whose bit is set in a dirty bitmap of KVM's layout: bit i (of word i / 64) is page first + i, i < n. Bits at or
-   above n in the last word are ignored. */
+/* Adds the pages whose bit is set in a dirty bitmap of KVM's layout: bit i (of word i / 64) is page first + i, i < n.
+   Bits at or above n in the last word are ignored. */
 static inline void rmig_merge_add_bitmap(struct rmig_merge *m, uint64_t first, const uint64_t *bitmap, uint64_t n) {
     uint64_t shift = first % 64, word = first / 64;
     rmig__merge_widen(m, first, first + n);
@@ -659,9 +666,10 @@ RMIG_API const char *rmig_message_name(uint32_t type); // "READY" ..., "unknown"
 #define RMIG_FLAG_EXTENSION 0x00010000u // rmig's capability bit; a stock QEMU sink clears it
 #define RMIG_STREAM_MESSAGE_MAX 32768 // payload of a QEMU_FILE that a stock source sends, at most
 
-/* Encoders write into out[0 ... cap-1] and return the bytes written; decoders read p[0 ... n-1] and return the bytes consumed. All return
-   a negative status (RMIG_ERR_WIRE, RMIG_ERR_FULL when cap is too small) and then leave *out alone. No allocation, no
-   state; any thread. Numbers on the wire are big-endian; padding is written as 0 and never read. */
+/* Encoders write into out[0 ... cap-1] and return the bytes written; decoders read p[0 ... n-1] and return the bytes
+   consumed. All return a negative status (RMIG_ERR_WIRE, RMIG_ERR_FULL when cap is too small) and then leave *out
+   alone. No allocation, no state; any thread. Numbers on the wire are big-endian; padding is written as 0 and never
+   read. */
 
 struct rmig_private_data { // 8 bytes: u32 version, u32 flags
     uint32_t version, flags;
@@ -709,8 +717,8 @@ struct rmig_register_result { // REGISTER_RESULT: u32 rkey, u32 padding, u64 bas
 RMIG_API int rmig_encode_register_result(uint8_t *out, size_t cap, const struct rmig_register_result *in);
 RMIG_API int rmig_decode_register_result(const uint8_t *p, size_t n, struct rmig_register_result *out);
 
-/* HELLO and HELLO_RESULT: entries of u16 tag, u16 length, value. Unknown tags are skipped; a tag that comes twice, or with a wrong
-   length, is an error. */
+/* HELLO and HELLO_RESULT: entries of u16 tag, u16 length, value. Unknown tags are skipped; a tag that comes twice, or
+   with a wrong length, is an error. */
 #define RMIG_HELLO_LIST(X)                                                                                             \
     X(1, chunk_size) /* bytes; the source proposes, the sink repeats what holds */                                     \
     X(2, page_size) /* bytes */                                                                                        \
@@ -730,7 +738,8 @@ struct rmig_hello {
 RMIG_API int rmig_encode_hello(uint8_t *out, size_t cap, const struct rmig_hello *in);
 RMIG_API int rmig_decode_hello(const uint8_t *p, size_t n, struct rmig_hello *out); // consumes all of p, n
 
-struct rmig_block_entry { // BLOCKS: after u32 total (at most 131072), u32 first, `repeat` times: u64 length, u64 guest offset, u8 n, name
+struct rmig_block_entry { // BLOCKS: after u32 total (at most 131072), u32 first, `repeat` times: u64 length, u64 guest
+                          // offset, u8 n, name
     uint64_t length, guest_offset;
     char name[RMIG_NAME_MAX + 1];
 };
@@ -755,38 +764,38 @@ RMIG_API int rmig_decode_batch_result(const uint8_t *p, size_t n, struct rmig_ba
 // >>fabric
 
 /*
-The contract between the core and a fabric. Whoever writes a fabric needs nothing else; tests/fabric_conformance.c holds it to this.
+The contract between the core and a fabric. Whoever writes a fabric needs nothing else; tests/fabric_conformance.c holds
+it to this.
 
-A fabric is a table of functions and an object that begins with struct rmig_fabric. It makes endpoints: objects of its own that
-begin with struct rmig_ep. An endpoint is a listener or a connection. No function blocks, except wait (and reg and dereg, for as long as
-the system call lasts); all are called by one thread at a time. A fabric never calls into the core.
+A fabric is a table of functions and an object that begins with struct rmig_fabric. It makes endpoints: objects of its
+own that begin with struct rmig_ep. An endpoint is a listener or a connection. No function blocks, except wait (and reg
+and dereg, for as long as the system call lasts); all are called by one thread at a time. A fabric never calls into the
+core.
 
 The life of a connection on the active side:
     open                resolve the address; poll then yields RMIG_FEV_RESOLVED, or RMIG_FEV_ERROR
     caps, reg, recv     from RESOLVED on
-    connect             with private data; poll then yields ESTABLISHED (with the peer's private data), REJECTED or ERROR
-    send, write, ...    from ESTABLISHED on; completions come from poll
-    disconnect          optional, orderly: what was posted before is delivered if the peer lives; never waits
-    close               any time; frees everything of the endpoint. The core has deregistered its regions before.
-On the passive side:
-    listen              poll on the listener yields REQUEST with the source's private data, and again for each request
-    reject              refuses a request, or
+    connect             with private data; poll then yields ESTABLISHED (with the peer's private data), REJECTED or
+ERROR send, write, ...    from ESTABLISHED on; completions come from poll disconnect          optional, orderly: what
+was posted before is delivered if the peer lives; never waits close               any time; frees everything of the
+endpoint. The core has deregistered its regions before. On the passive side: listen              poll on the listener
+yields REQUEST with the source's private data, and again for each request reject              refuses a request, or
     open_request        makes the connection's endpoint; caps, reg and recv work at once
     accept              with private data; poll on the new endpoint yields ESTABLISHED or ERROR
 A request is used up by reject, and by open_request if that succeeds.
 Closing a listener leaves accepted connections alone; requests neither opened nor rejected go with it.
 
-Order and delivery. Sends arrive in the order of posting, each in the buffer of the oldest receive. A completion of a SEND or a RECV
-means that the buffer is the caller's again. What differs between fabrics is in struct rmig_fabric_caps; at least one of
-sends_after_writes and completion_is_delivery must hold. A write with an id is complete at the latest when its completion comes;
-with writes_in_order, a completion covers all writes posted before it, signalled or not. A fabric may deliver
-completions that were not asked for.
+Order and delivery. Sends arrive in the order of posting, each in the buffer of the oldest receive. A completion of a
+SEND or a RECV means that the buffer is the caller's again. What differs between fabrics is in struct rmig_fabric_caps;
+at least one of sends_after_writes and completion_is_delivery must hold. A write with an id is complete at the latest
+when its completion comes; with writes_in_order, a completion covers all writes posted before it, signalled or not. A
+fabric may deliver completions that were not asked for.
 
-Failure. A function that fails returns a negative status and fills *err with text and the provider's code. After RMIG_FEV_ERROR or
-RMIG_FEV_DISCONNECTED no further completion is promised; events that arrived before it come before it. A receive whose data arrived
-before the peer disconnected is delivered before DISCONNECTED. A write to a bad key or outside its region never
-touches the target's memory; the connection fails at one end at least.
-A peer that vanishes without a word may stay unnoticed: the core keeps the time.
+Failure. A function that fails returns a negative status and fills *err with text and the provider's code. After
+RMIG_FEV_ERROR or RMIG_FEV_DISCONNECTED no further completion is promised; events that arrived before it come before it.
+A receive whose data arrived before the peer disconnected is delivered before DISCONNECTED. A write to a bad key or
+outside its region never touches the target's memory; the connection fails at one end at least. A peer that vanishes
+without a word may stay unnoticed: the core keeps the time.
 */
 
 struct rmig_fabric_ops;
@@ -870,17 +879,20 @@ struct rmig_fabric_ops {
 
     /* The clock of this fabric's world, ns, never going back. */
     uint64_t (*now)(struct rmig_fabric *f);
-    /* Sleeps until poll on one of the n endpoints may yield something, or the deadline has come. Early return is allowed. */
+    /* Sleeps until poll on one of the n endpoints may yield something, or the deadline has come. Early return is
+     * allowed. */
     int (*wait)(struct rmig_fabric *f, struct rmig_ep *const *eps, size_t n, uint64_t deadline, struct rmig_error *err);
 
     int (*listen)(struct rmig_fabric *f, const char *address, struct rmig_ep **ep, struct rmig_error *err);
-    /* The listener's address as the peer would name it ("127.0.0.1:4444": the port that was really bound), NUL-terminated. */
+    /* The listener's address as the peer would name it ("127.0.0.1:4444": the port that was really bound),
+     * NUL-terminated. */
     int (*address)(struct rmig_ep *listener, char *buf, size_t buf_size, struct rmig_error *err);
     int (*open)(struct rmig_fabric *f, const char *address, const struct rmig_ep_config *cfg, struct rmig_ep **ep,
                 struct rmig_error *err);
     int (*open_request)(struct rmig_ep *listener, void *request, const struct rmig_ep_config *cfg, struct rmig_ep **ep,
                         struct rmig_error *err);
-    int (*reject)(struct rmig_ep *listener, void *request, const uint8_t *private_data, size_t n, struct rmig_error *err);
+    int (*reject)(struct rmig_ep *listener, void *request, const uint8_t *private_data, size_t n,
+                  struct rmig_error *err);
     int (*connect)(struct rmig_ep *ep, const uint8_t *private_data, size_t n, struct rmig_error *err);
     int (*accept)(struct rmig_ep *ep, const uint8_t *private_data, size_t n, struct rmig_error *err);
     void (*disconnect)(struct rmig_ep *ep);
@@ -892,24 +904,26 @@ struct rmig_fabric_ops {
     int (*dereg)(struct rmig_ep *ep, struct rmig_mr *mr, struct rmig_error *err);
 
     /* Posting. recv and send: RMIG_OK, RMIG_ERR_FULL (not posted), or an error. mr covers the buffer. */
-    int (*recv)(struct rmig_ep *ep, void *buf, uint64_t n, const struct rmig_mr *mr, uint64_t id, struct rmig_error *err);
+    int (*recv)(struct rmig_ep *ep, void *buf, uint64_t n, const struct rmig_mr *mr, uint64_t id,
+                struct rmig_error *err);
     int (*send)(struct rmig_ep *ep, const void *buf, uint64_t n, const struct rmig_mr *mr, uint64_t id,
                 struct rmig_error *err);
-    /* Posts writes in order, as one batch where the hardware can; returns how many were taken, 0 ... n (the queue was full), or an error. */
+    /* Posts writes in order, as one batch where the hardware can; returns how many were taken, 0 ... n (the queue was
+     * full), or an error. */
     int (*write)(struct rmig_ep *ep, const struct rmig_write *writes, size_t n, struct rmig_error *err);
 
     /* Up to n events in the order in which they happened; returns how many, or an error of the endpoint itself. */
     int (*poll)(struct rmig_ep *ep, struct rmig_fabric_event *events, size_t n, struct rmig_error *err);
-    /* The descriptors to wait on, armed: returns how many were written to fds[0 ... n-1] (at most 4), 0 if the fabric has none and wants
-       polling. *ready: poll has something already, do not sleep. */
+    /* The descriptors to wait on, armed: returns how many were written to fds[0 ... n-1] (at most 4), 0 if the fabric
+       has none and wants polling. *ready: poll has something already, do not sleep. */
     int (*fds)(struct rmig_ep *ep, struct rmig_fd *fds, size_t n, bool *ready, struct rmig_error *err);
 };
 
 /* Closes a fabric, whatever kind it is, after its sources and sinks. NULL is allowed. */
 RMIG_API void rmig_fabric_close(struct rmig_fabric *f);
 
-/* "host:port", "[v6]:port", "host" (port then becomes ""), ":port" (host then becomes ""). For fabrics. RMIG_ERR_ARGUMENT when it is none of these
-   or the port is not 0 ... 65535. Each buffer holds at least 2 bytes. */
+/* "host:port", "[v6]:port", "host" (port then becomes ""), ":port" (host then becomes ""). For fabrics.
+   RMIG_ERR_ARGUMENT when it is none of these or the port is not 0 ... 65535. Each buffer holds at least 2 bytes. */
 RMIG_API int rmig_split_address(const char *address, char *host, size_t host_size, char *port, size_t port_size,
                                 struct rmig_error *err);
 
@@ -918,37 +932,40 @@ RMIG_API int rmig_split_address(const char *address, char *host, size_t host_siz
 struct rmig_source;
 struct rmig_stats;
 
-/* Makes a source. cfg is copied; NULL means all defaults. Checks the parameters against each other: RMIG_ERR_PARAM. *err may be NULL. */
+/* Makes a source. cfg is copied; NULL means all defaults. Checks the parameters against each other: RMIG_ERR_PARAM.
+ * *err may be NULL. */
 RMIG_API int rmig_source_open(struct rmig_fabric *fabric, const struct rmig_config *cfg, struct rmig_source **out,
                               struct rmig_error *err);
-/* Frees everything, from any state; NULL is allowed. A connection still up is cut: the sink sees a failure unless finish succeeded.
-   May wait up to 100 ms, after a failure of this end, until the peer has been told the reason. */
+/* Frees everything, from any state; NULL is allowed. A connection still up is cut: the sink sees a failure unless
+   finish succeeded. May wait up to 100 ms, after a failure of this end, until the peer has been told the reason. */
 RMIG_API void rmig_source_close(struct rmig_source *s);
 
-/* Before connect. Indexes count from 0 in the order of addition. Errors as rmig_blocks_add; RMIG_ERR_STATE after connect. */
+/* Before connect. Indexes count from 0 in the order of addition. Errors as rmig_blocks_add; RMIG_ERR_STATE after
+ * connect. */
 RMIG_API int rmig_source_add_block(struct rmig_source *s, const struct rmig_block_desc *desc, uint32_t *index);
 
-/* Which block holds an offset in the guest's RAM address space, and where in it: for dirty pages known by guest address. O(log n), at once
-   for the block of the last hit. RMIG_ERR_ARGUMENT in a hole. Each output may be NULL. */
+/* Which block holds an offset in the guest's RAM address space, and where in it: for dirty pages known by guest
+   address. O(log n), at once for the block of the last hit. RMIG_ERR_ARGUMENT in a hole. Each output may be NULL. */
 RMIG_API int rmig_source_block_at(struct rmig_source *s, uint64_t guest_offset, uint32_t *block, uint64_t *offset);
 
-/* Non-blocking calls start an operation; drive it with rmig_source_process until that returns RMIG_OK. The call of the same name
-   without _start is the same, waiting. One operation at a time: RMIG_ERR_STATE otherwise.
-   connect resolves, connects and agrees on the protocol, within connect-timeout. address: "host:port". */
+/* Non-blocking calls start an operation; drive it with rmig_source_process until that returns RMIG_OK. The call of the
+   same name without _start is the same, waiting. One operation at a time: RMIG_ERR_STATE otherwise. connect resolves,
+   connects and agrees on the protocol, within connect-timeout. address: "host:port". */
 RMIG_API int rmig_source_connect_start(struct rmig_source *s, const char *address);
 RMIG_API int rmig_source_connect(struct rmig_source *s, const char *address);
 
 /* A round: begin, save what is dirty, end. Never blocks. In the first round the blocks are exchanged with the sink. */
 RMIG_API int rmig_source_begin_round(struct rmig_source *s);
 
-/* What to send, between begin and end of a round. Never blocks and never fails for lack of room: pages are noted in a set (a page
-   noted twice before it was sent is sent once), and sending begins at once as far as the fabric takes it. What is sent is the
-   memory's content at some time after the call; the embedder's dirty log must catch what the guest writes after the call.
-   Offsets and lengths in bytes are widened to whole pages; outside the block: RMIG_ERR_ARGUMENT. */
+/* What to send, between begin and end of a round. Never blocks and never fails for lack of room: pages are noted in a
+   set (a page noted twice before it was sent is sent once), and sending begins at once as far as the fabric takes it.
+   What is sent is the memory's content at some time after the call; the embedder's dirty log must catch what the guest
+   writes after the call. Offsets and lengths in bytes are widened to whole pages; outside the block: RMIG_ERR_ARGUMENT.
+ */
 RMIG_API int rmig_source_save_page(struct rmig_source *s, uint32_t block, uint64_t offset);
 RMIG_API int rmig_source_save_range(struct rmig_source *s, uint32_t block, uint64_t offset, uint64_t length);
-/* A dirty bitmap as KVM_GET_DIRTY_LOG writes it: bit i of word i / 64 is page first_page + i of the block, i < pages. Read before the call
-   returns. The fast path. */
+/* A dirty bitmap as KVM_GET_DIRTY_LOG writes it: bit i of word i / 64 is page first_page + i of the block, i < pages.
+   Read before the call returns. The fast path. */
 RMIG_API int rmig_source_save_bitmap(struct rmig_source *s, uint32_t block, const uint64_t *bitmap, uint64_t first_page,
                                      uint64_t pages);
 
@@ -956,32 +973,34 @@ RMIG_API int rmig_source_save_bitmap(struct rmig_source *s, uint32_t block, cons
 RMIG_API int rmig_source_end_round_start(struct rmig_source *s);
 RMIG_API int rmig_source_end_round(struct rmig_source *s);
 
-/* The byte stream for device state: bytes arrive in order, after all pages saved before them. put_some takes what fits now and returns how
-   many bytes (0 ... n), or an error; put waits until it has taken all. flush sends what is buffered; end_round and finish flush too. */
+/* The byte stream for device state: bytes arrive in order, after all pages saved before them. put_some takes what fits
+   now and returns how many bytes (0 ... n), or an error; put waits until it has taken all. flush sends what is
+   buffered; end_round and finish flush too. */
 RMIG_API int64_t rmig_source_put_some(struct rmig_source *s, const void *data, size_t n);
 RMIG_API int rmig_source_put(struct rmig_source *s, const void *data, size_t n);
 RMIG_API int rmig_source_flush_start(struct rmig_source *s);
 RMIG_API int rmig_source_flush(struct rmig_source *s);
 
-/* The handover: RMIG_OK means that the sink has everything, has deregistered all memory, and owns the guest. Any other result: the guest
-   is still this side's, except RMIG_ERR_HANDOVER (the link broke in the last microseconds: nobody can know).
-   With a plain version 1 sink there is no answer: RMIG_OK means that everything was delivered, and a failure after the last
-   bytes have left is RMIG_ERR_HANDOVER. There, leave the last bytes of device state to finish, or a failure of flush leaves the same doubt. */
+/* The handover: RMIG_OK means that the sink has everything, has deregistered all memory, and owns the guest. Any other
+   result: the guest is still this side's, except RMIG_ERR_HANDOVER (the link broke in the last microseconds: nobody can
+   know). With a plain version 1 sink there is no answer: RMIG_OK means that everything was delivered, and a failure
+   after the last bytes have left is RMIG_ERR_HANDOVER. There, leave the last bytes of device state to finish, or a
+   failure of flush leaves the same doubt. */
 RMIG_API int rmig_source_finish_start(struct rmig_source *s);
 RMIG_API int rmig_source_finish(struct rmig_source *s);
 
-/* Makes all progress possible without waiting. RMIG_PENDING: the operation goes on. RMIG_OK: no operation is under way (saved pages
-   may still be). Negative: the session's error. Call it when a descriptor is ready and when the deadline has come, also between rounds (it keeps
-   the connection alive). */
+/* Makes all progress possible without waiting. RMIG_PENDING: the operation goes on. RMIG_OK: no operation is under way
+   (saved pages may still be). Negative: the session's error. Call it when a descriptor is ready and when the deadline
+   has come, also between rounds (it keeps the connection alive). */
 RMIG_API int rmig_source_process(struct rmig_source *s);
-/* Descriptors for the caller's poll/epoll, armed; returns how many (n >= 4 always suffices; 0: the fabric has none, next_deadline
-   then says when to poll). Call it right before sleeping, and then next_deadline. */
+/* Descriptors for the caller's poll/epoll, armed; returns how many (n >= 4 always suffices; 0: the fabric has none,
+   next_deadline then says when to poll). Call it right before sleeping, and then next_deadline. */
 RMIG_API int rmig_source_fds(struct rmig_source *s, struct rmig_fd *fds, size_t n);
 /* When to call process at the latest, in the fabric's ns; 0: at once; RMIG_FOREVER: no time. */
 RMIG_API uint64_t rmig_source_next_deadline(struct rmig_source *s);
 
-/* Ends the session from any state; the peer is told if it can be. The next process returns RMIG_ERR_CANCELLED, or RMIG_ERR_HANDOVER if the last
-   word of finish is on its way already. Not from another thread. */
+/* Ends the session from any state; the peer is told if it can be. The next process returns RMIG_ERR_CANCELLED, or
+   RMIG_ERR_HANDOVER if the last word of finish is on its way already. Not from another thread. */
 RMIG_API void rmig_source_cancel(struct rmig_source *s);
 /* The last error of a call or of the session; status RMIG_OK if none. Valid until close. */
 RMIG_API const struct rmig_error *rmig_source_error(const struct rmig_source *s);
@@ -996,17 +1015,20 @@ struct rmig_sink;
 enum rmig_sink_event_type {
     RMIG_SINK_NONE,
     RMIG_SINK_CONNECTED, // a source is there
-    RMIG_SINK_BLOCKS, // the source asks for the blocks: add those missing, then rmig_sink_accept_blocks or rmig_sink_refuse;
-                      // it waits meanwhile, up to its io-timeout: have memory that takes long to make ready before
+    RMIG_SINK_BLOCKS, // the source asks for the blocks: add those missing, then rmig_sink_accept_blocks or
+                      // rmig_sink_refuse; it waits meanwhile, up to its io-timeout: have memory that takes long to make
+                      // ready before
     RMIG_SINK_ROUND, // a round ended: memory is as it was at the source at some time in that round
-    RMIG_SINK_STREAM, // stream bytes are there: rmig_sink_get until it returns 0; the source waits meanwhile, up to its io-timeout
+    RMIG_SINK_STREAM, // stream bytes are there: rmig_sink_get until it returns 0; the source waits meanwhile, up to its
+                      // io-timeout
     RMIG_SINK_DISCONNECTED, // a plain version 1 source has left: rmig_sink_complete if the stream was whole, else close
     RMIG_SINK_FINISHED // all is there, nothing is registered any more, the guest is this side's
 };
 
 struct rmig_sink_event {
     enum rmig_sink_event_type type;
-    uint32_t block_count; // BLOCKS: blocks that the source named; 0 from a plain version 1 source, which names them in the stream
+    uint32_t block_count; // BLOCKS: blocks that the source named; 0 from a plain version 1 source, which names them in
+                          // the stream
     uint64_t round; // ROUND: 1, 2, ...
     size_t stream_bytes; // STREAM: bytes there now
 };
@@ -1014,27 +1036,32 @@ struct rmig_sink_event {
 RMIG_API int rmig_sink_open(struct rmig_fabric *fabric, const struct rmig_config *cfg, struct rmig_sink **out,
                             struct rmig_error *err);
 RMIG_API void rmig_sink_close(struct rmig_sink *s); // as rmig_source_close
-/* Listens on "host:port" (port 0: any free one). Requests that are not a migration are rejected, and listening goes on. */
+/* Listens on "host:port" (port 0: any free one). Requests that are not a migration are rejected, and listening goes on.
+ */
 RMIG_API int rmig_sink_listen(struct rmig_sink *s, const char *address);
 RMIG_API int rmig_sink_address(struct rmig_sink *s, char *buf, size_t n); // as really bound
 
-/* Any time before accept_blocks. With an extended source blocks are matched by name; with a plain version 1 source by order of addition. */
+/* Any time before accept_blocks. With an extended source blocks are matched by name; with a plain version 1 source by
+ * order of addition. */
 RMIG_API int rmig_sink_add_block(struct rmig_sink *s, const struct rmig_block_desc *desc, uint32_t *index);
 /* What the source said of its block i < block_count. Valid until close. */
 RMIG_API int rmig_sink_peer_block(struct rmig_sink *s, uint32_t i, struct rmig_block_entry *out);
-/* After RMIG_SINK_BLOCKS. RMIG_ERR_SETUP if a block of the source is missing or has another length; both ends then say which. */
+/* After RMIG_SINK_BLOCKS. RMIG_ERR_SETUP if a block of the source is missing or has another length; both ends then say
+ * which. */
 RMIG_API int rmig_sink_accept_blocks(struct rmig_sink *s);
 RMIG_API int rmig_sink_refuse(struct rmig_sink *s, const char *reason);
 
 /* Copies up to n stream bytes that have arrived; returns how many, 0: none now. */
 RMIG_API size_t rmig_sink_get(struct rmig_sink *s, void *buf, size_t n);
 
-/* With a plain version 1 source only the reader of the stream knows its end: it says so here. Deregisters everything; RMIG_SINK_FINISHED follows. */
+/* With a plain version 1 source only the reader of the stream knows its end: it says so here. Deregisters everything;
+ * RMIG_SINK_FINISHED follows. */
 RMIG_API int rmig_sink_complete(struct rmig_sink *s);
 
-/* Makes progress without waiting and delivers at most one event: RMIG_OK with ev->type (RMIG_SINK_NONE: nothing now), or the session's
-   error. Waiting for a source has no deadline; from its request on, silence of io-timeout is an error (a plain version 1 source, which is
-   silent while it writes, is granted the time that all of RAM takes at 16 MB/s on top). */
+/* Makes progress without waiting and delivers at most one event: RMIG_OK with ev->type (RMIG_SINK_NONE: nothing now),
+   or the session's error. Waiting for a source has no deadline; from its request on, silence of io-timeout is an error
+   (a plain version 1 source, which is silent while it writes, is granted the time that all of RAM takes at 16 MB/s on
+   top). */
 RMIG_API int rmig_sink_process(struct rmig_sink *s, struct rmig_sink_event *ev);
 /* The same, waiting up to timeout_ns (RMIG_FOREVER allowed) for an event; RMIG_SINK_NONE if none came. */
 RMIG_API int rmig_sink_wait(struct rmig_sink *s, struct rmig_sink_event *ev, uint64_t timeout_ns);
@@ -1069,8 +1096,8 @@ struct rmig_stats {
     uint64_t message_rtt_ns; // shortest request to its reply
 };
 
-/* How long it takes to move `dirty` more bytes at the measured throughput, with the two messages that end a round. RMIG_FOREVER when nothing was
-   measured yet. Pure. */
+/* How long it takes to move `dirty` more bytes at the measured throughput, with the two messages that end a round.
+   RMIG_FOREVER when nothing was measured yet. Pure. */
 RMIG_API uint64_t rmig_expected_downtime_ns(const struct rmig_stats *stats, uint64_t dirty);
 
 #ifdef __cplusplus
@@ -1222,8 +1249,8 @@ static bool rmig__number(const char **text, struct rmig__decimal *d) {
     return any || d->digits > 0;
 }
 
-/* The number times unit (below 2^60), if that is a whole number that fits. From the last digit to the first, the fraction's tail times unit
-   is whole at each step if it is in the end. */
+/* The number times unit (below 2^60), if that is a whole number that fits. From the last digit to the first, the
+   fraction's tail times unit is whole at each step if it is in the end. */
 static bool rmig__scale(const struct rmig__decimal *d, uint64_t unit, uint64_t *out) {
     uint64_t rest = 0;
     for (size_t i = d->digits; i-- > 0;) {
@@ -1751,7 +1778,8 @@ RMIG__DEF void rmig_holes_close(struct rmig_holes *h) {
 }
 
 /* tmpfs and file systems answer for pages that no process has mapped, too, which mincore and pagemap cannot. */
-static void rmig__holes_file(const struct rmig_holes *h, const struct rmig_block *b, uint64_t from, uint64_t to, uint64_t *data, uint64_t *end) {
+static void rmig__holes_file(const struct rmig_holes *h, const struct rmig_block *b, uint64_t from, uint64_t to,
+                             uint64_t *data, uint64_t *end) {
     *data = from;
     *end = to;
     if (b->fd_offset > (uint64_t)INT64_MAX || to > (uint64_t)INT64_MAX - b->fd_offset)
@@ -1790,9 +1818,8 @@ static void rmig__holes_pagemap(const struct rmig_holes *h, const struct rmig_bl
     for (uint64_t page = first; page < last;) {
         uint64_t n = rmig__min(last - page, sizeof entries / sizeof entries[0]);
         off_t at = (off_t)(page * sizeof entries[0]);
-        ssize_t got = lseek(h->pagemap_fd, at, SEEK_SET) == at
-                          ? read(h->pagemap_fd, entries, (size_t)n * sizeof entries[0])
-                          : -1;
+        ssize_t got =
+            lseek(h->pagemap_fd, at, SEEK_SET) == at ? read(h->pagemap_fd, entries, (size_t)n * sizeof entries[0]) : -1;
         bool known = got == (ssize_t)(n * sizeof entries[0]);
         for (uint64_t i = 0; i < n; i++) {
             bool filled = !known || (entries[i] & present_or_swapped) != 0;
@@ -1834,9 +1861,7 @@ static void rmig__put_be64(uint8_t *p, uint64_t v) {
 static uint32_t rmig__get_be32(const uint8_t *p) {
     return (uint32_t)p[0] << 24 | (uint32_t)p[1] << 16 | (uint32_t)p[2] << 8 | (uint32_t)p[3];
 }
-static uint64_t rmig__get_be64(const uint8_t *p) {
-    return (uint64_t)rmig__get_be32(p) << 32 | rmig__get_be32(p + 4);
-}
+static uint64_t rmig__get_be64(const uint8_t *p) { return (uint64_t)rmig__get_be32(p) << 32 | rmig__get_be32(p + 4); }
 
 RMIG__DEF const char *rmig_message_name(uint32_t type) {
     switch (type) {
@@ -2220,7 +2245,9 @@ struct rmig__session {
 
 static uint64_t rmig__now(const struct rmig__session *ss) { return ss->fabric->ops->now(ss->fabric); }
 
-static uint64_t rmig__after(uint64_t time, uint64_t span) { return span > UINT64_MAX - time ? UINT64_MAX : time + span; }
+static uint64_t rmig__after(uint64_t time, uint64_t span) {
+    return span > UINT64_MAX - time ? UINT64_MAX : time + span;
+}
 
 #if defined(__GNUC__)
 __attribute__((format(printf, 2, 3)))
@@ -2253,7 +2280,8 @@ static uint8_t *rmig__payload(const struct rmig__session *ss) {
 /* Ends the session with what stands in ss->error, and tells the peer if it can be told. */
 static int rmig__session_end(struct rmig__session *ss);
 
-/* The link is of no more use. What arrived before still counts, it may say why: so the session ends when that is handled. */
+/* The link is of no more use. What arrived before still counts, it may say why: so the session ends when that is
+ * handled. */
 static void rmig__link_lost(struct rmig__session *ss, const struct rmig_error *why) {
     if (!ss->broken && !ss->disconnected) {
         ss->link_code = why->provider_code;
@@ -2307,8 +2335,8 @@ static int rmig__session_end(struct rmig__session *ss) {
         ss->error.status = ss->error.status == RMIG_ERR_NO_MEMORY ? RMIG_ERR_SETUP : RMIG_ERR_FABRIC;
     if (ss->handover)
         rmig_fail(&ss->error, RMIG_ERR_HANDOVER, ss->error.provider_code,
-                  "the sink %s everything, but the handover was not confirmed: %.230s", ss->extended ? "has" : "may have",
-                  ss->error.text);
+                  "the sink %s everything, but the handover was not confirmed: %.230s",
+                  ss->extended ? "has" : "may have", ss->error.text);
     ss->failed = ss->error.status;
     RMIG_LOG(ss->error.text);
     rmig__trace(ss, "failed: %s: %s", rmig_status_name(ss->failed), ss->error.text);
@@ -2332,7 +2360,8 @@ static int rmig__session_end(struct rmig__session *ss) {
 #define RMIG__REFUSE(ss, status, ...)                                                                                  \
     ((ss)->failed != RMIG_OK ? (ss)->failed : (rmig_fail(&(ss)->error, status, __VA_ARGS__), (int)(status)))
 
-/* Makes a source or a sink: an object of `size` bytes that begins with its session. NULL: *status says why, and *err in words. */
+/* Makes a source or a sink: an object of `size` bytes that begins with its session. NULL: *status says why, and *err in
+ * words. */
 static void *rmig__session_new(size_t size, struct rmig_fabric *fabric, const struct rmig_config *cfg, int *status,
                                struct rmig_error *err) {
     const struct rmig_fabric_ops *ops = fabric == NULL ? NULL : fabric->ops;
@@ -2852,7 +2881,8 @@ static void rmig__source_parameters(struct rmig_source *s) {
 RMIG__DEF int rmig_source_connect_start(struct rmig_source *s, const char *address) {
     struct rmig__session *ss = &s->ss;
     if (s->state != RMIG__SOURCE_NEW || ss->failed)
-        return RMIG__REFUSE(ss, RMIG_ERR_STATE, 0, "rmig_source_connect: this source has been connected before; open another");
+        return RMIG__REFUSE(ss, RMIG_ERR_STATE, 0,
+                            "rmig_source_connect: this source has been connected before; open another");
     if (s->blocks.count == 0)
         return RMIG__REFUSE(ss, RMIG_ERR_STATE, 0, "rmig_source_connect: add a block first");
     if (address == NULL)
@@ -2889,8 +2919,8 @@ static int rmig__source_connect_step(struct rmig_source *s) {
             return status;
         struct rmig_private_data data;
         data.version = RMIG_PROTOCOL_VERSION;
-        data.flags = (s->pin_all ? RMIG_FLAG_PIN_ALL : 0) |
-                     (rmig_get(&ss->cfg, RMIG_PARAM_EXTENSION) ? RMIG_FLAG_EXTENSION : 0);
+        data.flags =
+            (s->pin_all ? RMIG_FLAG_PIN_ALL : 0) | (rmig_get(&ss->cfg, RMIG_PARAM_EXTENSION) ? RMIG_FLAG_EXTENSION : 0);
         uint8_t bytes[RMIG_PRIVATE_DATA_SIZE];
         rmig_encode_private_data(bytes, sizeof bytes, &data);
         if (ss->fabric->ops->connect(ss->ep, bytes, sizeof bytes, &ss->error) != RMIG_OK)
@@ -2904,9 +2934,11 @@ static int rmig__source_connect_step(struct rmig_source *s) {
                          RMIG_PRIVATE_DATA_SIZE);
     if (ss->caps.write_max < s->page_size)
         return RMIG__END(ss, RMIG_ERR_SETUP, 0, "fabric %s: its longest write of %llu bytes is below page-size %llu",
-                         ss->fabric->ops->name, (unsigned long long)ss->caps.write_max, (unsigned long long)s->page_size);
+                         ss->fabric->ops->name, (unsigned long long)ss->caps.write_max,
+                         (unsigned long long)s->page_size);
     if (ss->caps.local_mr && ss->caps.registration_max < s->chunk_size)
-        return RMIG__END(ss, RMIG_ERR_SETUP, 0, "fabric %s: registers at most %llu bytes at once: use a smaller chunk-size than %llu",
+        return RMIG__END(ss, RMIG_ERR_SETUP, 0,
+                         "fabric %s: registers at most %llu bytes at once: use a smaller chunk-size than %llu",
                          ss->fabric->ops->name, (unsigned long long)ss->caps.registration_max,
                          (unsigned long long)s->chunk_size);
     bool offered = rmig_get(&ss->cfg, RMIG_PARAM_EXTENSION) != 0;
@@ -2975,7 +3007,8 @@ static void rmig__region_claim(struct rmig_source *s, const struct rmig__region 
 static int rmig__region_register(struct rmig_source *s, struct rmig__region *r) {
     if (!s->ss.caps.local_mr || r->local)
         return RMIG_OK;
-    int status = rmig__register(&s->ss, &s->blocks.block[r->block], r->offset, r->length, RMIG_ACCESS_LOCAL_READ, &r->mr);
+    int status =
+        rmig__register(&s->ss, &s->blocks.block[r->block], r->offset, r->length, RMIG_ACCESS_LOCAL_READ, &r->mr);
     r->local = status == RMIG_OK;
     return status;
 }
@@ -3010,8 +3043,8 @@ static int rmig__source_on_ram_blocks(struct rmig_source *s, const uint8_t *p, u
     struct rmig__session *ss = &s->ss;
     if (len % RMIG_RAM_BLOCK_SIZE != 0 || len / RMIG_RAM_BLOCK_SIZE < s->blocks.count)
         return RMIG__END(ss, RMIG_ERR_PROTOCOL, 0,
-                         "the sink's RAM_BLOCKS_RESULT has %u bytes; must be a multiple of %d for at least %u blocks", len,
-                         RMIG_RAM_BLOCK_SIZE, s->blocks.count);
+                         "the sink's RAM_BLOCKS_RESULT has %u bytes; must be a multiple of %d for at least %u blocks",
+                         len, RMIG_RAM_BLOCK_SIZE, s->blocks.count);
     for (uint32_t i = 0; i < s->blocks.count; i++) {
         struct rmig_ram_block remote;
         rmig_decode_ram_block(p + (size_t)i * RMIG_RAM_BLOCK_SIZE, RMIG_RAM_BLOCK_SIZE, &remote);
@@ -3043,8 +3076,8 @@ static int rmig__source_on_register_result(struct rmig_source *s, const uint8_t 
     struct rmig__region *r = &s->region[w->first];
     if (len != RMIG_REGISTER_RESULT_SIZE || rmig_decode_register_result(p, len, &result) < 0 || result.rkey == 0)
         return RMIG__END(&s->ss, RMIG_ERR_PROTOCOL, 0,
-                         "the sink's REGISTER_RESULT of %u bytes has no key; must be %d bytes and an rkey other than 0", len,
-                         RMIG_REGISTER_RESULT_SIZE);
+                         "the sink's REGISTER_RESULT of %u bytes has no key; must be %d bytes and an rkey other than 0",
+                         len, RMIG_REGISTER_RESULT_SIZE);
     r->key = result.rkey;
     r->address = result.base + r->offset;
     w->state = RMIG__WINDOW_ANSWERED;
@@ -3055,13 +3088,14 @@ static int rmig__source_on_batch_result(struct rmig_source *s, const uint8_t *p,
     struct rmig__window *w = rmig__requested_window(s);
     if (h->repeat != w->count || h->len != w->count * RMIG_BATCH_RESULT_SIZE)
         return RMIG__END(&s->ss, RMIG_ERR_PROTOCOL, 0,
-                         "the sink's REGISTER_BATCH_RESULT has %u results in %u bytes; must be %u in %u", h->repeat, h->len,
-                         w->count, w->count * RMIG_BATCH_RESULT_SIZE);
+                         "the sink's REGISTER_BATCH_RESULT has %u results in %u bytes; must be %u in %u", h->repeat,
+                         h->len, w->count, w->count * RMIG_BATCH_RESULT_SIZE);
     for (uint32_t i = 0; i < w->count; i++) {
         struct rmig_batch_result result;
         rmig_decode_batch_result(p + (size_t)i * RMIG_BATCH_RESULT_SIZE, RMIG_BATCH_RESULT_SIZE, &result);
         if (result.key == 0)
-            return RMIG__END(&s->ss, RMIG_ERR_PROTOCOL, 0, "the sink's REGISTER_BATCH_RESULT has key 0 as result %u", i);
+            return RMIG__END(&s->ss, RMIG_ERR_PROTOCOL, 0, "the sink's REGISTER_BATCH_RESULT has key 0 as result %u",
+                             i);
         s->region[w->first + i].key = result.key;
         s->region[w->first + i].address = result.address;
     }
@@ -3082,8 +3116,8 @@ static int rmig__source_on_reply(struct rmig_source *s, const uint8_t *p, const 
         return rmig__source_on_ram_blocks(s, p, h->len);
     case RMIG_MSG_BLOCKS_RESULT:
         if (h->len != 4 || rmig__get_be32(p) != 0)
-            return RMIG__END(&s->ss, RMIG_ERR_PROTOCOL, 0, "the sink's BLOCKS_RESULT has %u bytes; must be 4, with value 0",
-                             h->len);
+            return RMIG__END(&s->ss, RMIG_ERR_PROTOCOL, 0,
+                             "the sink's BLOCKS_RESULT has %u bytes; must be 4, with value 0", h->len);
         rmig__source_blocks_agreed(s);
         if (!s->pin_all)
             s->pin.block = s->blocks.count;
@@ -3094,7 +3128,8 @@ static int rmig__source_on_reply(struct rmig_source *s, const uint8_t *p, const 
         return rmig__source_on_batch_result(s, p, h);
     default: // FINISH_RESULT, the only one left that is ever awaited
         if (h->len != 0)
-            return RMIG__END(&s->ss, RMIG_ERR_PROTOCOL, 0, "the sink's FINISH_RESULT has %u bytes; must be empty", h->len);
+            return RMIG__END(&s->ss, RMIG_ERR_PROTOCOL, 0, "the sink's FINISH_RESULT has %u bytes; must be empty",
+                             h->len);
         s->finish = RMIG__FINISH_ANSWERED;
         return RMIG_OK;
     }
@@ -3119,7 +3154,9 @@ static int rmig__source_on_message(struct rmig_source *s, const struct rmig__rec
         return rmig__source_on_reply(s, rmig__control_buffer(&s->ss, r->buffer) + RMIG_HEADER_SIZE, h);
     return RMIG__END(&s->ss, RMIG_ERR_PROTOCOL, 0, "the sink sent %s (type %u, len %u) where %s was due",
                      rmig_message_name(h->type), h->type, h->len,
-                     s->await != 0 ? rmig_message_name(s->await) : s->credit ? "nothing" : "READY");
+                     s->await != 0 ? rmig_message_name(s->await)
+                     : s->credit   ? "nothing"
+                                   : "READY");
 }
 
 static int rmig__source_inbox(struct rmig_source *s) {
@@ -3205,8 +3242,9 @@ static bool rmig__zero_add(struct rmig_source *s, uint32_t block, uint64_t offse
     return true;
 }
 
-/* The pages were saved again, or for the first time. If they may be among those to be cleared at the sink, nothing is written until the sink has
-   said that it cleared them: a write does not wait for the sink's processor, so it could come first. */
+/* The pages were saved again, or for the first time. If they may be among those to be cleared at the sink, nothing is
+   written until the sink has said that it cleared them: a write does not wait for the sink's processor, so it could
+   come first. */
 static void rmig__zero_guard(struct rmig_source *s, uint32_t block, uint64_t page, uint64_t n) {
     struct rmig__cursor from, to;
     from.block = to.block = block;
@@ -3228,10 +3266,11 @@ static uint64_t rmig__request_unit(const struct rmig_source *s) {
     return peer != 0 ? peer : RMIG_CHUNK_SIZE_MIN;
 }
 
-/* How far a request that begins at `start` may reach in its block. A version 1 sink answers a chunk that was asked for before
-   with the range of that time, whatever is asked now, and the size of its chunks is not on the wire. Where an earlier request
-   began in the same aligned range of some power of two, the sink's chunk may be that range, so this one ends with it: either
-   the sink's chunks are smaller and it registers anew, or the old range covers at least this one. */
+/* How far a request that begins at `start` may reach in its block. A version 1 sink answers a chunk that was asked for
+   before with the range of that time, whatever is asked now, and the size of its chunks is not on the wire. Where an
+   earlier request began in the same aligned range of some power of two, the sink's chunk may be that range, so this one
+   ends with it: either the sink's chunks are smaller and it registers anew, or the old range covers at least this one.
+ */
 static uint64_t rmig__request_reach(const struct rmig_source *s, uint32_t block, uint64_t start) {
     const struct rmig__source_block *b = &s->block[block];
     uint64_t near = start / RMIG_CHUNK_SIZE_MAX * RMIG_CHUNK_SIZE_MAX;
@@ -3274,9 +3313,10 @@ static bool rmig__window_add(struct rmig_source *s, struct rmig__window *w, uint
     return true;
 }
 
-/* Sends the dirty pages [page, page + n), all in one chunk that has no region, to the zero list or gets the chunk a region.
-   Moves the planner on. False: no room for now. */
-static bool rmig__plan_range(struct rmig_source *s, struct rmig__window *w, uint64_t page, uint64_t n, uint64_t *budget) {
+/* Sends the dirty pages [page, page + n), all in one chunk that has no region, to the zero list or gets the chunk a
+   region. Moves the planner on. False: no room for now. */
+static bool rmig__plan_range(struct rmig_source *s, struct rmig__window *w, uint64_t page, uint64_t n,
+                             uint64_t *budget) {
     uint32_t block = s->plan.block;
     uint64_t from = page * s->page_size, to = rmig__pages_offset(s, block, page + n);
     while (s->zero_detect && from < to) {
@@ -3310,7 +3350,7 @@ static bool rmig__plan_range(struct rmig_source *s, struct rmig__window *w, uint
 /* Walks the dirty pages ahead of the writer until the window is full, the budget spent or the blocks at an end. */
 static void rmig__plan_walk(struct rmig_source *s, struct rmig__window *w, uint64_t *budget) {
     uint64_t chunk_pages = s->chunk_size / s->page_size;
-    while (s->plan.block < s->blocks.count && *budget > 0) {
+    while (s->plan.block<s->blocks.count && * budget> 0) {
         struct rmig__source_block *b = &s->block[s->plan.block];
         uint64_t page, n;
         if (b->dirty.pending == 0 || b->unregistered == 0 ||
@@ -3335,8 +3375,8 @@ static void rmig__plan_pin(struct rmig_source *s, struct rmig__window *w) {
     uint64_t longest = rmig__min(rmig__registration_max(s), RMIG_CHUNK_SIZE_MAX); // bounds what one call may take
     while (s->pin.block < s->blocks.count && w->count < s->window_regions && w->bytes < s->window_bytes) {
         uint64_t length = s->blocks.block[s->pin.block].length;
-        struct rmig__region *r = rmig__region_new(s, s->pin.block, s->pin.offset,
-                                                  rmig__min(length - s->pin.offset, longest));
+        struct rmig__region *r =
+            rmig__region_new(s, s->pin.block, s->pin.offset, rmig__min(length - s->pin.offset, longest));
         rmig__region_claim(s, r, r->offset);
         w->count++;
         w->bytes += r->length;
@@ -3384,7 +3424,8 @@ static bool rmig__plan(struct rmig_source *s) {
 
 // --- messages out
 
-static int rmig__ask(struct rmig_source *s, enum rmig_message type, uint32_t repeat, size_t len, enum rmig_message reply) {
+static int rmig__ask(struct rmig_source *s, enum rmig_message type, uint32_t repeat, size_t len,
+                     enum rmig_message reply) {
     s->credit = false;
     s->await = (uint32_t)reply;
     s->asked = rmig__now(&s->ss);
@@ -3703,8 +3744,8 @@ static bool rmig__next_pass(struct rmig_source *s) {
     return true;
 }
 
-/* A request for the next keys whose READY follows on the heels of the reply must not queue behind the writes: the sink would
-   begin to register when the wire runs idle. */
+/* A request for the next keys whose READY follows on the heels of the reply must not queue behind the writes: the sink
+   would begin to register when the wire runs idle. */
 static uint64_t rmig__hold_until(const struct rmig_source *s) {
     return s->await == 0 && !s->credit ? rmig__after(s->replied, s->ss.stats.message_rtt_ns) : 0;
 }
@@ -3712,7 +3753,8 @@ static uint64_t rmig__hold_until(const struct rmig_source *s) {
 static int rmig__write_out(struct rmig_source *s, bool *moved) {
     if (s->exchange != RMIG__BLOCKS_DONE || s->prelude)
         return RMIG_OK;
-    bool hold = !rmig__pinned(s) || s->fence || (rmig__closed_window(s) != NULL && rmig__now(&s->ss) < rmig__hold_until(s));
+    bool hold =
+        !rmig__pinned(s) || s->fence || (rmig__closed_window(s) != NULL && rmig__now(&s->ss) < rmig__hold_until(s));
     int status = RMIG_OK;
     while (!hold && status == RMIG_OK) {
         uint64_t outstanding = s->ss.stats.writes_posted - s->ss.writes_done;
@@ -3785,7 +3827,7 @@ static int rmig__source_timers(struct rmig_source *s) {
         return RMIG_OK;
     return rmig__silent(&s->ss, "sink", rmig__source_timeout(s),
                         rmig__source_timeout(s) == rmig_get(&s->ss.cfg, RMIG_PARAM_IO_TIMEOUT) ? "io-timeout"
-                                                                                             : "connect-timeout",
+                                                                                               : "connect-timeout",
                         what);
 }
 
@@ -3946,7 +3988,8 @@ static int rmig__save_check(struct rmig_source *s, const char *call, uint32_t bl
     if (!s->in_round)
         return RMIG__REFUSE(&s->ss, RMIG_ERR_STATE, 0, "%s: call rmig_source_begin_round first", call);
     if (block >= s->blocks.count)
-        return RMIG__REFUSE(&s->ss, RMIG_ERR_ARGUMENT, 0, "%s: block %u; must be 0 to %u", call, block, s->blocks.count - 1);
+        return RMIG__REFUSE(&s->ss, RMIG_ERR_ARGUMENT, 0, "%s: block %u; must be 0 to %u", call, block,
+                            s->blocks.count - 1);
     return RMIG_OK;
 }
 
@@ -3989,8 +4032,8 @@ RMIG__DEF int rmig_source_save_page(struct rmig_source *s, uint32_t block, uint6
     return rmig__saved(s, block, page, 1, rmig_merge_add_page(&s->block[block].dirty, page));
 }
 
-RMIG__DEF int rmig_source_save_bitmap(struct rmig_source *s, uint32_t block, const uint64_t *bitmap, uint64_t first_page,
-                                      uint64_t pages) {
+RMIG__DEF int rmig_source_save_bitmap(struct rmig_source *s, uint32_t block, const uint64_t *bitmap,
+                                      uint64_t first_page, uint64_t pages) {
     int status = rmig__save_check(s, "rmig_source_save_bitmap", block);
     if (status != RMIG_OK || pages == 0)
         return status;
@@ -4025,8 +4068,9 @@ RMIG__DEF int rmig_source_end_round(struct rmig_source *s) {
 RMIG__DEF int64_t rmig_source_put_some(struct rmig_source *s, const void *data, size_t n) {
     int status = rmig__source_idle(s, "rmig_source_put");
     if (status == RMIG_OK && s->in_round && !s->ss.extended)
-        status = RMIG__REFUSE(&s->ss, RMIG_ERR_STATE, 0,
-                              "rmig_source_put: a version 1 sink takes stream bytes only between rounds; end the round first");
+        status = RMIG__REFUSE(
+            &s->ss, RMIG_ERR_STATE, 0,
+            "rmig_source_put: a version 1 sink takes stream bytes only between rounds; end the round first");
     if (status == RMIG_OK && data == NULL && n > 0)
         status = RMIG__REFUSE(&s->ss, RMIG_ERR_ARGUMENT, 0, "rmig_source_put: data is NULL");
     if (status != RMIG_OK)
@@ -4358,14 +4402,16 @@ static int rmig__sink_on_hello(struct rmig_sink *s, const uint8_t *p, const stru
                  "chunk-size: the source has %llu, the sink is set to %llu; set the same or leave the sink's unset",
                  (unsigned long long)asked, (unsigned long long)own);
     else if (ss->caps.registration_max < asked)
-        snprintf(answer.reason, sizeof answer.reason, "chunk-size %llu: the sink's fabric registers at most %llu at once",
-                 (unsigned long long)asked, (unsigned long long)ss->caps.registration_max);
+        snprintf(answer.reason, sizeof answer.reason,
+                 "chunk-size %llu: the sink's fabric registers at most %llu at once", (unsigned long long)asked,
+                 (unsigned long long)ss->caps.registration_max);
     else if (!rmig__take_limits(ss, &hello, 0))
         snprintf(answer.reason, sizeof answer.reason, "limits: payload %llu (need 512), batch %llu (need 1)",
                  (unsigned long long)hello.payload_max, (unsigned long long)hello.batch_max);
     answer.status = answer.reason[0] != '\0';
     answer.chunk_size = asked;
-    int status = rmig__send(&s->ss, RMIG_MSG_HELLO_RESULT, 1, (size_t)rmig_encode_hello(out, RMIG_PAYLOAD_MAX, &answer));
+    int status =
+        rmig__send(&s->ss, RMIG_MSG_HELLO_RESULT, 1, (size_t)rmig_encode_hello(out, RMIG_PAYLOAD_MAX, &answer));
     if (status == RMIG_OK && answer.status != 0) {
         ss->broken = ss->last_words = true; // the reason is on its way: no ERROR behind it
         return RMIG__END(ss, RMIG_ERR_SETUP, 0, "refused the source: %s", answer.reason);
@@ -4400,8 +4446,8 @@ static int rmig__sink_on_blocks(struct rmig_sink *s, const uint8_t *p, const str
     if (h->len < 8 || h->repeat == 0 || h->repeat > RMIG_REPEAT_MAX)
         return rmig__sink_bad(s, h, "must hold 1 to 4096 blocks behind 8 bytes");
     uint32_t total = rmig__get_be32(p), first = rmig__get_be32(p + 4);
-    if (s->block != NULL || first != s->peer_count || (first > 0 && total != s->peer_total) || total > RMIG__BLOCKS_MAX ||
-        h->repeat > total - first)
+    if (s->block != NULL || first != s->peer_count || (first > 0 && total != s->peer_total) ||
+        total > RMIG__BLOCKS_MAX || h->repeat > total - first)
         return rmig__sink_bad(s, h, "the blocks must come once, in order, at most 131072");
     if (!rmig__peer_room(s, h->repeat, h->len + h->repeat))
         return RMIG__END(&s->ss, RMIG_ERR_SETUP, 0, "out of memory for the names of %u blocks", total);
@@ -4442,11 +4488,11 @@ static bool rmig__inside(uint64_t offset, uint64_t length, uint64_t end) {
     return offset < end && length > 0 && length <= end - offset;
 }
 
-/* Clears from `from` on without touching what reads as zero already: holes stay holes. Returns how far it came: up to `to`, or less
-   when the budget of bytes looked at is spent. */
+/* Clears from `from` on without touching what reads as zero already: holes stay holes. Returns how far it came: up to
+   `to`, or less when the budget of bytes looked at is spent. */
 static uint64_t rmig__sink_clear(struct rmig_sink *s, const struct rmig_block *b, uint64_t from, uint64_t to,
                                  uint64_t *budget) {
-    while (from < to && *budget > 0) {
+    while (from<to && * budget> 0) {
         uint64_t data, end;
         rmig_holes_next_data(&s->ss.holes, b, from, to, &data, &end);
         if (data >= to)
@@ -4472,11 +4518,12 @@ static int rmig__sink_check_clear(struct rmig_sink *s, const uint8_t *p, const s
         rmig_decode_compress(p + (size_t)i * RMIG_COMPRESS_SIZE, RMIG_COMPRESS_SIZE, &run);
         const struct rmig__sink_block *b = rmig__sink_find(s, run.block);
         if (run.value != 0 || b == NULL || !rmig__inside(run.start, run.length, rmig__sink_local(s, b)->length))
-            return RMIG__END(&s->ss, RMIG_ERR_PROTOCOL, 0,
-                             "the source sent %s of block %u, start 0x%llx, length 0x%llx, value %u: must be inside one of "
-                             "%u blocks, value 0",
-                             rmig_message_name(h->type), run.block, (unsigned long long)run.start,
-                             (unsigned long long)run.length, run.value, s->block_count);
+            return RMIG__END(
+                &s->ss, RMIG_ERR_PROTOCOL, 0,
+                "the source sent %s of block %u, start 0x%llx, length 0x%llx, value %u: must be inside one of "
+                "%u blocks, value 0",
+                rmig_message_name(h->type), run.block, (unsigned long long)run.start, (unsigned long long)run.length,
+                run.value, s->block_count);
         total += run.length;
         if (i > 0 && total > RMIG__ZERO_BYTES)
             return rmig__sink_bad(s, h, "a batch clears at most 8 GiB");
@@ -4563,9 +4610,10 @@ static int rmig__sink_on_register(struct rmig_sink *s, const uint8_t *p, const s
         const struct rmig__sink_block *b = rmig__sink_find(s, q.block);
         uint64_t length = b == NULL ? 0 : rmig__sink_local(s, b)->length;
         if (b == NULL || q.key >= length || q.chunks > length / RMIG_CHUNK_SIZE_MIN)
-            return RMIG__END(&s->ss, RMIG_ERR_PROTOCOL, 0,
-                             "the source asked to register block %u, offset 0x%llx, %llu more chunks: outside the %u blocks",
-                             q.block, (unsigned long long)q.key, (unsigned long long)q.chunks, s->block_count);
+            return RMIG__END(
+                &s->ss, RMIG_ERR_PROTOCOL, 0,
+                "the source asked to register block %u, offset 0x%llx, %llu more chunks: outside the %u blocks",
+                q.block, (unsigned long long)q.key, (unsigned long long)q.chunks, s->block_count);
         uint64_t from, to;
         rmig__sink_request_range(s, length, &q, &from, &to);
         const struct rmig__sink_region *r = rmig__sink_register(s, q.block, from, to);
@@ -4575,7 +4623,8 @@ static int rmig__sink_on_register(struct rmig_sink *s, const uint8_t *p, const s
         result.rkey = (uint32_t)r->mr.key;
         result.base = r->mr.remote_address - r->offset; // wraps on purpose: base + offset in the block is what counts
         if (r->mr.key != result.rkey || result.rkey == 0)
-            return RMIG__END(&s->ss, RMIG_ERR_SETUP, 0, "fabric %s: key 0x%llx does not fit the 32 bits of a version 1 source",
+            return RMIG__END(&s->ss, RMIG_ERR_SETUP, 0,
+                             "fabric %s: key 0x%llx does not fit the 32 bits of a version 1 source",
                              s->ss.fabric->ops->name, (unsigned long long)r->mr.key);
         rmig_encode_register_result(out + (size_t)i * RMIG_REGISTER_RESULT_SIZE, RMIG_REGISTER_RESULT_SIZE, &result);
     }
@@ -4592,11 +4641,12 @@ static int rmig__sink_on_batch(struct rmig_sink *s, const uint8_t *p, const stru
         uint64_t length = b == NULL ? 0 : rmig__sink_local(s, b)->length;
         if (b == NULL || q.offset % s->chunk_size != 0 || !rmig__inside(q.offset, q.length, length) ||
             (q.length % s->chunk_size != 0 && q.offset + q.length != length) || q.length > s->ss.caps.registration_max)
-            return RMIG__END(&s->ss, RMIG_ERR_PROTOCOL, 0,
-                             "the source asked to register block %u, offset 0x%llx, length 0x%llx: must be whole chunks inside "
-                             "one of %u blocks, at most %llu bytes",
-                             q.block, (unsigned long long)q.offset, (unsigned long long)q.length, s->block_count,
-                             (unsigned long long)s->ss.caps.registration_max);
+            return RMIG__END(
+                &s->ss, RMIG_ERR_PROTOCOL, 0,
+                "the source asked to register block %u, offset 0x%llx, length 0x%llx: must be whole chunks inside "
+                "one of %u blocks, at most %llu bytes",
+                q.block, (unsigned long long)q.offset, (unsigned long long)q.length, s->block_count,
+                (unsigned long long)s->ss.caps.registration_max);
         const struct rmig__sink_region *r = rmig__sink_register(s, q.block, q.offset, q.offset + q.length);
         if (r == NULL)
             return s->ss.failed;
@@ -4656,8 +4706,9 @@ static int rmig__sink_say_ram_blocks(struct rmig_sink *s) {
             entry.base = r->mr.remote_address;
             entry.rkey = (uint32_t)r->mr.key;
             if (entry.rkey != r->mr.key || entry.rkey == 0)
-                return RMIG__END(&s->ss, RMIG_ERR_SETUP, 0, "fabric %s: key 0x%llx does not fit the 32 bits of version 1",
-                                 s->ss.fabric->ops->name, (unsigned long long)r->mr.key);
+                return RMIG__END(&s->ss, RMIG_ERR_SETUP, 0,
+                                 "fabric %s: key 0x%llx does not fit the 32 bits of version 1", s->ss.fabric->ops->name,
+                                 (unsigned long long)r->mr.key);
         } else if (!s->ss.caps.offset_addressing) {
             entry.base = (uint64_t)(uintptr_t)b->host;
         }
@@ -4739,9 +4790,10 @@ static int rmig__sink_on_message(struct rmig_sink *s, bool *moved) {
         s->state = RMIG__SINK_OVER;
         s->event = RMIG_SINK_FINISHED;
     } else if (s->state != RMIG__SINK_UP || !s->ready_out) {
-        return rmig__sink_bad(s, h, s->state == RMIG__SINK_HELLO      ? "HELLO was due"
-                                    : s->state == RMIG__SINK_HANDOVER ? "GOODBYE was due"
-                                                                      : "two messages for one READY");
+        return rmig__sink_bad(s, h,
+                              s->state == RMIG__SINK_HELLO      ? "HELLO was due"
+                              : s->state == RMIG__SINK_HANDOVER ? "GOODBYE was due"
+                                                                : "two messages for one READY");
     } else if (h->type == RMIG_MSG_QEMU_FILE && h->len > 0) {
         /* Told again while bytes are left and some were taken, and when nothing else can come. */
         bool link_down = s->ss.disconnected || s->ss.broken;
@@ -4798,8 +4850,9 @@ static int rmig__sink_match(struct rmig_sink *s, uint32_t i, uint8_t *taken, uin
     if (rmig_blocks_by_name(&s->blocks, name, local) != RMIG_OK)
         return RMIG__END(&s->ss, RMIG_ERR_SETUP, 0, "block \"%s\" of the source is not known at the sink", shown);
     if (s->blocks.block[*local].length != s->peer[i].length)
-        return RMIG__END(&s->ss, RMIG_ERR_SETUP, 0, "block \"%s\" has %llu bytes at the source and %llu at the sink", shown,
-                         (unsigned long long)s->peer[i].length, (unsigned long long)s->blocks.block[*local].length);
+        return RMIG__END(&s->ss, RMIG_ERR_SETUP, 0, "block \"%s\" has %llu bytes at the source and %llu at the sink",
+                         shown, (unsigned long long)s->peer[i].length,
+                         (unsigned long long)s->blocks.block[*local].length);
     if (taken[*local])
         return RMIG__END(&s->ss, RMIG_ERR_PROTOCOL, 0, "the source named block \"%s\" twice", shown);
     taken[*local] = 1;
@@ -4842,7 +4895,8 @@ static int rmig__sink_tables(struct rmig_sink *s, uint32_t count) {
     s->units = (uint32_t *)rmig__calloc(units, sizeof *s->units);
     s->region = (struct rmig__sink_region *)rmig__calloc(regions, sizeof *s->region);
     if (s->units == NULL || s->region == NULL)
-        return RMIG__END(ss, RMIG_ERR_SETUP, 0, "out of memory for the tables of %llu chunks", (unsigned long long)units);
+        return RMIG__END(ss, RMIG_ERR_SETUP, 0, "out of memory for the tables of %llu chunks",
+                         (unsigned long long)units);
     s->region_capacity = (uint32_t)regions;
     uint32_t *unit = s->units;
     for (uint32_t i = 0; i < count; i++) {
@@ -4861,8 +4915,9 @@ RMIG__DEF int rmig_sink_accept_blocks(struct rmig_sink *s) {
         return RMIG__REFUSE(ss, RMIG_ERR_STATE, 0, "rmig_sink_accept_blocks: wait for RMIG_SINK_BLOCKS first");
     uint32_t count = ss->extended ? s->peer_count : s->blocks.count;
     if (!ss->extended && (count == 0 || count > RMIG__V1_BLOCKS_MAX))
-        return RMIG__REFUSE(ss, RMIG_ERR_STATE, 0, "rmig_sink_accept_blocks: %u blocks; a version 1 source takes 1 to %d",
-                            count, RMIG__V1_BLOCKS_MAX);
+        return RMIG__REFUSE(ss, RMIG_ERR_STATE, 0,
+                            "rmig_sink_accept_blocks: %u blocks; a version 1 source takes 1 to %d", count,
+                            RMIG__V1_BLOCKS_MAX);
     uint8_t *out = rmig__payload(ss);
     if (out == NULL)
         return RMIG__END(ss, RMIG_ERR_FABRIC, 0, "no send buffer is free although at most two are in use");
@@ -4890,9 +4945,10 @@ RMIG__DEF int rmig_sink_complete(struct rmig_sink *s) {
     if (s->ss.failed)
         return s->ss.failed;
     if (s->ss.extended || s->block == NULL || s->state != RMIG__SINK_UP)
-        return RMIG__REFUSE(&s->ss, RMIG_ERR_STATE, 0,
-                            "rmig_sink_complete: only for a version 1 source whose blocks were accepted; others finish by "
-                            "themselves");
+        return RMIG__REFUSE(
+            &s->ss, RMIG_ERR_STATE, 0,
+            "rmig_sink_complete: only for a version 1 source whose blocks were accepted; others finish by "
+            "themselves");
     if (rmig__sink_deregister_all(s) != RMIG_OK)
         return rmig__session_end(&s->ss);
     s->state = RMIG__SINK_OVER;
@@ -4920,8 +4976,8 @@ static const char *rmig__sink_waits_for(const struct rmig_sink *s) {
     }
 }
 
-/* A version 1 source says nothing while it writes to chunks that it has keys for, and no end sees the other's writes. So
-   it is granted, beyond io-timeout, the time that a round over all of RAM takes on a slow link. */
+/* A version 1 source says nothing while it writes to chunks that it has keys for, and no end sees the other's writes.
+   So it is granted, beyond io-timeout, the time that a round over all of RAM takes on a slow link. */
 static uint64_t rmig__sink_timeout(const struct rmig_sink *s) {
     bool connecting = s->state == RMIG__SINK_ACCEPTING || s->state == RMIG__SINK_HELLO;
     uint64_t limit = rmig_get(&s->ss.cfg, connecting ? RMIG_PARAM_CONNECT_TIMEOUT : RMIG_PARAM_IO_TIMEOUT);
@@ -5043,7 +5099,8 @@ RMIG__DEF uint64_t rmig_sink_next_deadline(struct rmig_sink *s) {
         return s->event != RMIG_SINK_NONE ? 0 : RMIG_FOREVER;
     if (s->ss.ready || s->ss.again)
         return 0;
-    uint64_t at = rmig__sink_waits_for(s) == NULL ? RMIG_FOREVER : rmig__after(s->ss.last_progress, rmig__sink_timeout(s));
+    uint64_t at =
+        rmig__sink_waits_for(s) == NULL ? RMIG_FOREVER : rmig__after(s->ss.last_progress, rmig__sink_timeout(s));
     return s->ss.no_fds || s->ss.unposted_count > 0 ? rmig__min(at, rmig__now(&s->ss) + RMIG__MS) : at;
 }
 
@@ -5058,7 +5115,8 @@ RMIG__DEF int rmig_sink_wait(struct rmig_sink *s, struct rmig_sink_event *ev, ui
         if (rmig__now(&s->ss) >= until)
             return RMIG_OK;
         if (s->state == RMIG__SINK_OVER)
-            return RMIG__REFUSE(&s->ss, RMIG_ERR_STATE, 0, "rmig_sink_wait: the session is finished, no event will come");
+            return RMIG__REFUSE(&s->ss, RMIG_ERR_STATE, 0,
+                                "rmig_sink_wait: the session is finished, no event will come");
         if (deadline == 0)
             continue;
         struct rmig_ep *eps[2];

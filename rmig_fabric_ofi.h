@@ -5,10 +5,10 @@ rmig_fabric_ofi.h - a fabric for rmig.h over libfabric: tcp, verbs and other pro
         #define RMIG_IMPLEMENTATION
         #include "rmig.h"
         #include "rmig_fabric_ofi.h"
-    in exactly *one* C or C++ file, and include it without the macro elsewhere. Link with -lfabric -pthread (libfabric 1.11 or
-    later, 2.x too) and -pthread. Only the file with the implementation needs libfabric's headers. It uses POSIX clocks, poll and
-    getaddrinfo: under -std=c11 either include it first (it then defines _DEFAULT_SOURCE if no feature macro is defined)
-    or define a feature macro yourself.
+    in exactly *one* C or C++ file, and include it without the macro elsewhere. Link with -lfabric -pthread
+(libfabric 1.11 or later, 2.x too) and -pthread. Only the file with the implementation needs libfabric's headers. It
+uses POSIX clocks, poll and getaddrinfo: under -std=c11 either include it first (it then defines _DEFAULT_SOURCE if no
+feature macro is defined) or define a feature macro yourself.
 
 USE
 
@@ -34,11 +34,11 @@ WHAT IT ASKS OF A PROVIDER
 
 POPULATING
 
-    An adapter pins what is registered, so the memory is there when the data comes. A provider in software (tcp) does not, and
-    the first touch of fresh guest memory then costs more than the copy. So memory registered for the peer's writes is populated
-    ahead of the wire by a thread of the fabric's own, started at the first such registration and ended with the fabric. It never
-    changes what memory holds, and never touches what has been deregistered. Linux 5.14 or later; elsewhere, with adapters and with
-    no_populate set there is no thread.
+    An adapter pins what is registered, so the memory is there when the data comes. A provider in software (tcp) does
+not, and the first touch of fresh guest memory then costs more than the copy. So memory registered for the peer's writes
+is populated ahead of the wire by a thread of the fabric's own, started at the first such registration and ended with
+the fabric. It never changes what memory holds, and never touches what has been deregistered. Linux 5.14 or later;
+elsewhere, with adapters and with no_populate set there is no thread.
 
 ADDRESSES
 
@@ -356,7 +356,8 @@ static struct rmig__ofi_populator *rmig__ofi_populate_start(void) {
     return NULL;
 }
 
-/* Whole pages of the range are populated in the background. It is help only: where it cannot be had, nothing is lost. */
+/* Whole pages of the range are populated in the background. It is help only: where it cannot be had, nothing is lost.
+ */
 static void rmig__ofi_populate(struct rmig__ofi *f, void *address, uint64_t length, const void *owner) {
     long page = sysconf(_SC_PAGESIZE);
     uintptr_t mask = page > 0 ? (uintptr_t)page - 1 : 4095;

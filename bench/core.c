@@ -2,8 +2,9 @@
 
    core bitmap|page|range     prints "pages N": pages saved in measured()
 
-   2 GiB of RAM, all registered; runs of 64 dirty pages and 64 clean ones, not aligned to words or chunks, go the given way into the source
-   and out as writes. The fabric is the simulator, but its writes complete at once and cost nothing. */
+   2 GiB of RAM, all registered; runs of 64 dirty pages and 64 clean ones, not aligned to words or chunks, go the given
+   way into the source and out as writes. The fabric is the simulator, but its writes complete at once and cost nothing.
+ */
 #define _GNU_SOURCE
 #define RMIG_IMPLEMENTATION
 #include "../tests/sim_fabric.h"
@@ -44,7 +45,8 @@ static uint64_t sink_step(void *user, uint64_t now) {
     (void)now;
     struct rmig_sink *sink = user;
     struct rmig_sink_event ev;
-    if (rmig_sink_process(sink, &ev) != RMIG_OK || (ev.type == RMIG_SINK_BLOCKS && rmig_sink_accept_blocks(sink) != RMIG_OK))
+    if (rmig_sink_process(sink, &ev) != RMIG_OK ||
+        (ev.type == RMIG_SINK_BLOCKS && rmig_sink_accept_blocks(sink) != RMIG_OK))
         die(rmig_sink_error(sink)->text);
     return rmig_sink_next_deadline(sink);
 }

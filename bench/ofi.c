@@ -2,8 +2,9 @@
 
    ofi [--bytes SIZE] [--file PATH] [--provider NAME] [--touched] [--set NAME=VALUE]...
 
-   Prints one line of JSON: bytes, round_ns (begin of the round to its end: delivered and announced), total_ns (connect to
-   handover). --file takes the RAM from a file (on /dev/shm, say) and its size. --touched populates the sink's memory before; by default it is fresh, as at a real destination. */
+   Prints one line of JSON: bytes, round_ns (begin of the round to its end: delivered and announced), total_ns (connect
+   to handover). --file takes the RAM from a file (on /dev/shm, say) and its size. --touched populates the sink's memory
+   before; by default it is fresh, as at a real destination. */
 #define _GNU_SOURCE
 #define RMIG_IMPLEMENTATION
 #include "../rmig_fabric_ofi.h"
@@ -103,8 +104,8 @@ static int run_sink(const struct options *o, int address_pipe, int sum_pipe) {
     return write(sum_pipe, &sum, sizeof sum) == (ssize_t)sizeof sum ? 0 : 1;
 }
 
-static void run_source(const struct options *o, const char *address, const struct rmig_block_desc *ram, uint64_t *round_ns,
-                       uint64_t *total_ns) {
+static void run_source(const struct options *o, const char *address, const struct rmig_block_desc *ram,
+                       uint64_t *round_ns, uint64_t *total_ns) {
     struct rmig_error err = {0};
     struct rmig_fabric *fabric = rmig_ofi_open(&o->ofi, &err);
     struct rmig_source *s;
@@ -165,8 +166,9 @@ int main(int argc, char **argv) {
                                                {"set", 's', "NAME=VALUE", 0, "rmig parameter", 0},
                                                {0}};
     struct options o = {.bytes = 512 * RMIG_MIB, .ofi = {.provider = "tcp"}};
-    argp_parse(&(struct argp){table, parse, NULL, "Bulk throughput of rmig over libfabric on loopback.", NULL, NULL, NULL},
-               argc, argv, 0, NULL, &o);
+    argp_parse(
+        &(struct argp){table, parse, NULL, "Bulk throughput of rmig over libfabric on loopback.", NULL, NULL, NULL},
+        argc, argv, 0, NULL, &o);
     struct rmig_block_desc ram = {0};
     if (o.file != NULL)
         ram = file_ram(o.file, &o.bytes);
@@ -190,7 +192,8 @@ int main(int argc, char **argv) {
     for (uint64_t i = 0; i < o.bytes / 8; i++)
         expected = expected * 31 + ((uint64_t *)ram.host)[i];
     int status = 0;
-    if (read(sum_pipe[0], &sum, sizeof sum) != (ssize_t)sizeof sum || waitpid(child, &status, 0) != child || status != 0)
+    if (read(sum_pipe[0], &sum, sizeof sum) != (ssize_t)sizeof sum || waitpid(child, &status, 0) != child ||
+        status != 0)
         die("sink", "failed");
     if (sum != expected)
         die("verify", "the sink's RAM differs from the source's");

@@ -232,7 +232,7 @@ static void run_target(const struct options *opt, int out) {
             check(&s, n, "fi_cq_read");
         s.down = read_event(&s, &event, &entry) && event == FI_SHUTDOWN;
         s.heard = now_ns(); // the initiator keeps the time; if it dies the
-            // connection goes down
+                            // connection goes down
         if (!s.down)
             wait_some(&s);
     }

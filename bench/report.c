@@ -1,5 +1,5 @@
-/* Turns lines "name value unit" on standard input into a table on standard output and an array of {"name", "value", "unit"} in a
-   file: report build/bench.json. Lines that begin with # are comments. */
+/* Turns lines "name value unit" on standard input into a table on standard output and an array of {"name", "value",
+   "unit"} in a file: report build/bench.json. Lines that begin with # are comments. */
 #include <jansson.h>
 #include <stdio.h>
 #include <stdlib.h>

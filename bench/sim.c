@@ -1,6 +1,6 @@
-/* In the simulator, on a link of 100 Gb/s with 5 us round trip: the time to move 8 GiB with one request per chunk, as stock QEMU does
-   (register-ahead 0), and with rmig's registration ahead of the wire; at two prices of a registration, at each side.
-   One thread a side registers, posts and waits. The time is virtual: any machine gives the same.
+/* In the simulator, on a link of 100 Gb/s with 5 us round trip: the time to move 8 GiB with one request per chunk, as
+   stock QEMU does (register-ahead 0), and with rmig's registration ahead of the wire; at two prices of a registration,
+   at each side. One thread a side registers, posts and waits. The time is virtual: any machine gives the same.
 
    sim [DATA]     prints "name value unit"; DATA gets the table for bench/plot.gp. */
 #define _GNU_SOURCE

@@ -523,7 +523,7 @@ static int fail_errno(struct rmig_error *err, const char *what) {
 #if defined(__x86_64__)
 static const uint32_t guest_msr_index[GUEST_MSRS] = {
     0x10, // TSC
-    0x174, 0x175, 0x176, // SYSENTER CS, ESP, EIP
+    0x174,      0x175,      0x176, // SYSENTER CS, ESP, EIP
     0x277, // PAT
     0xc0000081, 0xc0000082, 0xc0000084, 0xc0000102 // STAR, LSTAR, FMASK, KERNEL_GS_BASE
 };

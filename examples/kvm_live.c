@@ -135,8 +135,7 @@ static void progress_bar(struct progress *p, const struct rmig_stats *st, uint64
     bar[width] = '\0';
     fprintf(stderr, "\r\033[Kround %" PRIu64 " [%s] %s  %s/s  %s left  downtime if stopped now %s", st->rounds + 1, bar,
             human(done, a, sizeof a), human(per_second(st->round_bytes, st->round_ns), b, sizeof b),
-            human(total - done, c, sizeof c),
-            human_ns(rmig_expected_downtime_ns(st, total - done), d, sizeof d));
+            human(total - done, c, sizeof c), human_ns(rmig_expected_downtime_ns(st, total - done), d, sizeof d));
     fflush(stderr);
 }
 
@@ -353,8 +352,7 @@ static int source_look(struct source *s, uint64_t *dirty_bytes, struct rmig_erro
     s->expected_ns = rmig_expected_downtime_ns(&s->stats, *dirty_bytes);
     char a[16], b[16], c[16], d[16], e[16];
     progress_line(&s->progress, "round %" PRIu64 ": %s in %s (%s/s); dirty since: %s; downtime if stopped now: %s",
-                  s->stats.rounds, human(s->stats.round_bytes, a, sizeof a),
-                  human_ns(s->stats.round_ns, b, sizeof b),
+                  s->stats.rounds, human(s->stats.round_bytes, a, sizeof a), human_ns(s->stats.round_ns, b, sizeof b),
                   human(per_second(s->stats.round_bytes, s->stats.round_ns), c, sizeof c),
                   human(*dirty_bytes, d, sizeof d), human_ns(s->expected_ns, e, sizeof e));
     return RMIG_OK;
@@ -382,8 +380,10 @@ static int source_converge(struct source *s, struct rmig_error *err) {
             return rmig_fail(err, RMIG_ERR_CANCELLED, 0,
                              "no convergence: after %" PRIu64 " rounds the downtime would be %s, the limit is %s",
                              s->stats.rounds, expected, limit);
-        progress_line(&s->progress, "no convergence after %" PRIu64 " rounds: stopping the guest anyway, expecting a "
-                                    "downtime of %s (limit %s)", s->stats.rounds, expected, limit);
+        progress_line(&s->progress,
+                      "no convergence after %" PRIu64 " rounds: stopping the guest anyway, expecting a "
+                      "downtime of %s (limit %s)",
+                      s->stats.rounds, expected, limit);
         return RMIG_OK;
     }
 }
@@ -975,8 +975,7 @@ static uint64_t get_number(const json_t *r, const char *key) {
 static void demo_table(const struct options *o, const json_t *r) {
     char a[24], b[24];
     printf("guest        %s, %s of RAM, dirtying %s/s\n", json_string_value(json_object_get(r, "guest")),
-           human(get_number(r, "ram_bytes"), a, sizeof a),
-           human(get_number(r, "dirty_rate_bytes_per_s"), b, sizeof b));
+           human(get_number(r, "ram_bytes"), a, sizeof a), human(get_number(r, "dirty_rate_bytes_per_s"), b, sizeof b));
     printf("rounds       %" PRIu64 "\n", get_number(r, "rounds"));
     printf("total time   %s\n", human_ns(get_number(r, "total_ns"), a, sizeof a));
     printf("throughput   %s/s\n", human(get_number(r, "throughput_bytes_per_s"), a, sizeof a));
@@ -1035,9 +1034,25 @@ static int demo_main(const struct options *o) {
 // >>options
 
 enum option_key {
-    KEY_CONNECT = 256, KEY_LISTEN, KEY_RAM, KEY_RAM_MAX, KEY_WORK, KEY_FILL, KEY_DIRTY_RATE, KEY_DOWNTIME,
-    KEY_RUN_BEFORE, KEY_RUN_AFTER, KEY_MAX_ROUNDS, KEY_STRICT, KEY_PROVIDER, KEY_SET, KEY_GUEST, KEY_JSON, KEY_TIMEOUT,
-    KEY_SABOTAGE, KEY_NO_PROGRESS
+    KEY_CONNECT = 256,
+    KEY_LISTEN,
+    KEY_RAM,
+    KEY_RAM_MAX,
+    KEY_WORK,
+    KEY_FILL,
+    KEY_DIRTY_RATE,
+    KEY_DOWNTIME,
+    KEY_RUN_BEFORE,
+    KEY_RUN_AFTER,
+    KEY_MAX_ROUNDS,
+    KEY_STRICT,
+    KEY_PROVIDER,
+    KEY_SET,
+    KEY_GUEST,
+    KEY_JSON,
+    KEY_TIMEOUT,
+    KEY_SABOTAGE,
+    KEY_NO_PROGRESS
 };
 
 static const struct argp_option option_list[] = {
@@ -1064,7 +1079,8 @@ static const struct argp_option option_list[] = {
     {"no-progress", KEY_NO_PROGRESS, 0, 0, "a line a round even on a terminal", 3},
     {"sabotage", KEY_SABOTAGE, "WHAT", 0,
      "spoil the migration, to see that the verifier notices: lose-page (a dirty page is not sent), invent-word "
-     "(a word is changed)", 3},
+     "(a word is changed)",
+     3},
     {0}};
 
 static void option_size(const char *name, const char *text, uint64_t *out, struct argp_state *state) {
@@ -1143,27 +1159,66 @@ static error_t option_parse(int key, char *arg, struct argp_state *state) {
     struct options *o = state->input;
     switch (key) {
     case KEY_CONNECT:
-    case KEY_LISTEN: o->address = arg; break;
-    case KEY_RAM: option_size("ram", arg, &o->ram, state); break;
-    case KEY_RAM_MAX: option_size("ram-max", arg, &o->ram_max, state); break;
-    case KEY_WORK: option_size("working-set", arg, &o->work, state); break;
-    case KEY_FILL: option_size("fill", arg, &o->fill, state); break;
-    case KEY_DIRTY_RATE: option_size("dirty-rate", arg, &o->dirty_rate, state); break;
-    case KEY_DOWNTIME: option_time("downtime", arg, &o->downtime_ns, state); break;
-    case KEY_RUN_BEFORE: option_time("run-before", arg, &o->run_before_ns, state); break;
-    case KEY_RUN_AFTER: option_time("run-after", arg, &o->run_after_ns, state); break;
-    case KEY_TIMEOUT: option_time("timeout", arg, &o->timeout_ns, state); break;
-    case KEY_MAX_ROUNDS: option_rounds(arg, o, state); break;
-    case KEY_STRICT: o->strict = true; break;
-    case KEY_PROVIDER: o->provider = arg; break;
-    case KEY_SET: option_set(arg, o, state); break;
-    case KEY_GUEST: o->guest = option_choice("--guest", arg, kinds, 3, state); break;
-    case KEY_JSON: o->json = arg; break;
-    case KEY_SABOTAGE: o->sabotage = (enum sabotage)option_choice("--sabotage", arg, sabotages, 3, state); break;
-    case KEY_NO_PROGRESS: o->no_progress = true; break;
-    case ARGP_KEY_ARG: return option_argument(arg, o, state);
-    case ARGP_KEY_END: return option_end(o, state);
-    default: return ARGP_ERR_UNKNOWN;
+    case KEY_LISTEN:
+        o->address = arg;
+        break;
+    case KEY_RAM:
+        option_size("ram", arg, &o->ram, state);
+        break;
+    case KEY_RAM_MAX:
+        option_size("ram-max", arg, &o->ram_max, state);
+        break;
+    case KEY_WORK:
+        option_size("working-set", arg, &o->work, state);
+        break;
+    case KEY_FILL:
+        option_size("fill", arg, &o->fill, state);
+        break;
+    case KEY_DIRTY_RATE:
+        option_size("dirty-rate", arg, &o->dirty_rate, state);
+        break;
+    case KEY_DOWNTIME:
+        option_time("downtime", arg, &o->downtime_ns, state);
+        break;
+    case KEY_RUN_BEFORE:
+        option_time("run-before", arg, &o->run_before_ns, state);
+        break;
+    case KEY_RUN_AFTER:
+        option_time("run-after", arg, &o->run_after_ns, state);
+        break;
+    case KEY_TIMEOUT:
+        option_time("timeout", arg, &o->timeout_ns, state);
+        break;
+    case KEY_MAX_ROUNDS:
+        option_rounds(arg, o, state);
+        break;
+    case KEY_STRICT:
+        o->strict = true;
+        break;
+    case KEY_PROVIDER:
+        o->provider = arg;
+        break;
+    case KEY_SET:
+        option_set(arg, o, state);
+        break;
+    case KEY_GUEST:
+        o->guest = option_choice("--guest", arg, kinds, 3, state);
+        break;
+    case KEY_JSON:
+        o->json = arg;
+        break;
+    case KEY_SABOTAGE:
+        o->sabotage = (enum sabotage)option_choice("--sabotage", arg, sabotages, 3, state);
+        break;
+    case KEY_NO_PROGRESS:
+        o->no_progress = true;
+        break;
+    case ARGP_KEY_ARG:
+        return option_argument(arg, o, state);
+    case ARGP_KEY_END:
+        return option_end(o, state);
+    default:
+        return ARGP_ERR_UNKNOWN;
     }
     return 0;
 }
@@ -1177,12 +1232,16 @@ int main(int argc, char **argv) {
     o.timeout_ns = 120 * SECOND;
     o.max_rounds = 30;
     o.address_fd = o.report_fd = -1;
-    struct argp argp = {option_list, option_parse, "source|dest|demo|local",
+    struct argp argp = {option_list,
+                        option_parse,
+                        "source|dest|demo|local",
                         "Migrates a running guest to another process by rmig, and verifies that its memory arrived "
                         "exactly.\vSizes take K, M, G, T. Exit status: 0 moved and verified, 1 memory is wrong, "
                         "2 usage, 3 the migration failed (the guest runs on at the source), 4 the link broke during "
                         "the handover.",
-                        0, 0, 0};
+                        0,
+                        0,
+                        0};
     argp_err_exit_status = EXIT_USAGE;
     argp_parse(&argp, argc, argv, 0, NULL, &o);
     struct sigaction action = {.sa_handler = on_signal, .sa_flags = (int)SA_RESETHAND}; // the second one ends us
@@ -1190,11 +1249,16 @@ int main(int argc, char **argv) {
     sigaction(SIGTERM, &action, NULL);
     signal(SIGPIPE, SIG_IGN);
     switch (o.mode) {
-    case MODE_SOURCE: return source_main(&o, o.address);
-    case MODE_DEST: return dest_main(&o, o.address);
-    case MODE_DEMO: return demo_main(&o);
-    case MODE_LOCAL: return local_main(&o);
+    case MODE_SOURCE:
+        return source_main(&o, o.address);
+    case MODE_DEST:
+        return dest_main(&o, o.address);
+    case MODE_DEMO:
+        return demo_main(&o);
+    case MODE_LOCAL:
+        return local_main(&o);
     case MODE_NONE:
-    default: return EXIT_USAGE;
+    default:
+        return EXIT_USAGE;
     }
 }

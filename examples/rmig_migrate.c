@@ -208,9 +208,8 @@ static void draw_source(struct run *r) {
     double seconds = st.round_bytes == 0 ? 0 : (double)left * (double)st.round_ns / (double)st.round_bytes / 1e9;
     snprintf(tail, sizeof tail, "%s of %s  %s  round %llu of %llu  %.0f s left",
              rmig_size_format(st.round_bytes >> 20 << 20, done, sizeof done),
-             rmig_size_format(r->total, total, sizeof total),
-             rate_text(st.round_bytes, st.round_ns, rate, sizeof rate), (unsigned long long)st.rounds + 1,
-             (unsigned long long)r->opt.rounds, seconds);
+             rmig_size_format(r->total, total, sizeof total), rate_text(st.round_bytes, st.round_ns, rate, sizeof rate),
+             (unsigned long long)st.rounds + 1, (unsigned long long)r->opt.rounds, seconds);
     draw_bar(st.round_bytes, r->total, tail);
 }
 
@@ -289,8 +288,12 @@ static void describe(const struct images *list, size_t i, struct rmig_block_desc
     for (size_t k = 0; k < i; k++)
         offset += (list->at[k].length + RMIG_GIB - 1) / RMIG_GIB * RMIG_GIB;
     const struct image *image = &list->at[i];
-    *desc = (struct rmig_block_desc){.name = image->name, .host = image->map, .length = image->length,
-                                     .guest_offset = offset, .backing = RMIG_BACKING_SHARED_FD, .fd = image->fd};
+    *desc = (struct rmig_block_desc){.name = image->name,
+                                     .host = image->map,
+                                     .length = image->length,
+                                     .guest_offset = offset,
+                                     .backing = RMIG_BACKING_SHARED_FD,
+                                     .fd = image->fd};
 }
 
 /* Opened for writing where that is allowed: some adapters cannot register memory that is mapped read-only. */
@@ -318,8 +321,8 @@ static int open_for_sending(struct run *r, struct image *image) {
 }
 
 static bool is_plain(unsigned char c) {
-    return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9') || c == '_' ||
-           c == '-' || c == '.';
+    return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9') || c == '_' || c == '-' ||
+           c == '.';
 }
 
 /* A file name made of a block's name, which a peer chose: all that is not plain becomes %XX, and so does a leading dot
@@ -656,8 +659,8 @@ static int open_outputs(struct run *r) {
     }
     for (size_t i = 0; i < r->opt.blocks.count; i++)
         if (!r->opt.blocks.at[i].announced)
-            return fail(r, EXIT_USAGE, "--block %s=%s: the source has no block of this name",
-                        r->opt.blocks.at[i].name, r->opt.blocks.at[i].path);
+            return fail(r, EXIT_USAGE, "--block %s=%s: the source has no block of this name", r->opt.blocks.at[i].name,
+                        r->opt.blocks.at[i].path);
     for (size_t i = 0; i < r->images.count; i++) {
         struct rmig_block_desc desc;
         uint32_t index;
@@ -787,15 +790,24 @@ static json_t *stats_json(const struct rmig_stats *st) {
         const char *name;
         uint64_t value;
     } row[] = {
-        {"bytes_written", st->bytes_written}, {"pages_written", st->pages_written},
-        {"bytes_zero", st->bytes_zero}, {"pages_zero", st->pages_zero},
-        {"rounds", st->rounds}, {"writes_posted", st->writes_posted},
-        {"writes_signalled", st->writes_signalled}, {"registrations", st->registrations},
-        {"deregistrations", st->deregistrations}, {"bytes_registered", st->bytes_registered},
-        {"registration_ns", st->registration_ns}, {"control_sent", st->control_sent},
-        {"control_received", st->control_received}, {"stream_bytes", st->stream_bytes},
-        {"setup_ns", st->setup_ns}, {"round_bytes", st->round_bytes},
-        {"round_ns", st->round_ns}, {"throughput", st->throughput},
+        {"bytes_written", st->bytes_written},
+        {"pages_written", st->pages_written},
+        {"bytes_zero", st->bytes_zero},
+        {"pages_zero", st->pages_zero},
+        {"rounds", st->rounds},
+        {"writes_posted", st->writes_posted},
+        {"writes_signalled", st->writes_signalled},
+        {"registrations", st->registrations},
+        {"deregistrations", st->deregistrations},
+        {"bytes_registered", st->bytes_registered},
+        {"registration_ns", st->registration_ns},
+        {"control_sent", st->control_sent},
+        {"control_received", st->control_received},
+        {"stream_bytes", st->stream_bytes},
+        {"setup_ns", st->setup_ns},
+        {"round_bytes", st->round_bytes},
+        {"round_ns", st->round_ns},
+        {"throughput", st->throughput},
         {"message_rtt_ns", st->message_rtt_ns},
     };
     json_t *object = checked(json_object());
@@ -1072,8 +1084,8 @@ static const char *option_name(int key) {
 static void note_mode(struct options *opt, int key) {
     if (key == KEY_CONNECT || key == KEY_ROUNDS)
         opt->send_only = option_name(key);
-    if (key == KEY_LISTEN || key == KEY_OUT || key == KEY_FORCE || key == KEY_SPARSE ||
-        key == KEY_MAX_SIZE || key == KEY_WAIT)
+    if (key == KEY_LISTEN || key == KEY_OUT || key == KEY_FORCE || key == KEY_SPARSE || key == KEY_MAX_SIZE ||
+        key == KEY_WAIT)
         opt->recv_only = option_name(key);
 }
 
@@ -1082,24 +1094,59 @@ static error_t parse_option(int key, char *arg, struct argp_state *state) {
     note_mode(opt, key);
     switch (key) {
     case KEY_CONNECT:
-    case KEY_LISTEN: opt->address = arg; return 0;
-    case KEY_BLOCK: parse_block(opt, arg, state); return 0;
-    case KEY_OUT: opt->out_dir = arg; return 0;
-    case KEY_STATE: opt->state_path = arg; return 0;
-    case KEY_PROVIDER: opt->provider = arg; return 0;
-    case KEY_SET: parse_set(opt, arg, state); return 0;
-    case KEY_LIST: opt->list_params = true; return 0;
-    case KEY_ROUNDS: opt->rounds = parse_count("--rounds", arg, 1000000, state); return 0;
-    case KEY_WAIT: opt->wait_seconds = parse_count("--wait", arg, 1000000, state); return 0;
-    case KEY_MAX_SIZE: parse_max_size(opt, arg, state); return 0;
-    case KEY_FORCE: opt->force = true; return 0;
-    case KEY_SPARSE: opt->sparse = true; return 0;
-    case KEY_JSON: opt->json = true; return 0;
-    case KEY_QUIET: opt->quiet = true; return 0;
-    case KEY_TRACE: opt->trace = true; return 0;
-    case ARGP_KEY_ARG: parse_mode(opt, arg, state); return 0;
-    case ARGP_KEY_END: check_usage(opt, state); return 0;
-    default: return ARGP_ERR_UNKNOWN;
+    case KEY_LISTEN:
+        opt->address = arg;
+        return 0;
+    case KEY_BLOCK:
+        parse_block(opt, arg, state);
+        return 0;
+    case KEY_OUT:
+        opt->out_dir = arg;
+        return 0;
+    case KEY_STATE:
+        opt->state_path = arg;
+        return 0;
+    case KEY_PROVIDER:
+        opt->provider = arg;
+        return 0;
+    case KEY_SET:
+        parse_set(opt, arg, state);
+        return 0;
+    case KEY_LIST:
+        opt->list_params = true;
+        return 0;
+    case KEY_ROUNDS:
+        opt->rounds = parse_count("--rounds", arg, 1000000, state);
+        return 0;
+    case KEY_WAIT:
+        opt->wait_seconds = parse_count("--wait", arg, 1000000, state);
+        return 0;
+    case KEY_MAX_SIZE:
+        parse_max_size(opt, arg, state);
+        return 0;
+    case KEY_FORCE:
+        opt->force = true;
+        return 0;
+    case KEY_SPARSE:
+        opt->sparse = true;
+        return 0;
+    case KEY_JSON:
+        opt->json = true;
+        return 0;
+    case KEY_QUIET:
+        opt->quiet = true;
+        return 0;
+    case KEY_TRACE:
+        opt->trace = true;
+        return 0;
+    case ARGP_KEY_ARG:
+        parse_mode(opt, arg, state);
+        return 0;
+    case ARGP_KEY_END:
+        check_usage(opt, state);
+        return 0;
+    default:
+        return ARGP_ERR_UNKNOWN;
     }
 }
 

@@ -870,8 +870,8 @@ static void send_many(struct world *w, struct end *from, struct end *to, const u
 
 CONFORMANCE(messages_of_every_length_come_whole_and_in_order) {
     struct end a, p;
-    uint64_t lengths[120] = {1, 2, 3, 7, 8, 63, 64, 65, 127, 128, 129, 255, 256, 257, 1023, 4095, 4096, 4097,
-                             16383, 65535, 65536, 65537, 131072, SLOT - 1, SLOT};
+    uint64_t lengths[120] = {1,   2,    3,    7,    8,    63,    64,    65,    127,   128,    129,      255, 256,
+                             257, 1023, 4095, 4096, 4097, 16383, 65535, 65536, 65537, 131072, SLOT - 1, SLOT};
     for (size_t i = 25; i < 120; i++)
         lengths[i] = 1 + below((uint64_t)1 << (1 + below(17)));
     connect_pair(w, &a, &p);
@@ -1374,7 +1374,17 @@ CONFORMANCE(work_posted_after_the_end_fails_or_vanishes) {
 // >>closing in every state
 
 enum state {
-    OPENED, RESOLVED, ASKED, REQUESTED, HALF, ACCEPTED, UP, RECEIVING, SENDING, WRITING, DISCONNECTED,
+    OPENED,
+    RESOLVED,
+    ASKED,
+    REQUESTED,
+    HALF,
+    ACCEPTED,
+    UP,
+    RECEIVING,
+    SENDING,
+    WRITING,
+    DISCONNECTED,
     STATES
 };
 

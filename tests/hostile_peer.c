@@ -27,10 +27,28 @@
 
 /* Stock QEMU knows of these alone. */
 enum {
-    T_ERROR = 1, T_READY, T_QEMU_FILE, T_RAM_BLOCKS_REQUEST, T_RAM_BLOCKS_RESULT, T_COMPRESS, T_REGISTER_REQUEST,
-    T_REGISTER_RESULT, T_REGISTER_FINISHED, T_UNREGISTER_REQUEST, T_UNREGISTER_FINISHED,
-    T_HELLO = 64, T_HELLO_RESULT, T_BLOCKS, T_BLOCKS_RESULT, T_REGISTER_BATCH, T_REGISTER_BATCH_RESULT, T_CLEAR_BATCH,
-    T_KEEPALIVE, T_FINISH, T_FINISH_RESULT, T_GOODBYE
+    T_ERROR = 1,
+    T_READY,
+    T_QEMU_FILE,
+    T_RAM_BLOCKS_REQUEST,
+    T_RAM_BLOCKS_RESULT,
+    T_COMPRESS,
+    T_REGISTER_REQUEST,
+    T_REGISTER_RESULT,
+    T_REGISTER_FINISHED,
+    T_UNREGISTER_REQUEST,
+    T_UNREGISTER_FINISHED,
+    T_HELLO = 64,
+    T_HELLO_RESULT,
+    T_BLOCKS,
+    T_BLOCKS_RESULT,
+    T_REGISTER_BATCH,
+    T_REGISTER_BATCH_RESULT,
+    T_CLEAR_BATCH,
+    T_KEEPALIVE,
+    T_FINISH,
+    T_FINISH_RESULT,
+    T_GOODBYE
 };
 #define PIN_ALL 0x00000001u
 #define EXTENSION 0x00010000u
@@ -140,8 +158,8 @@ static void post_receive(struct raw *r) {
 static void raw_setup(struct raw *r, unsigned receives) {
     struct rmig_error err = {0};
     cr_assert_eq(r->ops->reg(r->ep, r->memory, (uint64_t)SLOTS * BUFFER,
-        RMIG_ACCESS_LOCAL_READ | RMIG_ACCESS_LOCAL_WRITE,
-                             &r->mr, &err), RMIG_OK, "%s", err.text);
+                             RMIG_ACCESS_LOCAL_READ | RMIG_ACCESS_LOCAL_WRITE, &r->mr, &err),
+                 RMIG_OK, "%s", err.text);
     r->free_receives = (1u << RECEIVES) - 1;
     r->free_sends = (1u << SENDS) - 1;
     for (unsigned i = 0; i < receives; i++)
@@ -398,7 +416,7 @@ static struct play *play_new(enum sim_mode mode) {
     set(p, RMIG_PARAM_IO_TIMEOUT, IO_TIMEOUT);
     if (getenv("RMIG_TRACE") != NULL) {
         p->cfg.trace = trace;
-        p->cfg.trace_user = (void *)(uintptr_t)"rmig";
+        p->cfg.trace_user = (void *)(uintptr_t) "rmig";
     }
     return p;
 }
@@ -457,7 +475,7 @@ static void must_fail(struct play *p, int status, const char *needles) {
     bool extended = p->sink != NULL ? rmig_sink_extended(p->sink) : rmig_source_extended(p->source);
     run_to_end(p, slow ? 5 * SIM_SECOND : SIM_SECOND);
     cr_assert_eq(p->status, status, "%s was due, %s came: %s", rmig_status_name(status), rmig_status_name(p->status),
-        p->text);
+                 p->text);
     check_text(p->text, needles);
     if (status != RMIG_ERR_PROTOCOL || p->raw.gone || p->raw.ep == NULL || !p->raw.established)
         return;
@@ -664,7 +682,7 @@ struct stock_source {
 
 /* One message for one READY, and its reply if it has one; receives are posted when stock QEMU posts them. */
 static void stock_say(struct stock_source *q, uint32_t type, uint32_t repeat, const uint8_t *payload, size_t n,
-        uint32_t reply) {
+                      uint32_t reply) {
     expect(q->r, T_READY);
     q->readies++;
     if (reply != 0)
@@ -714,7 +732,7 @@ static void stock_register(struct stock_source *q, unsigned block, uint64_t offs
     cr_assert_neq(rkey, 0u, "rkey 0 for block %u, offset 0x%llx", block, (unsigned long long)offset);
     if (q->block[block].base_known)
         cr_assert_eq(base, q->block[block].base, "the base of block %u changes, at offset 0x%llx", block,
-            (unsigned long long)offset);
+                     (unsigned long long)offset);
     q->block[block].base_known = true;
     q->block[block].base = base;
     q->block[block].rkey[offset / q->chunk] = rkey;
@@ -726,8 +744,8 @@ static void stock_write(struct stock_source *q, unsigned block, uint64_t offset,
     uint64_t chunk = offset / q->chunk, place = 1 + (chunk << 8 | block);
     if (q->writing == place || q->r->writes - q->r->writes_done >= 64) // one write at a time in a chunk
         cr_assert(raw_until(q->r, is_written, SIM_SECOND) && !q->r->gone, "a write failed: %s", q->r->text);
-    struct rmig_write w = {q->block[block].ram.host + offset, &q->block[block].mr, n, q->block[block].base + offset,
-                           q->block[block].rkey[chunk], ++q->r->writes, true};
+    struct rmig_write w = {q->block[block].ram.host + offset, &q->block[block].mr, n,   q->block[block].base + offset,
+                           q->block[block].rkey[chunk],       ++q->r->writes,      true};
     cr_assert_eq(q->r->ops->write(q->r->ep, &w, 1, &err), 1, "%s", err.text);
     q->writing = place;
 }
@@ -807,7 +825,8 @@ static struct stock_source *stock_source_new(struct play *p, uint64_t chunk, uin
         map_ram(&q->block[i].ram, p->ram[i].name, p->ram[i].length);
         fill_ram(&q->block[i].ram);
         cr_assert_eq(q->r->ops->reg(q->r->ep, q->block[i].ram.host, q->block[i].ram.length, RMIG_ACCESS_LOCAL_READ,
-                                    &q->block[i].mr, &err), RMIG_OK, "%s", err.text);
+                                    &q->block[i].mr, &err),
+                     RMIG_OK, "%s", err.text);
     }
     return q;
 }
@@ -1012,7 +1031,8 @@ struct stock_sink {
 static void stock_reg(struct stock_sink *k, unsigned block, uint64_t from, uint64_t to, struct rmig_mr *mr) {
     struct rmig_error err = {0};
     cr_assert_eq(k->r->ops->reg(k->r->ep, k->block[block].ram.host + from, to - from,
-                                RMIG_ACCESS_LOCAL_WRITE | RMIG_ACCESS_REMOTE_WRITE, mr, &err), RMIG_OK, "%s", err.text);
+                                RMIG_ACCESS_LOCAL_WRITE | RMIG_ACCESS_REMOTE_WRITE, mr, &err),
+                 RMIG_OK, "%s", err.text);
     k->registered += to - from;
 }
 
@@ -1027,9 +1047,9 @@ static void stock_say_blocks(struct stock_sink *k) {
         uint64_t length = k->block[i].ram.length;
         if (k->pinned)
             stock_reg(k, i, 0, length, &k->block[i].whole);
-        pack(bytes + 32 * (size_t)i, "qqqww", (const uint64_t[]){(uintptr_t)k->block[i].ram.host, k->block[i].offset,
-            length,
-                                                                  k->pinned ? k->block[i].whole.key : 0, 0});
+        pack(bytes + 32 * (size_t)i, "qqqww",
+             (const uint64_t[]){(uintptr_t)k->block[i].ram.host, k->block[i].offset, length,
+                                k->pinned ? k->block[i].whole.key : 0, 0});
     }
     stock_reply(k, T_RAM_BLOCKS_RESULT, 1, bytes, sizeof bytes);
 }
@@ -1044,10 +1064,10 @@ static void stock_on_register(struct stock_sink *k, const uint8_t *m) {
     uint64_t offset = key - k->block[block].offset, length = k->block[block].ram.length;
     cr_assert(key >= k->block[block].offset && offset < length, "key 0x%llx", (unsigned long long)key);
     cr_assert(!k->block[block].asked[offset / MIB], "block %u, offset 0x%llx is asked for again", block,
-        (unsigned long long)offset);
+              (unsigned long long)offset);
     cr_assert(offset / MIB + chunks <= (length - 1) / MIB,
-        "%llu more chunks at 0x%llx: counted in units of 1 MiB they pass the end",
-              (unsigned long long)chunks, (unsigned long long)offset);
+              "%llu more chunks at 0x%llx: counted in units of 1 MiB they pass the end", (unsigned long long)chunks,
+              (unsigned long long)offset);
     k->block[block].asked[offset / MIB] = true;
     k->most_chunks = chunks + 1 > k->most_chunks ? (unsigned)chunks + 1 : k->most_chunks;
     uint64_t c = offset / k->chunk, to = (c + chunks + 1) * k->chunk;
@@ -1066,8 +1086,7 @@ static void stock_on_compress(struct stock_sink *k, const uint8_t *m) {
     cr_assert(k->r->m.len == 24 && get_be32(m) == 0 && block < BLOCKS);
     uint64_t offset = start - k->block[block].offset, end = k->block[block].ram.length;
     cr_assert(offset < end && length > 0 && length <= end - offset, "start 0x%llx, length 0x%llx",
-        (unsigned long long)start,
-              (unsigned long long)length);
+              (unsigned long long)start, (unsigned long long)length);
     memset(k->block[block].ram.host + offset, 0, length);
     k->clears++;
 }
@@ -1130,8 +1149,8 @@ static void stock_serve(struct stock_sink *k) {
     cr_assert(k->r->gone, "the source is silent");
 }
 
-static const enum step stock_script[] = {PUT_HEAD, BEGIN, END, PUT_PART, BEGIN, SAVE_ALL, END,
-                                         PUT_PART, BEGIN, SAVE_DIRTY, END, PUT_TAIL, FINISH, OVER};
+static const enum step stock_script[] = {PUT_HEAD, BEGIN, END,        PUT_PART, BEGIN,    SAVE_ALL, END,
+                                         PUT_PART, BEGIN, SAVE_DIRTY, END,      PUT_TAIL, FINISH,   OVER};
 
 static void fill_stream(struct play *p) {
     for (size_t i = 0; i < sizeof p->stream; i++)
@@ -1463,8 +1482,8 @@ TO_SINK(message_of_1_byte, V1_BLOCKS, PROTOCOL, "1 bytes|16", send_bytes(r, ZERO
 TO_SINK(message_of_15_bytes, V1_BLOCKS, PROTOCOL, "15 bytes|16", send_bytes(r, ZEROES(15), 15))
 TO_SINK(len_less_than_sent, V1_BLOCKS, PROTOCOL, "40|23", say_bytes(r, T_COMPRESS, 1, 23, ZEROES(24), 24))
 TO_SINK(len_more_than_sent, V1_BLOCKS, PROTOCOL, "39|24", say_bytes(r, T_COMPRESS, 1, 24, ZEROES(23), 23))
-TO_SINK(len_beyond_the_buffer, V1_BLOCKS, PROTOCOL, "524273|524272", say_bytes(r, T_QEMU_FILE, 1, 524273, ZEROES(24),
-        24))
+TO_SINK(len_beyond_the_buffer, V1_BLOCKS, PROTOCOL, "524273|524272",
+        say_bytes(r, T_QEMU_FILE, 1, 524273, ZEROES(24), 24))
 TO_SINK(len_of_32_bits, V1_BLOCKS, PROTOCOL, "4294967295", say_bytes(r, T_QEMU_FILE, 1, 0xffffffff, ZEROES(24), 24))
 TO_SINK(len_that_wraps, V1_BLOCKS, PROTOCOL, "4294967288", say_bytes(r, T_QEMU_FILE, 1, 0xfffffff8, ZEROES(8), 8))
 TO_SINK(header_alone_with_len, V1_BLOCKS, PROTOCOL, "16|24", say_bytes(r, T_COMPRESS, 1, 24, NULL, 0))
@@ -1492,8 +1511,8 @@ BAD_TYPE(ram_blocks_request_extended, X_BLOCKS, T_RAM_BLOCKS_REQUEST, "RAM_BLOCK
 /* The extension's messages without the extension. */
 TO_SINK(hello_in_version_1, V1_READY, PROTOCOL, "HELLO (type 64", SAY_HELLO(r, T_HELLO, MIB))
 TO_SINK(blocks_in_version_1, V1_READY, PROTOCOL, "BLOCKS (type 66", say_both_blocks(r))
-TO_SINK(register_batch_in_version_1, V1_BLOCKS, PROTOCOL, "REGISTER_BATCH", SAY(r, T_REGISTER_BATCH, 1, "wwqq", 0, 0,
-        0, MIB))
+TO_SINK(register_batch_in_version_1, V1_BLOCKS, PROTOCOL, "REGISTER_BATCH",
+        SAY(r, T_REGISTER_BATCH, 1, "wwqq", 0, 0, 0, MIB))
 TO_SINK(clear_batch_in_version_1, V1_BLOCKS, PROTOCOL, "CLEAR_BATCH", SAY(r, T_CLEAR_BATCH, 1, "wwqq", 0, 0, 0, PAGE))
 BAD_TYPE(keepalive_in_version_1, V1_BLOCKS, T_KEEPALIVE, "KEEPALIVE")
 BAD_TYPE(finish_in_version_1, V1_BLOCKS, T_FINISH, "FINISH (type 72")
@@ -1501,10 +1520,10 @@ BAD_TYPE(goodbye_in_version_1, V1_BLOCKS, T_GOODBYE, "GOODBYE")
 
 // --- hostile sources: payloads where none belongs, or none where one does
 
-TO_SINK(ram_blocks_request_with_payload, V1_READY, PROTOCOL, "RAM_BLOCKS_REQUEST|len 8", SAY(r, T_RAM_BLOCKS_REQUEST,
-        1, "q", 0))
-TO_SINK(register_finished_with_payload, V1_BLOCKS, PROTOCOL, "REGISTER_FINISHED|len 4", SAY(r, T_REGISTER_FINISHED, 1,
-        "w", 0))
+TO_SINK(ram_blocks_request_with_payload, V1_READY, PROTOCOL, "RAM_BLOCKS_REQUEST|len 8",
+        SAY(r, T_RAM_BLOCKS_REQUEST, 1, "q", 0))
+TO_SINK(register_finished_with_payload, V1_BLOCKS, PROTOCOL, "REGISTER_FINISHED|len 4",
+        SAY(r, T_REGISTER_FINISHED, 1, "w", 0))
 TO_SINK(register_finished_with_payload_extended, X_BLOCKS, PROTOCOL, "REGISTER_FINISHED|len 4",
         SAY(r, T_REGISTER_FINISHED, 1, "w", 0))
 TO_SINK(keepalive_with_payload, X_BLOCKS, PROTOCOL, "KEEPALIVE|len 1", SAY(r, T_KEEPALIVE, 1, "b", 0))
@@ -1538,8 +1557,8 @@ COMPRESS(compress_extended_before_the_blocks, X_READY, "block 0", 0, RAM, 0, PAG
 TO_SINK(compress_with_len_0, V1_BLOCKS, PROTOCOL, "COMPRESS|len 0", SAY_EMPTY(r, T_COMPRESS))
 TO_SINK(compress_with_len_23, V1_BLOCKS, PROTOCOL, "COMPRESS|len 23", say_bytes(r, T_COMPRESS, 1, 23, ZEROES(23), 23))
 TO_SINK(compress_with_len_25, V1_BLOCKS, PROTOCOL, "COMPRESS|len 25", say_bytes(r, T_COMPRESS, 1, 25, ZEROES(25), 25))
-TO_SINK(compress_with_two_entries, V1_BLOCKS, PROTOCOL, "COMPRESS|len 48", say_bytes(r, T_COMPRESS, 2, 48, ZEROES(48),
-        48))
+TO_SINK(compress_with_two_entries, V1_BLOCKS, PROTOCOL, "COMPRESS|len 48",
+        say_bytes(r, T_COMPRESS, 2, 48, ZEROES(48), 48))
 
 /* A block's last byte, its first, all of it: these are good, whatever repeat says, and nothing else is cleared. */
 Test(hostile_source, compress_at_the_edges_is_exact) {
@@ -1631,15 +1650,14 @@ UNREGISTER(unregister_chunk_of_64_bits, V1_BLOCKS, "chunk 18446744073709551615|b
 UNREGISTER(unregister_chunk_that_wraps, V1_BLOCKS, "chunk 17592186044416|block 0", (uint64_t)1 << 44, RAM)
 UNREGISTER(unregister_without_registration, V1_CHUNKS, "chunk 0|block 0", 0, RAM)
 UNREGISTER(unregister_without_registration_extended, X_BLOCKS, "chunk 0|block 0", 0, RAM)
-TO_SINK(unregister_in_the_middle_of_a_registration, V1_CHUNKS, PROTOCOL, "chunk 2|block 0", register_chunk(r, MIB,
-        RAM, 1),
-        SAY(r, T_UNREGISTER_REQUEST, 1, "qwwq", 2, RAM, PADDING, 0))
+TO_SINK(unregister_in_the_middle_of_a_registration, V1_CHUNKS, PROTOCOL, "chunk 2|block 0",
+        register_chunk(r, MIB, RAM, 1), SAY(r, T_UNREGISTER_REQUEST, 1, "qwwq", 2, RAM, PADDING, 0))
 UNREGISTER(unregister_before_the_blocks, V1_READY, "block 0", 0, RAM)
 UNREGISTER(unregister_before_the_blocks_extended, X_READY, "block 0", 0, RAM)
 LISTS(UNREGISTER_REQUEST)
 
 static void register_batch(struct raw *r, uint32_t block, uint64_t offset, uint64_t length, uint64_t *key,
-        uint64_t *address) {
+                           uint64_t *address) {
     cr_assert(SAY(r, T_REGISTER_BATCH, 1, "wwqq", block, PADDING, offset, length));
     expect(r, T_REGISTER_BATCH_RESULT);
     cr_assert(r->m.repeat == 1 && r->m.len == 16);
@@ -1685,7 +1703,7 @@ static void write_to(struct raw *r, uint64_t key, uint64_t address, uint64_t n) 
     cr_assert_eq(r->ops->write(r->ep, &w, 1, &err), 1, "%s", err.text);
     raw_until(r, is_written, SIM_SECOND);
     cr_assert(r->gone, "a write of %llu bytes to key 0x%llx was carried out", (unsigned long long)n,
-        (unsigned long long)key);
+              (unsigned long long)key);
 }
 
 enum bad_write { BEHIND, BEFORE, ACROSS, UNREGISTERED, AFTER_FINISH };
@@ -1703,8 +1721,11 @@ static void write_where_nothing_is_granted(enum bad_write how, int status) {
         expect(r, T_FINISH_RESULT);
         cr_assert_eq(exposed(p->sim, 1), 0u, "FINISH was answered with memory still registered");
     }
-    write_to(r, key, how == BEHIND ? address + MIB : how == BEFORE ? address - 1 : address,
-        how == ACROSS ? MIB + 1 : 1);
+    write_to(r, key,
+             how == BEHIND   ? address + MIB
+             : how == BEFORE ? address - 1
+                             : address,
+             how == ACROSS ? MIB + 1 : 1);
     sink_must_fail(p, status, "source");
 }
 Test(hostile_source, write_behind_the_range) { write_where_nothing_is_granted(BEHIND, RMIG_ERR_PEER_GONE); }
@@ -1729,12 +1750,12 @@ Test(hostile_source, write_to_the_control_buffers) {
 TWO_FOR_ONE(two_messages_for_one_ready, V1_BLOCKS, T_REGISTER_FINISHED, "two messages for one READY|REGISTER_FINISHED")
 TWO_FOR_ONE(two_messages_for_one_ready_extended, X_BLOCKS, T_KEEPALIVE, "two messages for one READY|KEEPALIVE")
 TWO_FOR_ONE(two_requests_for_one_ready, V1_READY, T_RAM_BLOCKS_REQUEST, "two messages for one READY|RAM_BLOCKS_REQUEST")
-TO_SINK(two_stream_messages_for_one_ready, V1_BLOCKS, PROTOCOL, "two messages for one READY|QEMU_FILE",
-        BUSY, SAY(r, T_QEMU_FILE, 0, "q", 1), SAY(r, T_QEMU_FILE, 0, "q", 2))
-TO_SINK(twelve_messages_for_one_ready, V1_BLOCKS, PROTOCOL, "two messages for one READY",
-        BUSY; for (unsigned i = 0; i < 12; i++) SAY(r, T_QEMU_FILE, 0, "q", 1))
-TO_SINK(message_before_the_first_ready_extended, X_CONNECTED, PROTOCOL, "HELLO was due|KEEPALIVE", SAY_EMPTY(r,
-        T_KEEPALIVE))
+TO_SINK(two_stream_messages_for_one_ready, V1_BLOCKS, PROTOCOL, "two messages for one READY|QEMU_FILE", BUSY,
+        SAY(r, T_QEMU_FILE, 0, "q", 1), SAY(r, T_QEMU_FILE, 0, "q", 2))
+TO_SINK(twelve_messages_for_one_ready, V1_BLOCKS, PROTOCOL, "two messages for one READY", BUSY;
+        for (unsigned i = 0; i < 12; i++) SAY(r, T_QEMU_FILE, 0, "q", 1))
+TO_SINK(message_before_the_first_ready_extended, X_CONNECTED, PROTOCOL, "HELLO was due|KEEPALIVE",
+        SAY_EMPTY(r, T_KEEPALIVE))
 TO_SINK(goodbye_before_finish, X_BLOCKS, PROTOCOL, "GOODBYE", SAY_EMPTY(r, T_GOODBYE))
 TO_SINK(goodbye_before_the_blocks, X_READY, PROTOCOL, "GOODBYE", SAY_EMPTY(r, T_GOODBYE))
 TO_SINK(goodbye_at_once, X_CONNECTED, PROTOCOL, "GOODBYE", SAY_EMPTY(r, T_GOODBYE))
@@ -1744,8 +1765,8 @@ TO_SINK(finish_before_the_blocks, X_READY, PROTOCOL, "FINISH", SAY_EMPTY(r, T_FI
 TO_SINK(finish_in_the_middle_of_the_blocks, X_READY, PROTOCOL, "FINISH", say_blocks(r, 2, 0, "ram", RAM_LENGTH),
         expect(r, T_READY), SAY_EMPTY(r, T_FINISH), pass_time(r, SIM_MS), SAY_EMPTY(r, T_GOODBYE))
 TO_SINK(register_finished_before_the_blocks, V1_READY, PROTOCOL, "REGISTER_FINISHED", SAY_EMPTY(r, T_REGISTER_FINISHED))
-TO_SINK(register_finished_before_the_blocks_extended, X_READY, PROTOCOL, "REGISTER_FINISHED", SAY_EMPTY(r,
-        T_REGISTER_FINISHED))
+TO_SINK(register_finished_before_the_blocks_extended, X_READY, PROTOCOL, "REGISTER_FINISHED",
+        SAY_EMPTY(r, T_REGISTER_FINISHED))
 
 /* Behind FINISH only GOODBYE is due. Who owns the guest is then open. */
 #define AFTER_FINISH_SENT(name, type, needles)                                                                         \
@@ -1778,15 +1799,15 @@ Test(hostile_source, messages_after_goodbye) {
 // --- hostile sources: HELLO
 
 TO_SINK(hello_twice, X_READY, PROTOCOL, "HELLO (type 64", SAY_HELLO(r, T_HELLO, MIB))
-TO_SINK(hello_twice_at_once, X_CONNECTED, PROTOCOL, "HELLO (type 64", SAY_HELLO(r, T_HELLO, MIB), SAY_HELLO(r,
-        T_HELLO, MIB))
+TO_SINK(hello_twice_at_once, X_CONNECTED, PROTOCOL, "HELLO (type 64", SAY_HELLO(r, T_HELLO, MIB),
+        SAY_HELLO(r, T_HELLO, MIB))
 TO_SINK(hello_cut_in_a_tag, X_CONNECTED, PROTOCOL, "HELLO|malformed", SAY(r, T_HELLO, 1, "hhqh", 1, 8, MIB, 2))
 TO_SINK(hello_cut_in_a_value, X_CONNECTED, PROTOCOL, "HELLO|malformed", SAY(r, T_HELLO, 1, "hhw", 1, 8, 0))
-TO_SINK(hello_with_a_long_entry, X_CONNECTED, PROTOCOL, "HELLO|malformed", SAY(r, T_HELLO, 1, "hhqhhb", 1, 8, MIB, 99,
-        65535, 1))
+TO_SINK(hello_with_a_long_entry, X_CONNECTED, PROTOCOL, "HELLO|malformed",
+        SAY(r, T_HELLO, 1, "hhqhhb", 1, 8, MIB, 99, 65535, 1))
 TO_SINK(hello_with_a_short_number, X_CONNECTED, PROTOCOL, "HELLO|malformed", SAY(r, T_HELLO, 1, "hhw", 1, 4, MIB))
-TO_SINK(hello_with_a_tag_twice, X_CONNECTED, PROTOCOL, "HELLO|malformed", SAY(r, T_HELLO, 1, "hhqhhq", 1, 8, MIB, 1,
-        8, 2 * MIB))
+TO_SINK(hello_with_a_tag_twice, X_CONNECTED, PROTOCOL, "HELLO|malformed",
+        SAY(r, T_HELLO, 1, "hhqhhq", 1, 8, MIB, 1, 8, 2 * MIB))
 TO_SINK(hello_with_one_byte, X_CONNECTED, PROTOCOL, "HELLO|malformed", SAY(r, T_HELLO, 1, "b", 1))
 
 /* Refused with a reason, which both ends show: status 1, and no ERROR behind it. */
@@ -1848,8 +1869,8 @@ Test(hostile_source, hello_with_unknown_tags_is_good) {
     struct play *p = sink_at(X_CONNECTED);
     struct raw *r = &p->raw;
     uint8_t bytes[2000];
-    size_t n = pack(bytes, HELLO_FORMAT, (const uint64_t[]){HELLO_VALUES(MIB, UINT64_MAX, UINT64_MAX, UINT64_MAX,
-        UINT64_MAX, 0)});
+    size_t n = pack(bytes, HELLO_FORMAT,
+                    (const uint64_t[]){HELLO_VALUES(MIB, UINT64_MAX, UINT64_MAX, UINT64_MAX, UINT64_MAX, 0)});
     for (unsigned i = 0; i < 100; i++)
         n += pack(bytes + n, "hhqb", (const uint64_t[]){i % 2 == 0 ? 4711 : 0, 9, UINT64_MAX, i});
     cr_assert(say_bytes(r, T_HELLO, 1, (uint32_t)n, bytes, n));
@@ -1862,27 +1883,24 @@ Test(hostile_source, hello_with_unknown_tags_is_good) {
 // --- hostile sources: BLOCKS
 
 TO_SINK(blocks_first_is_not_0, X_READY, PROTOCOL, "BLOCKS (type 66", say_blocks(r, 3, 1, "ram", RAM_LENGTH))
-TO_SINK(blocks_out_of_order, X_READY, PROTOCOL, "BLOCKS (type 66", say_blocks(r, 3, 0, "ram", RAM_LENGTH), expect(r,
-        T_READY),
-        say_blocks(r, 3, 2, "rom", ROM_LENGTH))
-TO_SINK(blocks_first_twice, X_READY, PROTOCOL, "BLOCKS (type 66", say_blocks(r, 3, 0, "ram", RAM_LENGTH), expect(r,
-        T_READY),
-        say_blocks(r, 3, 0, "ram", RAM_LENGTH))
-TO_SINK(blocks_total_changes, X_READY, PROTOCOL, "BLOCKS (type 66", say_blocks(r, 3, 0, "ram", RAM_LENGTH), expect(r,
-        T_READY),
-        say_blocks(r, 2, 1, "rom", ROM_LENGTH))
+TO_SINK(blocks_out_of_order, X_READY, PROTOCOL, "BLOCKS (type 66", say_blocks(r, 3, 0, "ram", RAM_LENGTH),
+        expect(r, T_READY), say_blocks(r, 3, 2, "rom", ROM_LENGTH))
+TO_SINK(blocks_first_twice, X_READY, PROTOCOL, "BLOCKS (type 66", say_blocks(r, 3, 0, "ram", RAM_LENGTH),
+        expect(r, T_READY), say_blocks(r, 3, 0, "ram", RAM_LENGTH))
+TO_SINK(blocks_total_changes, X_READY, PROTOCOL, "BLOCKS (type 66", say_blocks(r, 3, 0, "ram", RAM_LENGTH),
+        expect(r, T_READY), say_blocks(r, 2, 1, "rom", ROM_LENGTH))
 TO_SINK(blocks_twice, X_BLOCKS, PROTOCOL, "BLOCKS (type 66", say_both_blocks(r))
 TO_SINK(blocks_total_0, X_READY, PROTOCOL, "BLOCKS (type 66", say_blocks(r, 0, 0, "ram", RAM_LENGTH))
-TO_SINK(blocks_total_too_large, X_READY, PROTOCOL, "BLOCKS (type 66|131072", say_blocks(r, 131073, 0, "ram",
-        RAM_LENGTH))
-TO_SINK(blocks_total_of_32_bits, X_READY, PROTOCOL, "BLOCKS (type 66|131072", say_blocks(r, 0xffffffff, 0, "ram",
-        RAM_LENGTH))
+TO_SINK(blocks_total_too_large, X_READY, PROTOCOL, "BLOCKS (type 66|131072",
+        say_blocks(r, 131073, 0, "ram", RAM_LENGTH))
+TO_SINK(blocks_total_of_32_bits, X_READY, PROTOCOL, "BLOCKS (type 66|131072",
+        say_blocks(r, 0xffffffff, 0, "ram", RAM_LENGTH))
 TO_SINK(blocks_of_length_0, X_READY, PROTOCOL, "BLOCKS (type 66|length", say_blocks(r, 1, 0, "ram", 0))
 TO_SINK(blocks_without_a_name, X_READY, PROTOCOL, "BLOCKS (type 66|name", say_blocks(r, 1, 0, "", RAM_LENGTH))
 TO_SINK(blocks_name_with_nul, X_READY, PROTOCOL, "BLOCKS (type 66",
         SAY(r, T_BLOCKS, 1, "wwqqbbbb", 1, 0, RAM_LENGTH, 0, 3, 'r', 0, 'm'))
-TO_SINK(blocks_name_cut, X_READY, PROTOCOL, "BLOCKS (type 66", SAY(r, T_BLOCKS, 1, "wwqqbbb", 1, 0, RAM_LENGTH, 0, 3,
-        'r', 'a'))
+TO_SINK(blocks_name_cut, X_READY, PROTOCOL, "BLOCKS (type 66",
+        SAY(r, T_BLOCKS, 1, "wwqqbbb", 1, 0, RAM_LENGTH, 0, 3, 'r', 'a'))
 TO_SINK(blocks_entry_cut, X_READY, PROTOCOL, "BLOCKS (type 66", SAY(r, T_BLOCKS, 1, "wwqq", 1, 0, RAM_LENGTH, 0))
 TO_SINK(blocks_len_7, X_READY, PROTOCOL, "BLOCKS (type 66|len 7", say_bytes(r, T_BLOCKS, 1, 7, ZEROES(7), 7))
 TO_SINK(blocks_len_0, X_READY, PROTOCOL, "BLOCKS (type 66|len 0", SAY_EMPTY(r, T_BLOCKS))
@@ -1898,11 +1916,11 @@ TO_SINK(blocks_more_than_total, X_READY, PROTOCOL, "BLOCKS (type 66|repeat 2",
 TO_SINK(blocks_trailing_bytes, X_READY, PROTOCOL, "BLOCKS (type 66|bytes follow",
         SAY(r, T_BLOCKS, 1, "wwqqbbbbb", 1, 0, RAM_LENGTH, 0, 3, 'r', 'a', 'm', 0))
 TO_SINK(blocks_unknown_name, X_READY, SETUP, "\"nvram\"|not known", say_blocks(r, 1, 0, "nvram", PAGE))
-TO_SINK(blocks_name_with_control_characters, X_READY, SETUP, "not known", say_blocks(r, 1, 0, "\x1b[31mram\n\x7f\xff",
-        PAGE))
+TO_SINK(blocks_name_with_control_characters, X_READY, SETUP, "not known",
+        say_blocks(r, 1, 0, "\x1b[31mram\n\x7f\xff", PAGE))
 TO_SINK(blocks_other_length, X_READY, SETUP, "\"ram\"|4194305|4194304", say_blocks(r, 1, 0, "ram", RAM_LENGTH + 1))
-TO_SINK(blocks_length_of_64_bits, X_READY, SETUP, "\"ram\"|18446744073709551615", say_blocks(r, 1, 0, "ram",
-        UINT64_MAX))
+TO_SINK(blocks_length_of_64_bits, X_READY, SETUP, "\"ram\"|18446744073709551615",
+        say_blocks(r, 1, 0, "ram", UINT64_MAX))
 
 /* Names are unique: two of the source's blocks cannot both be this one. */
 Test(hostile_source, blocks_with_a_name_twice) {
@@ -1915,7 +1933,7 @@ Test(hostile_source, blocks_with_a_name_twice) {
     pass_time(&p->raw, SIM_SECOND);
     cr_assert(p->done, "two blocks of one name were accepted");
     cr_assert(p->status == RMIG_ERR_PROTOCOL || p->status == RMIG_ERR_SETUP, "%s: %s", rmig_status_name(p->status),
-        p->text);
+              p->text);
     check_text(p->text, "ram");
     play_free(p);
 }
@@ -1935,8 +1953,8 @@ THINKING(leaves, PEER_GONE, "source went away", raw_leave(r))
 THINKING(vanishes, PEER_GONE, "source went away", raw_drop(r))
 THINKING(keepalive, PROTOCOL, "KEEPALIVE", SAY_EMPTY(r, T_KEEPALIVE), embedder_answers(p))
 THINKING(error, REFUSED, "source gave up|no disk", say_bytes(r, T_ERROR, 1, 7, (const uint8_t *)"no disk", 7))
-THINKING(error_and_leaves, REFUSED, "source gave up|no disk", say_bytes(r, T_ERROR, 1, 7, (const uint8_t *)"no disk",
-        7), raw_leave(r))
+THINKING(error_and_leaves, REFUSED, "source gave up|no disk",
+         say_bytes(r, T_ERROR, 1, 7, (const uint8_t *)"no disk", 7), raw_leave(r))
 
 // --- hostile sources: REGISTER_BATCH, CLEAR_BATCH
 
@@ -1956,14 +1974,14 @@ BATCH(batch_offset_of_64_bits, X_BLOCKS, "block 0|0xfffffffffff00000", RAM, UINT
 BATCH(batch_before_the_blocks, X_READY, "block 0", RAM, 0, MIB)
 TO_SINK(batch_second_is_bad, X_BLOCKS, PROTOCOL, "block 0|0x1",
         SAY(r, T_REGISTER_BATCH, 2, "wwqqwwqq", RAM, 0, 0, MIB, RAM, 0, 1, MIB))
-TO_SINK(batch_repeat_0, X_BLOCKS, PROTOCOL, "REGISTER_BATCH|repeat 0", SAY(r, T_REGISTER_BATCH, 0, "wwqq", RAM, 0, 0,
-        MIB))
-TO_SINK(batch_repeat_2_in_one, X_BLOCKS, PROTOCOL, "REGISTER_BATCH|repeat 2", SAY(r, T_REGISTER_BATCH, 2, "wwqq", RAM,
-        0, 0, MIB))
-TO_SINK(batch_repeat_4097, X_BLOCKS, PROTOCOL, "REGISTER_BATCH|repeat 4097", say_many(r, T_REGISTER_BATCH, 4097,
-        24 * 4097))
-TO_SINK(batch_repeat_that_wraps, X_BLOCKS, PROTOCOL, "REGISTER_BATCH|repeat 536870912", say_many(r, T_REGISTER_BATCH,
-        0x20000000, 0))
+TO_SINK(batch_repeat_0, X_BLOCKS, PROTOCOL, "REGISTER_BATCH|repeat 0",
+        SAY(r, T_REGISTER_BATCH, 0, "wwqq", RAM, 0, 0, MIB))
+TO_SINK(batch_repeat_2_in_one, X_BLOCKS, PROTOCOL, "REGISTER_BATCH|repeat 2",
+        SAY(r, T_REGISTER_BATCH, 2, "wwqq", RAM, 0, 0, MIB))
+TO_SINK(batch_repeat_4097, X_BLOCKS, PROTOCOL, "REGISTER_BATCH|repeat 4097",
+        say_many(r, T_REGISTER_BATCH, 4097, 24 * 4097))
+TO_SINK(batch_repeat_that_wraps, X_BLOCKS, PROTOCOL, "REGISTER_BATCH|repeat 536870912",
+        say_many(r, T_REGISTER_BATCH, 0x20000000, 0))
 TO_SINK(batch_len_0, X_BLOCKS, PROTOCOL, "REGISTER_BATCH|len 0", SAY_EMPTY(r, T_REGISTER_BATCH))
 
 Test(hostile_source, batch_longer_than_a_registration_may_be) {
@@ -2012,8 +2030,8 @@ Test(hostile_source, batch_over_and_over) {
     for (unsigned i = 0; i < 500 && !p->done; i++) {
         random = random * 6364136223846793005u + 1442695040888963407u;
         uint64_t from = random >> 33 & 3, n = 1 + (random >> 40) % (4 - from);
-        if (!SAY(r, T_REGISTER_BATCH, 1, "wwqq", RAM, 0, from * MIB, n * MIB) || !next_message(r,
-            SIM_SECOND) || r->m.type == T_ERROR)
+        if (!SAY(r, T_REGISTER_BATCH, 1, "wwqq", RAM, 0, from * MIB, n * MIB) || !next_message(r, SIM_SECOND) ||
+            r->m.type == T_ERROR)
             break;
         cr_assert_eq(r->m.type, (uint32_t)T_REGISTER_BATCH_RESULT);
         expect(r, T_READY);
@@ -2044,8 +2062,8 @@ Test(hostile_source, batch_overlaps_are_all_good) {
 }
 
 #define CLEAR(name, stage, needles, value, block, start, length)                                                       \
-    TO_SINK(name, stage, PROTOCOL, "CLEAR_BATCH|" needles, SAY(r, T_CLEAR_BATCH, 1, "wwqq", value, block, start,       \
-        length))
+    TO_SINK(name, stage, PROTOCOL, "CLEAR_BATCH|" needles,                                                             \
+            SAY(r, T_CLEAR_BATCH, 1, "wwqq", value, block, start, length))
 CLEAR(clear_value, X_BLOCKS, "value 7", 7, RAM, 0, PAGE)
 CLEAR(clear_block_2, X_BLOCKS, "block 2", 0, 2, 0, PAGE)
 CLEAR(clear_at_the_end, X_BLOCKS, "0x400000", 0, RAM, RAM_LENGTH, PAGE)
@@ -2054,11 +2072,11 @@ CLEAR(clear_wraps, X_BLOCKS, "0xfffffffffffff000", 0, RAM, PAGE, UINT64_MAX - PA
 CLEAR(clear_of_0_bytes, X_BLOCKS, "length 0x0", 0, RAM, 0, 0)
 CLEAR(clear_before_the_blocks, X_READY, "block 0", 0, RAM, 0, PAGE)
 TO_SINK(clear_repeat_0, X_BLOCKS, PROTOCOL, "CLEAR_BATCH|repeat 0", SAY(r, T_CLEAR_BATCH, 0, "wwqq", 0, RAM, 0, PAGE))
-TO_SINK(clear_repeat_2_in_one, X_BLOCKS, PROTOCOL, "CLEAR_BATCH|repeat 2", SAY(r, T_CLEAR_BATCH, 2, "wwqq", 0, RAM, 0,
-        PAGE))
+TO_SINK(clear_repeat_2_in_one, X_BLOCKS, PROTOCOL, "CLEAR_BATCH|repeat 2",
+        SAY(r, T_CLEAR_BATCH, 2, "wwqq", 0, RAM, 0, PAGE))
 TO_SINK(clear_repeat_4097, X_BLOCKS, PROTOCOL, "CLEAR_BATCH|repeat 4097", say_many(r, T_CLEAR_BATCH, 4097, 24 * 4097))
-TO_SINK(clear_repeat_that_wraps, X_BLOCKS, PROTOCOL, "CLEAR_BATCH|repeat 536870912", say_many(r, T_CLEAR_BATCH,
-        0x20000000, 0))
+TO_SINK(clear_repeat_that_wraps, X_BLOCKS, PROTOCOL, "CLEAR_BATCH|repeat 536870912",
+        say_many(r, T_CLEAR_BATCH, 0x20000000, 0))
 
 // --- hostile sources: ERROR, leaving, silence
 
@@ -2069,8 +2087,8 @@ TO_SINK(error_with_text, X_BLOCKS, REFUSED, "source gave up|no disk",
 TO_SINK(error_after_finish, X_FINISH, HANDOVER, "no disk", say_bytes(r, T_ERROR, 1, 7, (const uint8_t *)"no disk", 7))
 TO_SINK(error_with_control_characters, X_BLOCKS, REFUSED, "source gave up",
         say_bytes(r, T_ERROR, 1, 12, (const uint8_t *)"\x1b[2J\r\n\t\a\0\x7f\x80\xff", 12))
-TO_SINK(error_with_format, X_BLOCKS, REFUSED, "%s%n%1000000d", say_bytes(r, T_ERROR, 1, 13,
-        (const uint8_t *)"%s%n%1000000d", 13))
+TO_SINK(error_with_format, X_BLOCKS, REFUSED, "%s%n%1000000d",
+        say_bytes(r, T_ERROR, 1, 13, (const uint8_t *)"%s%n%1000000d", 13))
 TO_SINK(error_of_half_a_megabyte, X_BLOCKS, REFUSED, "source gave up", say_many(r, T_ERROR, 1, 524272))
 TO_SINK(error_and_then_leaves, X_BLOCKS, REFUSED, "source gave up|no disk",
         say_bytes(r, T_ERROR, 1, 7, (const uint8_t *)"no disk", 7), raw_leave(r))
@@ -2167,8 +2185,8 @@ static void target_open(const struct play *p) {
         target.host[i] = calloc(1, p->ram[i].length);
         cr_assert_not_null(target.host[i]);
         cr_assert_eq(p->raw.ops->reg(p->raw.ep, target.host[i], p->ram[i].length,
-            RMIG_ACCESS_LOCAL_WRITE | RMIG_ACCESS_REMOTE_WRITE,
-                                     &target.mr[i], &err), RMIG_OK, "%s", err.text);
+                                     RMIG_ACCESS_LOCAL_WRITE | RMIG_ACCESS_REMOTE_WRITE, &target.mr[i], &err),
+                     RMIG_OK, "%s", err.text);
     }
     target.registered = true;
 }
@@ -2352,10 +2370,10 @@ Test(hostile_sink, nothing_hostile_extended) { whole_session(SX_FINISH); }
 
 // --- hostile sinks: the answer to the request
 
-TO_SOURCE(rejects, S1_REQUEST, REFUSED, "rejected",
-          struct rmig_error err; cr_assert_eq(r->ops->reject(r->listener, r->request, NULL, 0, &err), RMIG_OK))
-TO_SOURCE(rejects_with_garbage, S1_REQUEST, REFUSED, "rejected",
-        struct rmig_error err; uint8_t garbage[196]; memset(garbage, 0xff, 196);
+TO_SOURCE(rejects, S1_REQUEST, REFUSED, "rejected", struct rmig_error err;
+          cr_assert_eq(r->ops->reject(r->listener, r->request, NULL, 0, &err), RMIG_OK))
+TO_SOURCE(rejects_with_garbage, S1_REQUEST, REFUSED, "rejected", struct rmig_error err; uint8_t garbage[196];
+          memset(garbage, 0xff, 196);
           cr_assert_eq(r->ops->reject(r->listener, r->request, garbage, 196, &err), RMIG_OK))
 TO_SOURCE(never_answers_the_request, S1_REQUEST, TIMEOUT, "sink|connect-timeout|2s", (void)r)
 TO_SOURCE(stops_to_listen, S1_REQUEST, REFUSED, "", r->ops->close(r->listener), r->listener = NULL)
@@ -2433,12 +2451,12 @@ WRONG(ready_for_blocks_result, SX_BLOCKS, T_READY, "READY|BLOCKS_RESULT was due"
 WRONG(ready_for_batch_result, SX_BATCH, T_READY, "READY|REGISTER_BATCH_RESULT was due")
 WRONG(ready_for_finish_result, SX_FINISH, T_READY, "READY|FINISH_RESULT was due")
 WRONG(ram_blocks_result_for_register_result, S1_REGISTER, T_RAM_BLOCKS_RESULT,
-        "RAM_BLOCKS_RESULT|REGISTER_RESULT was due")
+      "RAM_BLOCKS_RESULT|REGISTER_RESULT was due")
 WRONG(register_result_for_batch_result, SX_BATCH, T_REGISTER_RESULT, "REGISTER_RESULT|REGISTER_BATCH_RESULT was due")
 WRONG(goodbye_from_the_sink, SX_FINISH, T_GOODBYE, "GOODBYE|FINISH_RESULT was due")
 TO_SOURCE(ready_with_payload, S1_ACCEPTED, PROTOCOL, "READY|len 1", SAY(r, T_READY, 1, "b", 0))
 TO_SOURCE(two_readys, S1_ACCEPTED, PROTOCOL, "READY", sim_spend(p->sim, 0, SIM_MS), SAY_EMPTY(r, T_READY),
-        SAY_EMPTY(r, T_READY))
+          SAY_EMPTY(r, T_READY))
 TO_SOURCE(two_readys_extended, SX_ACCEPTED, PROTOCOL, "READY", sim_spend(p->sim, 0, SIM_MS), SAY_EMPTY(r, T_READY),
           SAY_EMPTY(r, T_READY))
 TO_SOURCE(a_storm_of_readys, S1_ACCEPTED, PROTOCOL, "READY", for (unsigned i = 0; i < 15; i++) SAY_EMPTY(r, T_READY))
@@ -2452,19 +2470,19 @@ TO_SOURCE(ready_before_hello_result, SX_HELLO, PROTOCOL, "READY|HELLO_RESULT was
     TO_SOURCE(ram_blocks_##name, S1_BLOCKS, status, needles, SAY(r, T_RAM_BLOCKS_RESULT, 1, format, __VA_ARGS__))
 RAM_BLOCKS(none, PROTOCOL, "RAM_BLOCKS_RESULT|0 bytes|2", "", 0)
 RAM_BLOCKS(one_missing, PROTOCOL, "RAM_BLOCKS_RESULT|32 bytes|2", "qqqww", ENTRY(0, 0, RAM_LENGTH, 0))
-RAM_BLOCKS(a_byte_missing, PROTOCOL, "RAM_BLOCKS_RESULT|63 bytes|32", "qqqwwqqqwhb",
-           ENTRY(0, 0, RAM_LENGTH, 0), 0, 0, ROM_LENGTH, 0, 0, 0)
-RAM_BLOCKS(a_byte_more, PROTOCOL, "RAM_BLOCKS_RESULT|65 bytes|32", "qqqwwqqqwwb",
-           ENTRY(0, 0, RAM_LENGTH, 0), ENTRY(0, 0, ROM_LENGTH, 0), 0)
+RAM_BLOCKS(a_byte_missing, PROTOCOL, "RAM_BLOCKS_RESULT|63 bytes|32", "qqqwwqqqwhb", ENTRY(0, 0, RAM_LENGTH, 0), 0, 0,
+           ROM_LENGTH, 0, 0, 0)
+RAM_BLOCKS(a_byte_more, PROTOCOL, "RAM_BLOCKS_RESULT|65 bytes|32", "qqqwwqqqwwb", ENTRY(0, 0, RAM_LENGTH, 0),
+           ENTRY(0, 0, ROM_LENGTH, 0), 0)
 RAM_BLOCKS(with_31_bytes_more, PROTOCOL, "RAM_BLOCKS_RESULT|95 bytes|32", "qqqwwqqqwwqqqwhb",
            ENTRY(0, 0, RAM_LENGTH, 0), ENTRY(0, 0, ROM_LENGTH, 0), 0, 0, PAGE, 0, 0, 0)
-RAM_BLOCKS(another_length, SETUP, "block 1 \"rom\"|1052672|1052673", "qqqwwqqqww",
-           ENTRY(0, 0, RAM_LENGTH, 0), ENTRY(0, 0, ROM_LENGTH + 1, 0))
+RAM_BLOCKS(another_length, SETUP, "block 1 \"rom\"|1052672|1052673", "qqqwwqqqww", ENTRY(0, 0, RAM_LENGTH, 0),
+           ENTRY(0, 0, ROM_LENGTH + 1, 0))
 RAM_BLOCKS(length_0, SETUP, "block 0 \"ram\"|4194304|0 at", "qqqwwqqqww", ENTRY(0, 0, 0, 0), ENTRY(0, 0, ROM_LENGTH, 0))
-RAM_BLOCKS(swapped, SETUP, "block 0 \"ram\"|4194304|1052672", "qqqwwqqqww",
-           ENTRY(0, 0, ROM_LENGTH, 0), ENTRY(0, 0, RAM_LENGTH, 0))
-TO_SOURCE(ram_blocks_half_a_megabyte, S1_BLOCKS, SETUP, "block 0 \"ram\"|4194304", say_many(r, T_RAM_BLOCKS_RESULT, 1,
-        16383 * 32))
+RAM_BLOCKS(swapped, SETUP, "block 0 \"ram\"|4194304|1052672", "qqqwwqqqww", ENTRY(0, 0, ROM_LENGTH, 0),
+           ENTRY(0, 0, RAM_LENGTH, 0))
+TO_SOURCE(ram_blocks_half_a_megabyte, S1_BLOCKS, SETUP, "block 0 \"ram\"|4194304",
+          say_many(r, T_RAM_BLOCKS_RESULT, 1, 16383 * 32))
 
 /* A sink may have more blocks than the source names. */
 Test(hostile_sink, ram_blocks_surplus_is_ignored) {
@@ -2491,8 +2509,8 @@ static struct play *pinned_source(void) {
 
 Test(hostile_sink, ram_blocks_rkey_0_with_pin_all) {
     struct play *p = pinned_source();
-    cr_assert(SAY(&p->raw, T_RAM_BLOCKS_RESULT, 1, "qqqwwqqqww", ENTRY((uintptr_t)target.host[0], 0, RAM_LENGTH,
-        target.mr[0].key),
+    cr_assert(SAY(&p->raw, T_RAM_BLOCKS_RESULT, 1, "qqqwwqqqww",
+                  ENTRY((uintptr_t)target.host[0], 0, RAM_LENGTH, target.mr[0].key),
                   ENTRY((uintptr_t)target.host[1], 0, ROM_LENGTH, 0)));
     source_must_fail(p, RMIG_ERR_PROTOCOL, "rkey 0|\"rom\"");
 }
@@ -2525,8 +2543,8 @@ TO_SOURCE(register_result_base_behind, S1_REGISTER, FABRIC, "sink|remote access 
 // --- hostile sinks: the extension
 
 #define HELLO_ANSWER(name, status, needles, ...)                                                                       \
-    TO_SOURCE(hello_result_##name, SX_HELLO, status, needles, SAY(r, T_HELLO_RESULT, 1, HELLO_FORMAT,                  \
-        HELLO_VALUES(__VA_ARGS__)))
+    TO_SOURCE(hello_result_##name, SX_HELLO, status, needles,                                                          \
+              SAY(r, T_HELLO_RESULT, 1, HELLO_FORMAT, HELLO_VALUES(__VA_ARGS__)))
 HELLO_ANSWER(refused_without_reason, REFUSED, "refused", MIB, 524272, 4096, 1 << 30, 0, 1)
 HELLO_ANSWER(status_of_64_bits, REFUSED, "refused", MIB, 524272, 4096, 1 << 30, 0, UINT64_MAX)
 HELLO_ANSWER(other_chunk_size, PROTOCOL, "chunk-size|2097152|1048576", 2 * MIB, 524272, 4096, 1 << 30, 0, 0)
@@ -2536,8 +2554,8 @@ HELLO_ANSWER(batch_0, SETUP, "batch 0", MIB, 524272, 0, 1 << 30, 0, 0)
 HELLO_ANSWER(registration_too_small, SETUP, "registration|1048575", MIB, 524272, 4096, MIB - 1, 0, 0)
 TO_SOURCE(hello_result_without_entries, SX_HELLO, PROTOCOL, "chunk-size|0", SAY_EMPTY(r, T_HELLO_RESULT))
 #define HELLO_BAD(name, format, ...)                                                                                   \
-    TO_SOURCE(hello_result_##name, SX_HELLO, PROTOCOL, "HELLO_RESULT|malformed", SAY(r, T_HELLO_RESULT, 1, format,     \
-        __VA_ARGS__))
+    TO_SOURCE(hello_result_##name, SX_HELLO, PROTOCOL, "HELLO_RESULT|malformed",                                       \
+              SAY(r, T_HELLO_RESULT, 1, format, __VA_ARGS__))
 HELLO_BAD(cut_in_a_tag, "hhqh", 1, 8, MIB, 2)
 HELLO_BAD(cut_in_a_value, "hhw", 1, 8, 0)
 HELLO_BAD(with_a_long_entry, "hhqhhb", 1, 8, MIB, 9, 65535, 'x')
@@ -2573,14 +2591,14 @@ BATCH_ANSWER(one_too_many, "3 results in 48 bytes", 3, "qqqqqq", 1, 0, 1, 0, 1, 
 BATCH_ANSWER(repeat_wrong, "7 results in 32 bytes", 7, "qqqq", 1, 0, 1, 0)
 BATCH_ANSWER(a_byte_missing, "2 results in 31 bytes", 2, "qqqwhb", 1, 0, 1, 0, 0, 0)
 BATCH_ANSWER(key_0, "key 0|result 0", 2, "qqqq", 0, (uintptr_t)target.host[0], target.mr[1].key,
-        (uintptr_t)target.host[1])
+             (uintptr_t)target.host[1])
 BATCH_ANSWER(second_key_0, "key 0|result 1", 2, "qqqq", target.mr[0].key, (uintptr_t)target.host[0], 0,
-        (uintptr_t)target.host[1])
+             (uintptr_t)target.host[1])
 TO_SOURCE(batch_result_bad_keys, SX_BATCH, FABRIC, "sink|remote access error",
           SAY(r, T_REGISTER_BATCH_RESULT, 2, "qqqq", UINT64_MAX, 0, 1, UINT64_MAX), give_ready(r))
 TO_SOURCE(batch_result_addresses_that_wrap, SX_BATCH, FABRIC, "sink|remote access error",
           SAY(r, T_REGISTER_BATCH_RESULT, 2, "qqqq", target.mr[0].key, UINT64_MAX, target.mr[1].key, UINT64_MAX),
-              give_ready(r))
+          give_ready(r))
 
 /* The smallest limits that a sink may have: one entry a message, 512 bytes, one chunk a registration. */
 Test(hostile_sink, smallest_limits_work) {
@@ -2616,17 +2634,17 @@ Test(hostile_sink, smallest_limits_work) {
 
 TO_SOURCE(error_for_ready, S1_ACCEPTED, REFUSED, "sink gave up", SAY_EMPTY(r, T_ERROR))
 TO_SOURCE(error_for_a_reply, S1_REGISTER, REFUSED, "sink gave up", SAY_EMPTY(r, T_ERROR))
-TO_SOURCE(error_for_hello_result, SX_HELLO, REFUSED, "sink gave up|no disk", say_bytes(r, T_ERROR, 1, 7,
-        (const uint8_t *)"no disk", 7))
-TO_SOURCE(error_for_blocks_result, SX_BLOCKS, REFUSED, "sink gave up|no disk", say_bytes(r, T_ERROR, 1, 7,
-        (const uint8_t *)"no disk", 7))
+TO_SOURCE(error_for_hello_result, SX_HELLO, REFUSED, "sink gave up|no disk",
+          say_bytes(r, T_ERROR, 1, 7, (const uint8_t *)"no disk", 7))
+TO_SOURCE(error_for_blocks_result, SX_BLOCKS, REFUSED, "sink gave up|no disk",
+          say_bytes(r, T_ERROR, 1, 7, (const uint8_t *)"no disk", 7))
 TO_SOURCE(error_for_finish_result, SX_FINISH, REFUSED, "sink gave up", SAY_EMPTY(r, T_ERROR))
 TO_SOURCE(error_and_then_leaves, SX_BATCH, REFUSED, "sink gave up|no disk",
           say_bytes(r, T_ERROR, 1, 7, (const uint8_t *)"no disk", 7), raw_leave(r))
 TO_SOURCE(error_with_control_characters, SX_BATCH, REFUSED, "sink gave up",
           say_bytes(r, T_ERROR, 1, 12, (const uint8_t *)"\x1b[2J\r\n\t\a\0\x7f\x80\xff", 12))
-TO_SOURCE(error_with_format, SX_BATCH, REFUSED, "%s%n%1000000d", say_bytes(r, T_ERROR, 1, 13,
-        (const uint8_t *)"%s%n%1000000d", 13))
+TO_SOURCE(error_with_format, SX_BATCH, REFUSED, "%s%n%1000000d",
+          say_bytes(r, T_ERROR, 1, 13, (const uint8_t *)"%s%n%1000000d", 13))
 TO_SOURCE(error_of_half_a_megabyte, SX_BATCH, REFUSED, "sink gave up", say_many(r, T_ERROR, 1, 524272))
 
 #define SINK_LEAVES(name, stage, status)                                                                               \

@@ -1,5 +1,5 @@
-/* Whole migrations in the simulator, thousands of seeds: random blocks, contents, parameters, fabrics, ways to save, a guest that writes
-   during rounds, and (in one family of seeds) faults. What must hold for every seed:
+/* Whole migrations in the simulator, thousands of seeds: random blocks, contents, parameters, fabrics, ways to save, a
+   guest that writes during rounds, and (in one family of seeds) faults. What must hold for every seed:
 
      - both ends succeed and the sink's RAM and device state equal the source's, or
      - both ends fail, each with an error, within its deadlines; and
@@ -345,8 +345,9 @@ static void random_blocks(struct run *r) {
     r->fresh_sink = chance(r, 70);
     for (unsigned i = 0; i < r->blocks; i++) {
         struct guest_block *b = &r->block[i];
-        uint64_t length = chance(r, 50) ? PICK(r, PAGE, RMIG_MIB, 2 * RMIG_MIB, RMIG_MIB + PAGE, 255 * PAGE, 1, PAGE + 1)
-                                        : 1 + below(r, 5 * RMIG_MIB);
+        uint64_t length = chance(r, 50)
+                              ? PICK(r, PAGE, RMIG_MIB, 2 * RMIG_MIB, RMIG_MIB + PAGE, 255 * PAGE, 1, PAGE + 1)
+                              : 1 + below(r, 5 * RMIG_MIB);
         snprintf(b->name, sizeof b->name, "block%u.%llx", i, (unsigned long long)next_random(r) & 0xfff);
         map(&b->source, length, (unsigned)below(r, 3));
         map(&b->sink, length, (unsigned)below(r, 3));
@@ -453,8 +454,10 @@ static void close_run(struct run *r, uint64_t seed) {
     struct rmig_error err = {0};
     rmig_source_close(r->source);
     rmig_sink_close(r->sink);
-    cr_assert_eq(sim_clean(r->sim, &err), RMIG_OK, "replay with RMIG_SEED=%llu: %s", (unsigned long long)seed, err.text);
-    cr_assert_eq(heap.live, 0, "replay with RMIG_SEED=%llu: %td allocations leaked", (unsigned long long)seed, heap.live);
+    cr_assert_eq(sim_clean(r->sim, &err), RMIG_OK, "replay with RMIG_SEED=%llu: %s", (unsigned long long)seed,
+                 err.text);
+    cr_assert_eq(heap.live, 0, "replay with RMIG_SEED=%llu: %td allocations leaked", (unsigned long long)seed,
+                 heap.live);
     sim_close(r->sim);
     for (unsigned i = 0; i < r->blocks; i++) {
         struct guest_block *b = &r->block[i];
@@ -481,19 +484,22 @@ static void check_equal(const struct run *r, uint64_t seed) {
             continue;
         while (x[at] == y[at])
             at++;
-        cr_assert_fail("replay with RMIG_SEED=%llu: block %u differs at offset 0x%llx: %02x at the source, %02x at the sink",
-                       (unsigned long long)seed, i, (unsigned long long)at, x[at], y[at]);
+        cr_assert_fail(
+            "replay with RMIG_SEED=%llu: block %u differs at offset 0x%llx: %02x at the source, %02x at the sink",
+            (unsigned long long)seed, i, (unsigned long long)at, x[at], y[at]);
     }
-    cr_assert_eq(r->got_size, r->state_size, "replay with RMIG_SEED=%llu: device state of %zu bytes, %zu sent", (unsigned long long)seed,
-                 r->got_size, r->state_size);
-    cr_assert_eq(memcmp(r->got, r->state, r->state_size), 0, "replay with RMIG_SEED=%llu: device state differs", (unsigned long long)seed);
+    cr_assert_eq(r->got_size, r->state_size, "replay with RMIG_SEED=%llu: device state of %zu bytes, %zu sent",
+                 (unsigned long long)seed, r->got_size, r->state_size);
+    cr_assert_eq(memcmp(r->got, r->state, r->state_size), 0, "replay with RMIG_SEED=%llu: device state differs",
+                 (unsigned long long)seed);
 }
 
 static void check_outcome(const struct run *r, uint64_t seed) {
     const struct outcome *from = &r->from, *to = &r->to;
 #define TELL                                                                                                           \
-    "replay with RMIG_SEED=%llu: source %s (%s), sink %s (%s)", (unsigned long long)seed, from->done ? rmig_status_name(from->status) : "dead", from->text,               \
-             to->done ? rmig_status_name(to->status) : "dead", to->text
+    "replay with RMIG_SEED=%llu: source %s (%s), sink %s (%s)", (unsigned long long)seed,                              \
+        from->done ? rmig_status_name(from->status) : "dead", from->text,                                              \
+        to->done ? rmig_status_name(to->status) : "dead", to->text
     if (!r->faults) {
         cr_assert(from->done && from->status == RMIG_OK && to->done && to->status == RMIG_OK, TELL);
         if (r->rounds > 1)

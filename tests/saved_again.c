@@ -1,6 +1,6 @@
-/* A page that was zero when it was planned, or lay in a hole, is written and saved again in the same round: after every number of the
-   engine's steps, what arrives must be what was saved last. Clearing is the sink's processor's work, writing is not: they may overtake
-   each other. */
+/* A page that was zero when it was planned, or lay in a hole, is written and saved again in the same round: after every
+   number of the engine's steps, what arrives must be what was saved last. Clearing is the sink's processor's work,
+   writing is not: they may overtake each other. */
 #define _GNU_SOURCE
 #define RMIG_IMPLEMENTATION
 #include "sim_fabric.h"

@@ -1108,8 +1108,9 @@ static void check_cancelled(const struct world *w) {
 
 /* The other side: through already, or an error that says why, in time. */
 static void check_other(const struct world *w) {
-    static const char *const why[] = {"cancelled", "went away", "gave up", "rejected", "refused",
-                                      "the connection to the", "the peer disconnected", NULL};
+    static const char *const why[] = {
+        "cancelled", "went away", "gave up", "rejected", "refused", "the connection to the", "the peer disconnected",
+        NULL};
     static const char *const silent[] = {"nothing from the source for", "nothing from the sink for", NULL};
     const struct outcome *o = w->blow_side == 0 ? &w->to : &w->from;
     bool connected = (w->events & 1u << RMIG_SINK_CONNECTED) != 0;
@@ -2596,8 +2597,8 @@ static int sink_process(struct world *w, int pipe_fd) {
         wait_with_epoll(w);
     if (turns > 300 + w->ram[0].to.length / 16384)
         return 3;
-    bool good = w->to.done && w->to.status == RMIG_OK && w->got_size == STATE_SIZE &&
-                memcmp(w->got, w->state, STATE_SIZE) == 0;
+    bool good =
+        w->to.done && w->to.status == RMIG_OK && w->got_size == STATE_SIZE && memcmp(w->got, w->state, STATE_SIZE) == 0;
     rmig_sink_close(w->sink);
     rmig_fabric_close(f);
     return good ? 0 : 1;

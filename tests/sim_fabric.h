@@ -53,9 +53,21 @@ enum sim_mode {
 };
 
 enum sim_op {
-    SIM_OPEN, SIM_LISTEN, SIM_OPEN_REQUEST, SIM_REJECT, SIM_CONNECT, SIM_ACCEPT,
-    SIM_REG, SIM_DEREG, SIM_RECV, SIM_SEND, SIM_WRITE, SIM_POLL, SIM_WAIT,
-    SIM_OP_COUNT, SIM_TIME = SIM_OP_COUNT // not an operation: a fault at a time
+    SIM_OPEN,
+    SIM_LISTEN,
+    SIM_OPEN_REQUEST,
+    SIM_REJECT,
+    SIM_CONNECT,
+    SIM_ACCEPT,
+    SIM_REG,
+    SIM_DEREG,
+    SIM_RECV,
+    SIM_SEND,
+    SIM_WRITE,
+    SIM_POLL,
+    SIM_WAIT,
+    SIM_OP_COUNT,
+    SIM_TIME = SIM_OP_COUNT // not an operation: a fault at a time
 };
 
 enum sim_fault_kind {
@@ -232,8 +244,17 @@ struct sim_conn {
 };
 
 enum sim_event_kind {
-    SIM_EV_RESOLVED, SIM_EV_REQUEST, SIM_EV_ACCEPTED, SIM_EV_READY, SIM_EV_REJECTED, SIM_EV_GONE,
-    SIM_EV_TAKE, SIM_EV_LEFT, SIM_EV_ARRIVE, SIM_EV_RESUME, SIM_EV_FAULT
+    SIM_EV_RESOLVED,
+    SIM_EV_REQUEST,
+    SIM_EV_ACCEPTED,
+    SIM_EV_READY,
+    SIM_EV_REJECTED,
+    SIM_EV_GONE,
+    SIM_EV_TAKE,
+    SIM_EV_LEFT,
+    SIM_EV_ARRIVE,
+    SIM_EV_RESUME,
+    SIM_EV_FAULT
 };
 
 struct sim_event {
@@ -807,9 +828,9 @@ static inline void sim_catch_up(struct sim *sim, uint64_t time) {
 // >>faults
 
 static inline const char *sim_op_name(enum sim_op op) {
-    static const char *const names[SIM_OP_COUNT] = {"open", "listen", "open_request", "reject", "connect",
-                                                    "accept", "reg", "dereg", "recv", "send",
-                                                    "write", "poll", "wait"};
+    static const char *const names[SIM_OP_COUNT] = {"open",   "listen", "open_request", "reject", "connect",
+                                                    "accept", "reg",    "dereg",        "recv",   "send",
+                                                    "write",  "poll",   "wait"};
     return names[op];
 }
 
@@ -1703,10 +1724,9 @@ static inline int sim_run(struct sim *sim, uint64_t until, struct rmig_error *er
             return rmig_fail(err, RMIG_ERR_STATE, 0,
                              "deadlock: no actor would ever wake again; side 0 is at %llu ns, side 1 at %llu ns",
                              (unsigned long long)sim->side[0].time, (unsigned long long)sim->side[1].time);
-        return rmig_fail(err, RMIG_ERR_TIMEOUT, 0,
-                         "not done at virtual time %llu ns; side 0 is at %llu ns, side 1 at %llu ns",
-                         (unsigned long long)until, (unsigned long long)sim->side[0].time,
-                         (unsigned long long)sim->side[1].time);
+        return rmig_fail(
+            err, RMIG_ERR_TIMEOUT, 0, "not done at virtual time %llu ns; side 0 is at %llu ns, side 1 at %llu ns",
+            (unsigned long long)until, (unsigned long long)sim->side[0].time, (unsigned long long)sim->side[1].time);
     }
 }
 

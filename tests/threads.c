@@ -127,8 +127,7 @@ static void start(struct pair *pair, unsigned seed) {
     pair->sink.ram = new_ram(pair->length);
     for (uint64_t i = 0; i < pair->length; i += 1 + seed)
         pair->source.ram[i] = (uint8_t)(i * 31 + seed);
-    if (sem_init(&pair->listening, 0, 0) != 0 ||
-        pthread_create(&pair->sink.thread, NULL, run_sink, &pair->sink) != 0 ||
+    if (sem_init(&pair->listening, 0, 0) != 0 || pthread_create(&pair->sink.thread, NULL, run_sink, &pair->sink) != 0 ||
         pthread_create(&pair->source.thread, NULL, run_source, &pair->source) != 0) {
         perror("a thread cannot be started");
         exit(1);

@@ -251,8 +251,8 @@ Test(blocks, every_kind_of_overlap_is_refused_naming_both) {
     } bad[] = {
         {0x10000, 0x4000}, // the same
         {0x11000, 0x1000}, // inside
-        {0xf000, 0x6000},  // round it
-        {0xf000, 0x1001},  // its first byte
+        {0xf000, 0x6000}, // round it
+        {0xf000, 0x1001}, // its first byte
         {0x13fff, 0x1000}, // its last byte
         {0x10000, 1},      {0x13fff, 1}, {0, 0x10001}, {0, UINT64_MAX / 2},
     };

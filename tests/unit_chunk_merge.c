@@ -26,8 +26,8 @@ Test(chunk, stock_peers_table) {
     static const struct {
         uint64_t length, count_v1, last, last_length;
     } row[] = {
-        {0x1000, 1, 0, 0x1000},     {0xff000, 1, 0, 0xff000},        {0x100000, 2, 0, 0x100000},
-        {0x101000, 2, 1, 0x1000},   {0x4000000, 65, 63, 0x100000},
+        {0x1000, 1, 0, 0x1000},   {0xff000, 1, 0, 0xff000},      {0x100000, 2, 0, 0x100000},
+        {0x101000, 2, 1, 0x1000}, {0x4000000, 65, 63, 0x100000},
     };
     const uint64_t c = 0x100000;
     for (size_t i = 0; i < sizeof row / sizeof row[0]; i++) {

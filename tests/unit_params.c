@@ -166,9 +166,9 @@ Test(size, texts_that_are_sizes) {
 }
 
 static const char *const bad_size[] = {
-    "",      " ",       "-1",     "-0",   "+1",   "abc",  "M",      ".",       ".M",    "1X",       "1MB",
-    "1MiB",  "64 M",    " 64M",   "64M ", "\t1",  "1\n",  "0x1000", "1e6",     "1E6",   "1..5M",    "1.5.5M",
-    "1,5M",  "1_000",   "1.-5M",  "inf",  "nan",  "1P",   "1KK",    "\xd9\xa1", "1\x80", "1%s",      "%n",
+    "",     " ",     "-1",    "-0",   "+1",  "abc", "M",      ".",        ".M",    "1X",    "1MB",
+    "1MiB", "64 M",  " 64M",  "64M ", "\t1", "1\n", "0x1000", "1e6",      "1E6",   "1..5M", "1.5.5M",
+    "1,5M", "1_000", "1.-5M", "inf",  "nan", "1P",  "1KK",    "\xd9\xa1", "1\x80", "1%s",   "%n",
 };
 
 Test(size, texts_that_are_no_sizes) {
@@ -185,9 +185,20 @@ Test(size, texts_that_are_no_sizes) {
 
 Test(size, sizes_that_do_not_fit_or_are_not_whole) {
     static const char *const bad[] = {
-        "18446744073709551616", "99999999999999999999", "18446744073709551615K", "16777216T",   "18014398509481984K",
-        "17179869184G",         "1.5",                  "0.5B",                  "0.3K",        "0.1M",
-        "0.00001K",             "1.0000000001T",        "18446744073709551615.5", "0.0000001K",
+        "18446744073709551616",
+        "99999999999999999999",
+        "18446744073709551615K",
+        "16777216T",
+        "18014398509481984K",
+        "17179869184G",
+        "1.5",
+        "0.5B",
+        "0.3K",
+        "0.1M",
+        "0.00001K",
+        "1.0000000001T",
+        "18446744073709551615.5",
+        "0.0000001K",
         "340282366920938463463374607431768211456",
     };
     for (size_t i = 0; i < sizeof bad / sizeof bad[0]; i++) {
@@ -476,9 +487,15 @@ Test(params, times_in_text) {
         const char *text;
         uint64_t ns;
     } row[] = {
-        {"10s", 10ull * NS_PER_SECOND}, {"500ms", 500000000u},    {"250000us", 250000000u}, {"1000000ns", 1000000u},
-        {"1ms", 1000000u},              {"100", 100000000u},      {"3600s", 3600ull * NS_PER_SECOND},
-        {"1234567us", 1234567000u},     {"999999999ns", 999999999u},
+        {"10s", 10ull * NS_PER_SECOND},
+        {"500ms", 500000000u},
+        {"250000us", 250000000u},
+        {"1000000ns", 1000000u},
+        {"1ms", 1000000u},
+        {"100", 100000000u},
+        {"3600s", 3600ull * NS_PER_SECOND},
+        {"1234567us", 1234567000u},
+        {"999999999ns", 999999999u},
     };
     for (size_t i = 0; i < sizeof row / sizeof row[0]; i++) {
         struct rmig_config cfg = {0};
@@ -549,9 +566,27 @@ static void must_refuse(const char *name, const char *text) {
 }
 
 Test(params, values_that_no_parameter_takes) {
-    static const char *const bad[] = {"",     " ",    "-1",    "-5M", "abc",    "1X",   "1e6",  "0x10",
-                                      "64 M", " 64M", "64M ",  "10 s", "1,5",   "1..5", "nan",  "--",
-                                      "%n%s", "1.5.5", "+1",   "99999999999999999999", "184467440737095516160"};
+    static const char *const bad[] = {"",
+                                      " ",
+                                      "-1",
+                                      "-5M",
+                                      "abc",
+                                      "1X",
+                                      "1e6",
+                                      "0x10",
+                                      "64 M",
+                                      " 64M",
+                                      "64M ",
+                                      "10 s",
+                                      "1,5",
+                                      "1..5",
+                                      "nan",
+                                      "--",
+                                      "%n%s",
+                                      "1.5.5",
+                                      "+1",
+                                      "99999999999999999999",
+                                      "184467440737095516160"};
     for (size_t i = 0; i < PARAMS; i++)
         for (size_t k = 0; k < sizeof bad / sizeof bad[0]; k++)
             must_refuse(params[i].name, bad[k]);
@@ -564,8 +599,9 @@ Test(params, sizes_that_are_no_sizes) {
 }
 
 Test(params, bad_chunk_sizes) {
-    static const char *const bad[] = {"0",  "1",  "4096", "1.5G", "0.5M", "1048575", "1048577", "3M",
-                                      "2G", "1T", "1.5",  "0.3M", "1000000", "1023K", "18446744073709551615"};
+    static const char *const bad[] = {"0",       "1",       "4096",    "1.5G",  "0.5M",
+                                      "1048575", "1048577", "3M",      "2G",    "1T",
+                                      "1.5",     "0.3M",    "1000000", "1023K", "18446744073709551615"};
     for (size_t k = 0; k < sizeof bad / sizeof bad[0]; k++) {
         must_refuse("chunk-size", bad[k]);
         if (strcmp(bad[k], "0") != 0)
@@ -584,8 +620,21 @@ Test(params, bad_counts) {
 }
 
 Test(params, bad_times) {
-    static const char *const bad[] = {"0",    "0s",  "1ns",  "10m",  "10h",   "10S",  "10sec", "s",     "ms",
-                                      "1.5ns", "999us", "3601s", "18446744073709551615s", "0.0000000001s", "10 ms"};
+    static const char *const bad[] = {"0",
+                                      "0s",
+                                      "1ns",
+                                      "10m",
+                                      "10h",
+                                      "10S",
+                                      "10sec",
+                                      "s",
+                                      "ms",
+                                      "1.5ns",
+                                      "999us",
+                                      "3601s",
+                                      "18446744073709551615s",
+                                      "0.0000000001s",
+                                      "10 ms"};
     for (size_t k = 0; k < sizeof bad / sizeof bad[0]; k++) {
         must_refuse("io-timeout", bad[k]);
         must_refuse("connect-timeout", bad[k]);

@@ -480,8 +480,13 @@ Test(hello, every_truncation) {
 }
 
 Test(hello, unknown_tags_are_skipped_wherever_they_stand) {
-    static const char *const odd[] = {"000a 0000", "7fff 0003 aabbcc", "0000 0001 ff", "ffff 0008 0102030405060708",
-                                      "0100 0008 0102030405060708", "0021 0004 00000000", "0029 0000"};
+    static const char *const odd[] = {"000a 0000",
+                                      "7fff 0003 aabbcc",
+                                      "0000 0001 ff",
+                                      "ffff 0008 0102030405060708",
+                                      "0100 0008 0102030405060708",
+                                      "0021 0004 00000000",
+                                      "0029 0000"};
     struct rmig_hello in = hello_example();
     uint8_t plain[512], buf[1024];
     size_t n = (size_t)rmig_encode_hello(plain, sizeof plain, &in);

@@ -129,7 +129,7 @@ struct memory {
 static void memory_init(struct memory *m, enum rmig_backing backing, uint64_t fd_offset) {
     cr_assert_eq(sysconf(_SC_PAGESIZE), PAGE);
     memset(m, 0, sizeof *m);
-    m->block.name = (char *)(uintptr_t)"test";
+    m->block.name = (char *)(uintptr_t) "test";
     m->block.length = SIZE;
     m->block.backing = backing;
     m->block.fd = -1;
