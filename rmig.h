@@ -101,7 +101,7 @@ LICENCE
 #define RMIG_H
 
 /* Under -std=c11 libc hides what the fabrics' implementations need (clocks, addresses). It must be asked for before the
- * first header. */
+   first header. */
 #if defined(RMIG_IMPLEMENTATION) && defined(__STRICT_ANSI__) && !defined(_DEFAULT_SOURCE) && !defined(_GNU_SOURCE) &&  \
     !defined(_POSIX_C_SOURCE)
 #define _DEFAULT_SOURCE 1
@@ -442,7 +442,7 @@ struct rmig_block {
 };
 
 /* The table of RAM blocks: index = order of addition, search by guest offset and by name in O(log n). Zero-initialised
- * works. */
+   works. */
 struct rmig_blocks {
     struct rmig_block *block; // by index
     uint32_t *by_offset, *by_name; // indexes, sorted
@@ -463,8 +463,8 @@ RMIG_API int rmig_blocks_by_offset(struct rmig_blocks *t, uint64_t guest_offset,
 
 // >>zero
 
-/* Is the range all zero? Stops within 128 bytes of the first byte that is not. Any alignment, any length. Any thread.
- */
+/* Is the range all zero? Stops within 128 bytes of the first byte that is not. Any alignment, any length. Any
+   thread. */
 RMIG_API bool rmig_is_zero(const void *p, size_t n);
 RMIG_API bool rmig_is_zero_portable(const void *p,
                                     size_t n); // without SIMD: the fallback, and the tests' second method
@@ -764,38 +764,43 @@ RMIG_API int rmig_decode_batch_result(const uint8_t *p, size_t n, struct rmig_ba
 // >>fabric
 
 /*
-The contract between the core and a fabric. Whoever writes a fabric needs nothing else; tests/fabric_conformance.c holds
-it to this.
+The contract between the core and a fabric. Whoever writes a fabric needs nothing else; tests/fabric_conformance.c
+holds it to this.
 
 A fabric is a table of functions and an object that begins with struct rmig_fabric. It makes endpoints: objects of its
-own that begin with struct rmig_ep. An endpoint is a listener or a connection. No function blocks, except wait (and reg
-and dereg, for as long as the system call lasts); all are called by one thread at a time. A fabric never calls into the
-core.
+own that begin with struct rmig_ep. An endpoint is a listener or a connection. No function blocks, except wait (and
+reg and dereg, for as long as the system call lasts); all are called by one thread at a time. A fabric never calls
+into the core.
 
 The life of a connection on the active side:
     open                resolve the address; poll then yields RMIG_FEV_RESOLVED, or RMIG_FEV_ERROR
     caps, reg, recv     from RESOLVED on
-    connect             with private data; poll then yields ESTABLISHED (with the peer's private data), REJECTED or
-ERROR send, write, ...    from ESTABLISHED on; completions come from poll disconnect          optional, orderly: what
-was posted before is delivered if the peer lives; never waits close               any time; frees everything of the
-endpoint. The core has deregistered its regions before. On the passive side: listen              poll on the listener
-yields REQUEST with the source's private data, and again for each request reject              refuses a request, or
+    connect             with private data; poll then yields ESTABLISHED (with the peer's), REJECTED or ERROR
+    send, write, ...    from ESTABLISHED on; completions come from poll
+    disconnect          optional, orderly: what was posted before is delivered if the peer lives and poll goes on
+                        being called; never waits; DISCONNECTED follows at both ends
+    close               any time; frees everything of the endpoint, and cuts what is not delivered yet. The core has
+                        deregistered its regions before.
+On the passive side:
+    listen              poll on the listener yields REQUEST with the source's private data, and again for each request
+    reject              refuses a request, or
     open_request        makes the connection's endpoint; caps, reg and recv work at once
     accept              with private data; poll on the new endpoint yields ESTABLISHED or ERROR
-A request is used up by reject, and by open_request if that succeeds.
-Closing a listener leaves accepted connections alone; requests neither opened nor rejected go with it.
+A request is used up by reject, and by open_request if that succeeds. Closing a listener leaves accepted connections
+alone; requests neither opened nor rejected go with it. Private data arrives whole, and may be padded with zeros.
 
 Order and delivery. Sends arrive in the order of posting, each in the buffer of the oldest receive. A completion of a
-SEND or a RECV means that the buffer is the caller's again. What differs between fabrics is in struct rmig_fabric_caps;
-at least one of sends_after_writes and completion_is_delivery must hold. A write with an id is complete at the latest
-when its completion comes; with writes_in_order, a completion covers all writes posted before it, signalled or not. A
-fabric may deliver completions that were not asked for.
+SEND or a RECV means that the buffer is the caller's again. A send that finds no receive waits for one, or ends the
+connection: the core sends only where a receive is known to be. What differs between fabrics is in struct
+rmig_fabric_caps; at least one of sends_after_writes and completion_is_delivery must hold. A write with an id is
+complete at the latest when its completion comes; with writes_in_order, a completion covers all writes posted before
+it, signalled or not. A fabric may deliver completions that were not asked for.
 
 Failure. A function that fails returns a negative status and fills *err with text and the provider's code. After
-RMIG_FEV_ERROR or RMIG_FEV_DISCONNECTED no further completion is promised; events that arrived before it come before it.
-A receive whose data arrived before the peer disconnected is delivered before DISCONNECTED. A write to a bad key or
-outside its region never touches the target's memory; the connection fails at one end at least. A peer that vanishes
-without a word may stay unnoticed: the core keeps the time.
+RMIG_FEV_ERROR or RMIG_FEV_DISCONNECTED no further completion is promised; events that arrived before it come before
+it. A receive whose data arrived before the peer disconnected is delivered before DISCONNECTED. A write to a bad key
+or outside its region never touches the target's memory; the connection fails at one end at least. A peer that
+vanishes without a word may stay unnoticed: the core keeps the time.
 */
 
 struct rmig_fabric_ops;
@@ -880,12 +885,12 @@ struct rmig_fabric_ops {
     /* The clock of this fabric's world, ns, never going back. */
     uint64_t (*now)(struct rmig_fabric *f);
     /* Sleeps until poll on one of the n endpoints may yield something, or the deadline has come. Early return is
-     * allowed. */
+       allowed. */
     int (*wait)(struct rmig_fabric *f, struct rmig_ep *const *eps, size_t n, uint64_t deadline, struct rmig_error *err);
 
     int (*listen)(struct rmig_fabric *f, const char *address, struct rmig_ep **ep, struct rmig_error *err);
     /* The listener's address as the peer would name it ("127.0.0.1:4444": the port that was really bound),
-     * NUL-terminated. */
+       NUL-terminated. */
     int (*address)(struct rmig_ep *listener, char *buf, size_t buf_size, struct rmig_error *err);
     int (*open)(struct rmig_fabric *f, const char *address, const struct rmig_ep_config *cfg, struct rmig_ep **ep,
                 struct rmig_error *err);
@@ -909,7 +914,7 @@ struct rmig_fabric_ops {
     int (*send)(struct rmig_ep *ep, const void *buf, uint64_t n, const struct rmig_mr *mr, uint64_t id,
                 struct rmig_error *err);
     /* Posts writes in order, as one batch where the hardware can; returns how many were taken, 0 ... n (the queue was
-     * full), or an error. */
+       full), or an error. */
     int (*write)(struct rmig_ep *ep, const struct rmig_write *writes, size_t n, struct rmig_error *err);
 
     /* Up to n events in the order in which they happened; returns how many, or an error of the endpoint itself. */
@@ -933,7 +938,7 @@ struct rmig_source;
 struct rmig_stats;
 
 /* Makes a source. cfg is copied; NULL means all defaults. Checks the parameters against each other: RMIG_ERR_PARAM.
- * *err may be NULL. */
+   *err may be NULL. */
 RMIG_API int rmig_source_open(struct rmig_fabric *fabric, const struct rmig_config *cfg, struct rmig_source **out,
                               struct rmig_error *err);
 /* Frees everything, from any state; NULL is allowed. A connection still up is cut: the sink sees a failure unless
@@ -941,7 +946,7 @@ RMIG_API int rmig_source_open(struct rmig_fabric *fabric, const struct rmig_conf
 RMIG_API void rmig_source_close(struct rmig_source *s);
 
 /* Before connect. Indexes count from 0 in the order of addition. Errors as rmig_blocks_add; RMIG_ERR_STATE after
- * connect. */
+   connect. */
 RMIG_API int rmig_source_add_block(struct rmig_source *s, const struct rmig_block_desc *desc, uint32_t *index);
 
 /* Which block holds an offset in the guest's RAM address space, and where in it: for dirty pages known by guest
@@ -960,8 +965,8 @@ RMIG_API int rmig_source_begin_round(struct rmig_source *s);
 /* What to send, between begin and end of a round. Never blocks and never fails for lack of room: pages are noted in a
    set (a page noted twice before it was sent is sent once), and sending begins at once as far as the fabric takes it.
    What is sent is the memory's content at some time after the call; the embedder's dirty log must catch what the guest
-   writes after the call. Offsets and lengths in bytes are widened to whole pages; outside the block: RMIG_ERR_ARGUMENT.
- */
+   writes after the call. Offsets and lengths in bytes are widened to whole pages; outside the block:
+   RMIG_ERR_ARGUMENT. */
 RMIG_API int rmig_source_save_page(struct rmig_source *s, uint32_t block, uint64_t offset);
 RMIG_API int rmig_source_save_range(struct rmig_source *s, uint32_t block, uint64_t offset, uint64_t length);
 /* A dirty bitmap as KVM_GET_DIRTY_LOG writes it: bit i of word i / 64 is page first_page + i of the block, i < pages.
@@ -1036,18 +1041,18 @@ struct rmig_sink_event {
 RMIG_API int rmig_sink_open(struct rmig_fabric *fabric, const struct rmig_config *cfg, struct rmig_sink **out,
                             struct rmig_error *err);
 RMIG_API void rmig_sink_close(struct rmig_sink *s); // as rmig_source_close
-/* Listens on "host:port" (port 0: any free one). Requests that are not a migration are rejected, and listening goes on.
- */
+/* Listens on "host:port" (port 0: any free one). Requests that are not a migration are rejected, and listening
+   goes on. */
 RMIG_API int rmig_sink_listen(struct rmig_sink *s, const char *address);
 RMIG_API int rmig_sink_address(struct rmig_sink *s, char *buf, size_t n); // as really bound
 
 /* Any time before accept_blocks. With an extended source blocks are matched by name; with a plain version 1 source by
- * order of addition. */
+   order of addition. */
 RMIG_API int rmig_sink_add_block(struct rmig_sink *s, const struct rmig_block_desc *desc, uint32_t *index);
 /* What the source said of its block i < block_count. Valid until close. */
 RMIG_API int rmig_sink_peer_block(struct rmig_sink *s, uint32_t i, struct rmig_block_entry *out);
 /* After RMIG_SINK_BLOCKS. RMIG_ERR_SETUP if a block of the source is missing or has another length; both ends then say
- * which. */
+   which. */
 RMIG_API int rmig_sink_accept_blocks(struct rmig_sink *s);
 RMIG_API int rmig_sink_refuse(struct rmig_sink *s, const char *reason);
 
@@ -1055,7 +1060,7 @@ RMIG_API int rmig_sink_refuse(struct rmig_sink *s, const char *reason);
 RMIG_API size_t rmig_sink_get(struct rmig_sink *s, void *buf, size_t n);
 
 /* With a plain version 1 source only the reader of the stream knows its end: it says so here. Deregisters everything;
- * RMIG_SINK_FINISHED follows. */
+   RMIG_SINK_FINISHED follows. */
 RMIG_API int rmig_sink_complete(struct rmig_sink *s);
 
 /* Makes progress without waiting and delivers at most one event: RMIG_OK with ev->type (RMIG_SINK_NONE: nothing now),
@@ -2281,7 +2286,7 @@ static uint8_t *rmig__payload(const struct rmig__session *ss) {
 static int rmig__session_end(struct rmig__session *ss);
 
 /* The link is of no more use. What arrived before still counts, it may say why: so the session ends when that is
- * handled. */
+   handled. */
 static void rmig__link_lost(struct rmig__session *ss, const struct rmig_error *why) {
     if (!ss->broken && !ss->disconnected) {
         ss->link_code = why->provider_code;
@@ -2361,7 +2366,7 @@ static int rmig__session_end(struct rmig__session *ss) {
     ((ss)->failed != RMIG_OK ? (ss)->failed : (rmig_fail(&(ss)->error, status, __VA_ARGS__), (int)(status)))
 
 /* Makes a source or a sink: an object of `size` bytes that begins with its session. NULL: *status says why, and *err in
- * words. */
+   words. */
 static void *rmig__session_new(size_t size, struct rmig_fabric *fabric, const struct rmig_config *cfg, int *status,
                                struct rmig_error *err) {
     const struct rmig_fabric_ops *ops = fabric == NULL ? NULL : fabric->ops;
@@ -3269,8 +3274,8 @@ static uint64_t rmig__request_unit(const struct rmig_source *s) {
 /* How far a request that begins at `start` may reach in its block. A version 1 sink answers a chunk that was asked for
    before with the range of that time, whatever is asked now, and the size of its chunks is not on the wire. Where an
    earlier request began in the same aligned range of some power of two, the sink's chunk may be that range, so this one
-   ends with it: either the sink's chunks are smaller and it registers anew, or the old range covers at least this one.
- */
+   ends with it: either the sink's chunks are smaller and it registers anew, or the old range covers at least this
+   one. */
 static uint64_t rmig__request_reach(const struct rmig_source *s, uint32_t block, uint64_t start) {
     const struct rmig__source_block *b = &s->block[block];
     uint64_t near = start / RMIG_CHUNK_SIZE_MAX * RMIG_CHUNK_SIZE_MAX;
