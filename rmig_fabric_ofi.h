@@ -150,6 +150,8 @@ extern "C" {
 #define RMIG__OFI_WAIT_MAX_NS 1000000000ULL // a provider's lost wake-up costs this, not a hang
 #define RMIG__OFI_IDLE_NS 50000 // sleep where a provider has no descriptors
 #define RMIG__OFI_POLLFDS 64
+#define RMIG__OFI_SOFT_WRITE                                                                                           \
+    1048576 // longer writes fall out of the caches of a provider in software: measured, a quarter slower
 
 struct rmig__ofi_net { // one per libfabric fabric: the scope of event queues and listeners
     struct rmig__ofi_net *next;
@@ -1354,6 +1356,10 @@ static void rmig__ofi_disconnect(struct rmig_ep *ep) {
 
 // >>ofi: capabilities, memory
 
+static bool rmig__ofi_pins(const struct fi_info *info) { // whoever makes keys or wants memory to exist has an adapter
+    return (info->domain_attr->mr_mode & (FI_MR_ALLOCATED | FI_MR_PROV_KEY)) != 0;
+}
+
 static int rmig__ofi_caps(struct rmig_ep *ep, struct rmig_fabric_caps *caps, struct rmig_error *err) {
     struct rmig__ofi_conn *c = (struct rmig__ofi_conn *)(void *)ep;
     if (c->head.listener)
@@ -1364,6 +1370,8 @@ static int rmig__ofi_caps(struct rmig_ep *ep, struct rmig_fabric_caps *caps, str
     size_t key_bits = info->domain_attr->mr_key_size >= 8 ? 64 : info->domain_attr->mr_key_size * 8;
     memset(caps, 0, sizeof *caps);
     caps->write_max = info->ep_attr->max_msg_size;
+    if (!rmig__ofi_pins(info) && caps->write_max > RMIG__OFI_SOFT_WRITE)
+        caps->write_max = RMIG__OFI_SOFT_WRITE;
     caps->registration_max = UINT64_MAX;
     caps->write_depth = c->write_depth;
     caps->send_depth = c->send_depth;
@@ -1413,10 +1421,6 @@ static int rmig__ofi_try_reg(struct rmig__ofi_conn *c, void *address, uint64_t l
 }
 
 // >>ofi: registering
-
-static bool rmig__ofi_pins(const struct fi_info *info) { // whoever makes keys or wants memory to exist has an adapter
-    return (info->domain_attr->mr_mode & (FI_MR_ALLOCATED | FI_MR_PROV_KEY)) != 0;
-}
 
 static int rmig__ofi_reg(struct rmig_ep *ep, void *address, uint64_t length, unsigned access, struct rmig_mr *mr,
                          struct rmig_error *err) {

@@ -34,20 +34,28 @@ static uint64_t now_ns(void) {
     return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
 }
 
-/* populate: as a guest that has run left it. */
-static struct rmig_block_desc map_ram(int fd, uint64_t bytes, bool populate) {
+/* Populated, as a guest that has run left it. */
+static struct rmig_block_desc map_ram(int fd, uint64_t bytes) {
     struct rmig_block_desc ram = {.name = "ram", .length = bytes, .backing = RMIG_BACKING_SHARED_FD, .fd = fd};
-    ram.host = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | (populate ? MAP_POPULATE : 0), fd, 0);
+    ram.host = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, fd, 0);
     if (ram.host == MAP_FAILED)
         die("mmap", strerror(errno));
     return ram;
 }
 
-static struct rmig_block_desc make_ram(uint64_t bytes) {
-    int fd = memfd_create("ram", MFD_CLOEXEC);
-    if (fd < 0 || ftruncate(fd, (off_t)bytes) != 0)
-        die("memfd", strerror(errno));
-    return map_ram(fd, bytes, false);
+/* Private anonymous memory, as the raw loop's, or a shared memory file, as QEMU's in the comparison. */
+static struct rmig_block_desc make_ram(uint64_t bytes, bool shared) {
+    struct rmig_block_desc ram = {.name = "ram", .length = bytes, .backing = RMIG_BACKING_ANONYMOUS, .fd = -1};
+    if (shared) {
+        ram.backing = RMIG_BACKING_SHARED_FD;
+        ram.fd = memfd_create("ram", MFD_CLOEXEC);
+        if (ram.fd < 0 || ftruncate(ram.fd, (off_t)bytes) != 0)
+            die("memfd", strerror(errno));
+    }
+    ram.host = mmap(NULL, bytes, PROT_READ | PROT_WRITE, shared ? MAP_SHARED : MAP_PRIVATE | MAP_ANONYMOUS, ram.fd, 0);
+    if (ram.host == MAP_FAILED)
+        die("mmap", strerror(errno));
+    return ram;
 }
 
 static struct rmig_block_desc file_ram(const char *path, uint64_t *bytes) {
@@ -58,7 +66,7 @@ static struct rmig_block_desc file_ram(const char *path, uint64_t *bytes) {
     if (st.st_size == 0 || st.st_size % 4096 != 0)
         die(path, "its size must be a multiple of 4096 above 0");
     *bytes = (uint64_t)st.st_size;
-    return map_ram(fd, *bytes, true);
+    return map_ram(fd, *bytes);
 }
 
 static void fill_random(void *p, uint64_t bytes) {
@@ -78,7 +86,7 @@ static int run_sink(const struct options *o, int address_pipe, int sum_pipe) {
     char address[128];
     if (fabric == NULL || rmig_sink_open(fabric, &o->cfg, &sink, &err) != RMIG_OK)
         die("sink", err.text);
-    struct rmig_block_desc ram = make_ram(o->bytes);
+    struct rmig_block_desc ram = make_ram(o->bytes, o->file != NULL);
     if (o->touched)
         memset(ram.host, 0x5a, o->bytes);
     if (rmig_sink_listen(sink, "127.0.0.1:0") != RMIG_OK || rmig_sink_add_block(sink, &ram, NULL) != RMIG_OK ||
@@ -181,7 +189,7 @@ int main(int argc, char **argv) {
     close(address_pipe[1]);
     close(sum_pipe[1]);
     if (o.file == NULL) {
-        ram = make_ram(o.bytes);
+        ram = make_ram(o.bytes, false);
         fill_random(ram.host, o.bytes);
     }
     char address[128];
