@@ -71,8 +71,8 @@ MACROS TO OVERRIDE, before the include (the implementation and all users alike)
 THREADS
 
     There are no globals. A fabric, with its sources and sinks, is used by one
-    thread at a time; different fabrics by different threads at once. Nothing
-    starts a thread. The guest may go on writing its RAM at any time.
+    thread at a time; different fabrics by different threads at once. The core
+    starts no thread; a fabric may, for itself, and says so. The guest may go on writing its RAM at any time.
 
 ERRORS
 
@@ -2769,8 +2769,6 @@ struct rmig_source {
 
     uint64_t round_began, round_before, wrote_began, written_before;
 };
-
-static int rmig__source_step(struct rmig_source *s);
 
 // --- opening and closing
 

@@ -96,7 +96,7 @@ static int run_sink(const struct options *o, int address_pipe, int sum_pipe) {
         return 1;
     struct rmig_sink_event ev;
     do {
-        if (rmig_sink_wait(sink, &ev, 60 * RMIG__SECOND) != RMIG_OK)
+        if (rmig_sink_wait(sink, &ev, 60 * (uint64_t)1000000000) != RMIG_OK)
             die("sink", rmig_sink_error(sink)->text);
         if (ev.type == RMIG_SINK_BLOCKS && rmig_sink_accept_blocks(sink) != RMIG_OK)
             die("sink", rmig_sink_error(sink)->text);

@@ -22,20 +22,8 @@ static void *tested_realloc(void *p, size_t n) {
 #include <criterion/criterion.h>
 #include <stdio.h>
 
-// RMIG_SEED=NUMBER in the environment gives other numbers; without it every run is the same.
-static uint64_t rng(void) {
-    static uint64_t rng_state;
-    if (rng_state == 0) {
-        const char *seed = getenv("RMIG_SEED");
-        rng_state = seed == NULL ? 0x243f6a8885a308d3u : strtoull(seed, NULL, 0) * 2 + 1; // never 0
-    }
-    rng_state ^= rng_state << 13;
-    rng_state ^= rng_state >> 7;
-    rng_state ^= rng_state << 17;
-    return rng_state;
-}
-
-static uint64_t below(uint64_t n) { return rng() % n; }
+#define RANDOM_SEED 0x243f6a8885a308d3u
+#include "random.h"
 
 // Host addresses are only noted by the table, never followed: any page-aligned number will do.
 static void *host_at(uint64_t n) { return (void *)(uintptr_t)(0x10000000u + n * 0x1000u); }

@@ -5,20 +5,8 @@
 #include <criterion/criterion.h>
 #include <stdlib.h>
 
-// RMIG_SEED=NUMBER in the environment gives other numbers; without it every run is the same.
-static uint64_t rng(void) {
-    static uint64_t rng_state;
-    if (rng_state == 0) {
-        const char *seed = getenv("RMIG_SEED");
-        rng_state = seed == NULL ? 0x9e3779b97f4a7c15u : strtoull(seed, NULL, 0) * 2 + 1; // never 0
-    }
-    rng_state ^= rng_state << 13;
-    rng_state ^= rng_state >> 7;
-    rng_state ^= rng_state << 17;
-    return rng_state;
-}
-
-static uint64_t below(uint64_t n) { return rng() % n; }
+#define RANDOM_SEED 0x9e3779b97f4a7c15u
+#include "random.h"
 
 // >> chunk arithmetic
 

@@ -6,18 +6,8 @@
 #include <stdio.h>
 #include <stdlib.h>
 
-// RMIG_SEED=NUMBER in the environment gives other numbers; without it every run is the same.
-static uint64_t rng(void) {
-    static uint64_t rng_state;
-    if (rng_state == 0) {
-        const char *seed = getenv("RMIG_SEED");
-        rng_state = seed == NULL ? 0x452821e638d01377u : strtoull(seed, NULL, 0) * 2 + 1; // never 0
-    }
-    rng_state ^= rng_state << 13;
-    rng_state ^= rng_state >> 7;
-    rng_state ^= rng_state << 17;
-    return rng_state;
-}
+#define RANDOM_SEED 0x452821e638d01377u
+#include "random.h"
 
 // A number of random magnitude: 0 to 64 bits.
 static uint64_t rng_wide(void) {

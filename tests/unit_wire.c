@@ -7,18 +7,8 @@
 #include <stdio.h>
 #include <stdlib.h>
 
-// RMIG_SEED=NUMBER in the environment gives other numbers; without it every run is the same.
-static uint64_t rng(void) {
-    static uint64_t rng_state;
-    if (rng_state == 0) {
-        const char *seed = getenv("RMIG_SEED");
-        rng_state = seed == NULL ? 0xa4093822299f31d0u : strtoull(seed, NULL, 0) * 2 + 1; // never 0
-    }
-    rng_state ^= rng_state << 13;
-    rng_state ^= rng_state >> 7;
-    rng_state ^= rng_state << 17;
-    return rng_state;
-}
+#define RANDOM_SEED 0xa4093822299f31d0u
+#include "random.h"
 
 // Hexadecimal with spaces to bytes; returns how many.
 static size_t bytes_of(const char *hex, uint8_t *out, size_t cap) {

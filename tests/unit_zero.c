@@ -13,20 +13,8 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-// RMIG_SEED=NUMBER in the environment gives other numbers; without it every run is the same.
-static uint64_t rng(void) {
-    static uint64_t rng_state;
-    if (rng_state == 0) {
-        const char *seed = getenv("RMIG_SEED");
-        rng_state = seed == NULL ? 0x13198a2e03707344u : strtoull(seed, NULL, 0) * 2 + 1; // never 0
-    }
-    rng_state ^= rng_state << 13;
-    rng_state ^= rng_state >> 7;
-    rng_state ^= rng_state << 17;
-    return rng_state;
-}
-
-static uint64_t below(uint64_t n) { return rng() % n; }
+#define RANDOM_SEED 0x13198a2e03707344u
+#include "random.h"
 
 static bool is_zero_loop(const uint8_t *p, size_t n) {
     for (size_t i = 0; i < n; i++)
