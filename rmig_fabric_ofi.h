@@ -315,9 +315,10 @@ static void *rmig__ofi_populate_run(void *argument) {
             continue;
         }
         struct rmig__ofi_range *r = &p->range[0];
-        uintptr_t at = r->at, n = r->end - at < RMIG__OFI_PIECE ? r->end - at : RMIG__OFI_PIECE;
+        // From the end: data arrives from the beginning, and where both come to the same page one waits for the other.
+        uintptr_t n = r->end - r->at < RMIG__OFI_PIECE ? r->end - r->at : RMIG__OFI_PIECE, at = r->end - n;
         p->busy = r->owner;
-        r->at += n;
+        r->end -= n;
         if (r->at == r->end)
             memmove(r, r + 1, --p->count * sizeof *r);
         pthread_mutex_unlock(&p->lock);
