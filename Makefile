@@ -38,13 +38,15 @@ FLAGS_clang := -O2
 CC_clang := $(CLANG)
 
 # What each kind of program links with; asked for in recipes, since `make deps` may install it in the same run.
-EXAMPLE_LIBS := $$(pkg-config --cflags --libs libfabric jansson) -pthread
-TEST_LIBS := $$(pkg-config --cflags --libs criterion libfabric jansson) -pthread
+RDMA_LIBS := libfabric libibverbs librdmacm
+EXAMPLE_LIBS := $$(pkg-config --cflags --libs $(RDMA_LIBS) jansson) -pthread
+TEST_LIBS := $$(pkg-config --cflags --libs criterion $(RDMA_LIBS) jansson) -pthread
 
 # Packages of Debian and its kin.
-PACKAGES := gcc g++ libc6-dev pkg-config perl procps libfabric-dev libjansson-dev libcriterion-dev \
-	clang libclang-rt-dev clang-tidy cppcheck valgrind
-BENCH_PACKAGES := gnuplot-nox qemu-system-x86
+PACKAGES := gcc g++ libc6-dev pkg-config perl procps libfabric-dev libibverbs-dev librdmacm-dev libjansson-dev \
+	libcriterion-dev clang libclang-rt-dev clang-tidy cppcheck valgrind \
+	qemu-system-x86 ibverbs-providers rdmacm-utils perftest iproute2 xz-utils binutils
+BENCH_PACKAGES := gnuplot-nox
 
 # With `make deps demo` nothing may be compiled before the packages are there, with -j too.
 AFTER_DEPS := $(filter deps deps-bench,$(MAKECMDGOALS))

@@ -418,6 +418,8 @@ enum rmig_backing {
     RMIG_BACKING_UNKNOWN, // read everything
     RMIG_BACKING_ANONYMOUS, // private anonymous mapping: holes by /proc/self/pagemap
     RMIG_BACKING_SHARED_FD, // MAP_SHARED mapping of fd (memfd, tmpfs, hugetlbfs, file): holes by SEEK_DATA
+    RMIG_BACKING_DMABUF // MAP_SHARED mapping of fd, a dma-buf of device memory: registered through it, and never looked
+                        // at for zeros. The fabric must be able to (verbs, where the device can)
 };
 
 /* A RAM block. Zero-initialise, then fill in; name is copied. */
@@ -427,8 +429,8 @@ struct rmig_block_desc {
     uint64_t length; // bytes, more than 0; both ends must agree
     uint64_t guest_offset; // where the block begins in the guest's RAM address space; ranges must not overlap
     enum rmig_backing backing;
-    int fd; // RMIG_BACKING_SHARED_FD: the file; must stay open until close. Its file position is moved
-    uint64_t fd_offset; // RMIG_BACKING_SHARED_FD: file offset of the block's first byte
+    int fd; // SHARED_FD, DMABUF: the file; must stay open until close. Its file position is moved (SHARED_FD)
+    uint64_t fd_offset; // SHARED_FD, DMABUF: file offset of the block's first byte
 };
 
 struct rmig_block {
@@ -816,7 +818,7 @@ enum rmig_access { RMIG_ACCESS_LOCAL_READ = 1, RMIG_ACCESS_LOCAL_WRITE = 2, RMIG
 struct rmig_mr { // a registered region
     void *handle; // the fabric's
     void *desc; // the fabric's, for use in sends, receives and writes
-    uint64_t key; // for the peer: never 0
+    uint64_t key; // for the peer: never 0 where it may write
     uint64_t remote_address; // for the peer: what addresses the region's first byte
 };
 
@@ -922,6 +924,16 @@ struct rmig_fabric_ops {
     /* The descriptors to wait on, armed: returns how many were written to fds[0 ... n-1] (at most 4), 0 if the fabric
        has none and wants polling. *ready: poll has something already, do not sleep. */
     int (*fds)(struct rmig_ep *ep, struct rmig_fd *fds, size_t n, bool *ready, struct rmig_error *err);
+
+    /* NULL where a fabric has no such thing. */
+
+    /* As reg, for memory behind a dma-buf (RMIG_BACKING_DMABUF): offset is the region's in the dma-buf, address what
+       local and remote addresses count from. */
+    int (*reg_dmabuf)(struct rmig_ep *ep, int fd, uint64_t offset, void *address, uint64_t length, unsigned access,
+                      struct rmig_mr *mr, struct rmig_error *err);
+    /* Whether so many bytes more can be registered, as far as limits tell: RMIG_OK, or an error that says what is
+       needed, what is allowed, and how to raise it. From RESOLVED on. */
+    int (*lockable)(struct rmig_ep *ep, uint64_t bytes, struct rmig_error *err);
 };
 
 /* Closes a fabric, whatever kind it is, after its sources and sinks. NULL is allowed. */
@@ -1616,7 +1628,7 @@ static int rmig__blocks_check(const struct rmig_block_desc *d, struct rmig_error
         return rmig_fail(err, RMIG_ERR_ARGUMENT, 0,
                          "block \"%.100s\": guest offset 0x%llx + length 0x%llx wraps around", d->name,
                          (unsigned long long)d->guest_offset, (unsigned long long)d->length);
-    if ((unsigned)d->backing > RMIG_BACKING_SHARED_FD)
+    if ((unsigned)d->backing > RMIG_BACKING_DMABUF)
         return rmig_fail(err, RMIG_ERR_ARGUMENT, 0, "block \"%.100s\": backing %d is none of enum rmig_backing",
                          d->name, (int)d->backing);
     return RMIG_OK;
@@ -2613,13 +2625,36 @@ static int rmig__session_fds(struct rmig__session *ss, struct rmig_ep *ep, struc
     return got;
 }
 
+/* Before anything is moved: may as much be registered as is sure to be? `sure`: of all the blocks' memory, at most.
+   What comes after that fails when it comes. */
+static int rmig__check_lockable(struct rmig__session *ss, const struct rmig_blocks *blocks, uint64_t sure) {
+    uint64_t ram = 0;
+    for (uint32_t i = 0; i < blocks->count; i++)
+        ram += blocks->block[i].backing == RMIG_BACKING_DMABUF ? 0 : blocks->block[i].length;
+    if (ss->fabric->ops->lockable == NULL || ram == 0)
+        return RMIG_OK;
+    struct rmig_error err;
+    memset(&err, 0, sizeof err);
+    if (ss->fabric->ops->lockable(ss->ep, rmig__min(ram, sure), &err) == RMIG_OK)
+        return RMIG_OK;
+    return RMIG__END(ss, RMIG_ERR_SETUP, err.provider_code, "of %llu bytes of guest memory %.230s",
+                     (unsigned long long)ram, err.text);
+}
+
 /* Guest memory at this end. Registration is the costly call, so it is timed and counted in one place. */
 static int rmig__register(struct rmig__session *ss, const struct rmig_block *b, uint64_t offset, uint64_t length,
                           unsigned access, struct rmig_mr *mr) {
     uint64_t begin = rmig__now(ss);
     struct rmig_error err;
     memset(&err, 0, sizeof err);
-    int status = ss->fabric->ops->reg(ss->ep, b->host + offset, length, access, mr, &err);
+    const struct rmig_fabric_ops *ops = ss->fabric->ops;
+    int status;
+    if (b->backing != RMIG_BACKING_DMABUF)
+        status = ops->reg(ss->ep, b->host + offset, length, access, mr, &err);
+    else if (ops->reg_dmabuf != NULL)
+        status = ops->reg_dmabuf(ss->ep, b->fd, b->fd_offset + offset, b->host + offset, length, access, mr, &err);
+    else
+        status = rmig_fail(&err, RMIG_ERR_REGISTRATION, 0, "the fabric \"%s\" takes no dma-buf", ops->name);
     if (status != RMIG_OK)
         return RMIG__END(ss, RMIG_ERR_REGISTRATION, err.provider_code,
                          "block \"%.60s\": %llu bytes at offset 0x%llx cannot be registered, %llu bytes are: %.120s",
@@ -2918,6 +2953,10 @@ static int rmig__source_connect_step(struct rmig_source *s) {
     struct rmig__session *ss = &s->ss;
     if (ss->resolved && !s->connect_posted) {
         int status = rmig__session_setup(ss);
+        if (status != RMIG_OK)
+            return status;
+        uint64_t ahead = rmig_get(&ss->cfg, RMIG_PARAM_REGISTER_AHEAD);
+        status = rmig__check_lockable(ss, &s->blocks, s->pin_all ? UINT64_MAX : rmig__after(s->chunk_size, ahead));
         if (status != RMIG_OK)
             return status;
         struct rmig_private_data data;
@@ -3322,7 +3361,8 @@ static bool rmig__plan_range(struct rmig_source *s, struct rmig__window *w, uint
                              uint64_t *budget) {
     uint32_t block = s->plan.block;
     uint64_t from = page * s->page_size, to = rmig__pages_offset(s, block, page + n);
-    while (s->zero_detect && from < to) {
+    bool look = s->zero_detect && s->blocks.block[block].backing != RMIG_BACKING_DMABUF;
+    while (look && from < to) {
         uint64_t stop = rmig__min(to, from / RMIG__ZERO_TEST * RMIG__ZERO_TEST + RMIG__ZERO_TEST);
         uint64_t scanned = 0;
         bool zero = rmig__range_is_zero(s, block, from, stop, &scanned);
@@ -4925,6 +4965,8 @@ RMIG__DEF int rmig_sink_accept_blocks(struct rmig_sink *s) {
     if (out == NULL)
         return RMIG__END(ss, RMIG_ERR_FABRIC, 0, "no send buffer is free although at most two are in use");
     int status = rmig__sink_tables(s, count);
+    if (status == RMIG_OK)
+        status = rmig__check_lockable(ss, &s->blocks, s->pin_all ? UINT64_MAX : s->unit);
     if (status != RMIG_OK)
         return status;
     s->state = RMIG__SINK_UP;

@@ -32,6 +32,13 @@ WHAT IT ASKS OF A PROVIDER
     FI_MR_PROV_KEY and FI_MR_ENDPOINT; keys longer than 64 bits (FI_MR_RAW) are not taken. `fi_info -t FI_EP_MSG` lists
     candidates.
 
+REGISTRATION
+
+    libfabric's providers for adapters keep what is deregistered in a cache of registrations, where a peer with the key
+could still write to it. rmig_ofi_open therefore puts FI_MR_CACHE_MAX_COUNT=0 into the environment unless it is there
+already (call it before other threads use the environment), which has its effect if libfabric was not used before in
+the process; where the cache is on all the same, no connection is made.
+
 POPULATING
 
     An adapter pins what is registered, so the memory is there when the data comes. A provider in software (tcp) does
@@ -579,6 +586,31 @@ static int rmig__ofi_get_net(struct rmig__ofi *f, const struct fi_info *info, st
     return RMIG_OK;
 }
 
+static bool rmig__ofi_pins(const struct fi_info *info) { // whoever makes keys or wants memory to exist has an adapter
+    return (info->domain_attr->mr_mode & (FI_MR_ALLOCATED | FI_MR_PROV_KEY)) != 0;
+}
+
+/* With a cache of registrations the same memory, registered twice, gets the same key twice, and keeps it when it is
+   deregistered. */
+static bool rmig__ofi_caches(const struct rmig__ofi_domain *d) {
+    struct fid_mr *mr[2] = {NULL, NULL};
+    const size_t page = 4096;
+    if ((d->info->domain_attr->mr_mode & FI_MR_PROV_KEY) == 0)
+        return false;
+    void *probe = mmap(NULL, page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (probe == MAP_FAILED)
+        return false;
+    for (int i = 0; i < 2; i++)
+        if (fi_mr_reg(d->domain, probe, page, FI_REMOTE_WRITE, 0, 0, 0, &mr[i], NULL) != 0)
+            mr[i] = NULL;
+    bool same = mr[0] != NULL && mr[1] != NULL && fi_mr_key(mr[0]) == fi_mr_key(mr[1]);
+    for (int i = 0; i < 2; i++)
+        if (mr[i] != NULL)
+            fi_close(&mr[i]->fid);
+    munmap(probe, page);
+    return same;
+}
+
 static int rmig__ofi_get_domain(struct rmig__ofi *f, struct rmig__ofi_net *net, const struct fi_info *info,
                                 struct rmig__ofi_domain **out, struct rmig_error *err) {
     struct rmig__ofi_domain *d;
@@ -601,8 +633,12 @@ static int rmig__ofi_get_domain(struct rmig__ofi *f, struct rmig__ofi_net *net, 
         rmig__ofi_free(d);
         return rmig__ofi_fail(err, RMIG_ERR_FABRIC, ret, "fi_domain");
     }
-    d->next = f->domains;
+    d->next = f->domains; // from here on close_fabric frees it
     f->domains = d;
+    if (rmig__ofi_caches(d))
+        return rmig_fail(err, RMIG_ERR_FABRIC, 0,
+                         "libfabric's registration cache is on, so that a peer could write memory after it was "
+                         "deregistered: start the program with FI_MR_CACHE_MAX_COUNT=0");
     *out = d;
     return RMIG_OK;
 }
@@ -653,8 +689,10 @@ static int rmig__ofi_open_eq(struct rmig__ofi_ep *ep, bool poll_only, struct rmi
 
 static void rmig__ofi_drop_request(struct rmig__ofi_listener *l, struct rmig__ofi_request *r, const void *data,
                                    size_t n) {
-    fi_reject(l->pep, r->info->handle, data, n);
-    fi_freeinfo(r->info);
+    if (r->info != NULL) {
+        fi_reject(l->pep, r->info->handle, data, n);
+        fi_freeinfo(r->info);
+    }
     rmig__ofi_free(r);
 }
 
@@ -997,6 +1035,12 @@ static int rmig__ofi_open_request(struct rmig_ep *ep, void *request, const struc
         rmig__ofi_free_conn(c);
         return rmig_fail(err, RMIG_ERR_STATE, 0, "open_request: the request was used up already");
     }
+    if (r->info == NULL) {
+        rmig__ofi_free_conn(c);
+        r->next = l->requests;
+        l->requests = r;
+        return rmig_fail(err, RMIG_ERR_PEER_GONE, 0, "open_request: it failed before; reject it");
+    }
     c->head.info = r->info;
     c->from = l;
     l->users++;
@@ -1006,13 +1050,12 @@ static int rmig__ofi_open_request(struct rmig_ep *ep, void *request, const struc
         *out = &c->head.base;
         return RMIG_OK;
     }
-    if (c->ep == NULL) { // the request is untouched: it can still be rejected
+    if (c->ep == NULL) // the request is untouched
         c->head.info = NULL;
-        r->next = l->requests;
-        l->requests = r;
-    } else {
-        rmig__ofi_free(r);
-    }
+    else
+        r->info = NULL; // refused with the endpoint
+    r->next = l->requests; // the caller may still reject it
+    l->requests = r;
     rmig__ofi_free_conn(c);
     return status;
 }
@@ -1357,10 +1400,6 @@ static void rmig__ofi_disconnect(struct rmig_ep *ep) {
 
 // >>ofi: capabilities, memory
 
-static bool rmig__ofi_pins(const struct fi_info *info) { // whoever makes keys or wants memory to exist has an adapter
-    return (info->domain_attr->mr_mode & (FI_MR_ALLOCATED | FI_MR_PROV_KEY)) != 0;
-}
-
 static int rmig__ofi_caps(struct rmig_ep *ep, struct rmig_fabric_caps *caps, struct rmig_error *err) {
     struct rmig__ofi_conn *c = (struct rmig__ofi_conn *)(void *)ep;
     if (c->head.listener)
@@ -1439,7 +1478,8 @@ static int rmig__ofi_reg(struct rmig_ep *ep, void *address, uint64_t length, uns
     if (flags == 0)
         return rmig_fail(err, RMIG_ERR_ARGUMENT, 0, "reg: access %u names none of enum rmig_access", access);
     int ret = rmig__ofi_try_reg(c, address, length, flags, &fid);
-    if (ret == 0 && fi_mr_key(fid) == 0) { // the core takes key 0 for none; while this one is held the next is another
+    bool remote = (access & RMIG_ACCESS_REMOTE_WRITE) != 0;
+    if (ret == 0 && remote && fi_mr_key(fid) == 0) { // the core takes key 0 for none; while this one is held the next is another
         zero = fid;
         ret = rmig__ofi_try_reg(c, address, length, flags, &fid);
         fi_close(&zero->fid);
@@ -1743,6 +1783,8 @@ static const struct rmig_fabric_ops rmig__ofi_ops = {
     rmig__ofi_write,
     rmig__ofi_poll,
     rmig__ofi_fds,
+    NULL, // reg_dmabuf
+    NULL, // lockable: the provider's own refusal comes with the registration
 };
 
 RMIG__DEF struct rmig_fabric *rmig_ofi_open(const struct rmig_ofi_options *options, struct rmig_error *err) {
@@ -1754,6 +1796,7 @@ RMIG__DEF struct rmig_fabric *rmig_ofi_open(const struct rmig_ofi_options *optio
     f->base.ops = &rmig__ofi_ops;
     f->poll = options != NULL && options->poll;
     f->no_populate = options != NULL && options->no_populate;
+    setenv("FI_MR_CACHE_MAX_COUNT", "0", 0); // read by libfabric when it is used first; see REGISTRATION
     if (rmig__ofi_choose(f, options == NULL ? NULL : options->provider, err) != RMIG_OK) {
         rmig__ofi_free(f);
         return NULL;

@@ -1,5 +1,5 @@
 /*
-kvm_live.c - a small hypervisor that live-migrates a running guest with rmig, over libfabric
+kvm_live.c - a small hypervisor that live-migrates a running guest with rmig, over libfabric or verbs
 
     kvm_live demo                                  both ends on this machine: progress, a table, JSON
     kvm_live dest --listen 0.0.0.0:4444            on one host
@@ -32,8 +32,8 @@ EXIT STATUS
 #define RMIG_IMPLEMENTATION
 #include "../rmig.h"
 
-#include "../rmig_fabric_ofi.h"
 #include "kvm_guest.h"
+#include "open_fabric.h"
 
 enum exit_status { EXIT_OK, EXIT_NOT_VERIFIED, EXIT_USAGE, EXIT_FAILED, EXIT_HANDOVER };
 enum mode { MODE_NONE, MODE_SOURCE, MODE_DEST, MODE_DEMO, MODE_LOCAL };
@@ -45,7 +45,7 @@ enum sabotage { SABOTAGE_NONE, SABOTAGE_LOSE_PAGE, SABOTAGE_INVENT_WORD };
 
 struct options {
     enum mode mode;
-    const char *address, *provider, *json;
+    const char *address, *fabric, *provider, *json;
     uint64_t ram, ram_max, work, fill, dirty_rate;
     uint64_t downtime_ns, run_before_ns, run_after_ns, timeout_ns, max_rounds;
     int guest; // enum guest_kind, 0: kvm if it works, else a thread
@@ -213,14 +213,6 @@ static int choose_guest(const struct options *o, enum guest_kind *kind, struct p
     return RMIG_OK;
 }
 
-static int open_fabric(const struct options *o, struct rmig_fabric **fabric, struct rmig_error *err) {
-    struct rmig_ofi_options opts;
-    memset(&opts, 0, sizeof opts);
-    opts.provider = o->provider;
-    *fabric = rmig_ofi_open(&opts, err);
-    return *fabric != NULL ? RMIG_OK : err->status;
-}
-
 /* To the file of --json and, in a demo, to the process that makes one report of two. */
 static int write_report(const struct options *o, json_t *report) {
     int rc = 0;
@@ -316,7 +308,8 @@ static int source_connect(struct source *s, const char *address, struct rmig_err
                                   .length = s->ram.size,
                                   .backing = RMIG_BACKING_SHARED_FD,
                                   .fd = s->ram.fd};
-    int rc = open_fabric(s->o, &s->fabric, err);
+    s->fabric = open_fabric(s->o->fabric, s->o->provider, err);
+    int rc = s->fabric != NULL ? RMIG_OK : err->status;
     if (rc == RMIG_OK)
         rc = rmig_source_open(s->fabric, &s->o->cfg, &s->rmig, err);
     if (rc != RMIG_OK)
@@ -513,7 +506,7 @@ static void source_report(struct source *s, const char *outcome, const struct rm
     json_object_set_new(r, "outcome", json_string(outcome));
     json_object_set_new(r, "guest", json_string(guest_kind_name(s->guest.kind)));
     json_object_set_new(r, "fabric", json_string(s->fabric != NULL ? s->fabric->ops->name : "none"));
-    json_object_set_new(r, "provider", json_string(s->fabric != NULL ? rmig_ofi_provider(s->fabric) : "none"));
+    json_object_set_new(r, "provider", json_string(fabric_provider(s->fabric)));
     set_number(r, "ram_bytes", s->ram.size);
     set_number(r, "rounds", st->rounds);
     set_number(r, "bytes_written", st->bytes_written);
@@ -723,7 +716,8 @@ static int dest_receive(struct dest *d, struct rmig_error *err) {
 
 static int dest_listen(struct dest *d, const char *address, struct rmig_error *err) {
     char bound[128];
-    int rc = open_fabric(d->o, &d->fabric, err);
+    d->fabric = open_fabric(d->o->fabric, d->o->provider, err);
+    int rc = d->fabric != NULL ? RMIG_OK : err->status;
     if (rc == RMIG_OK)
         rc = rmig_sink_open(d->fabric, &d->o->cfg, &d->rmig, err);
     if (rc != RMIG_OK)
@@ -1046,6 +1040,7 @@ enum option_key {
     KEY_RUN_AFTER,
     KEY_MAX_ROUNDS,
     KEY_STRICT,
+    KEY_FABRIC,
     KEY_PROVIDER,
     KEY_SET,
     KEY_GUEST,
@@ -1072,7 +1067,8 @@ static const struct argp_option option_list[] = {
     {"strict", KEY_STRICT, 0, 0, "after --max-rounds give up instead: the guest runs on at the source", 2},
     {"timeout", KEY_TIMEOUT, "TIME", 0, "give up when it is not done by then, 0: never (120s)", 2},
     {"ram-max", KEY_RAM_MAX, "SIZE", 0, "dest: largest RAM to accept (64G)", 2},
-    {"provider", KEY_PROVIDER, "NAME", 0, "libfabric provider", 2},
+    {"fabric", KEY_FABRIC, "NAME", 0, "ofi (libfabric) or verbs (libibverbs, librdmacm) (ofi)", 2},
+    {"provider", KEY_PROVIDER, "NAME", 0, "ofi: libfabric's provider; verbs: the device", 2},
     {"set", KEY_SET, "NAME=VALUE", 0, "set a parameter of rmig; may be repeated", 2},
     {0, 0, 0, 0, "Results:", 3},
     {"json", KEY_JSON, "FILE", 0, "write the result there", 3},
@@ -1194,6 +1190,9 @@ static error_t option_parse(int key, char *arg, struct argp_state *state) {
         break;
     case KEY_STRICT:
         o->strict = true;
+        break;
+    case KEY_FABRIC:
+        o->fabric = arg;
         break;
     case KEY_PROVIDER:
         o->provider = arg;

@@ -27,7 +27,7 @@ hypervisors do, so that the receiver knows them also when the session is plain p
 
 #define RMIG_IMPLEMENTATION
 #include "../rmig.h"
-#include "../rmig_fabric_ofi.h"
+#include "open_fabric.h"
 
 #define PROGRAM "rmig_migrate"
 #define SECOND ((uint64_t)1000000000)
@@ -68,7 +68,7 @@ enum mode { MODE_NONE, MODE_SEND, MODE_RECV };
 
 struct options {
     enum mode mode;
-    const char *address, *out_dir, *state_path, *provider;
+    const char *address, *out_dir, *state_path, *fabric, *provider;
     const char *send_only, *recv_only; // an option that was given and is for this mode
     struct images blocks; // as named by --block
     struct rmig_config cfg;
@@ -953,6 +953,7 @@ enum key {
     KEY_BLOCK = 'b',
     KEY_OUT = 'o',
     KEY_STATE = 's',
+    KEY_FABRIC = 'f',
     KEY_PROVIDER = 'p',
     KEY_QUIET = 'q',
     KEY_SET = 0x100,
@@ -982,7 +983,10 @@ static const struct argp_option option_table[] = {
     {"state", KEY_STATE, "FILE", 0, "device state: bytes that follow the memory (recv: default DIR/state)", 0},
     {"set", KEY_SET, "NAME=VALUE", 0, "set a parameter, e.g. chunk-size=64M; any number", 0},
     {"list-params", KEY_LIST, NULL, 0, "print the parameters with the values in force, and exit", 0},
-    {"provider", KEY_PROVIDER, "NAME", 0, "libfabric's provider, e.g. tcp or verbs (default: the first that can)", 0},
+    {"fabric", KEY_FABRIC, "NAME", 0, "ofi (libfabric) or verbs (libibverbs and librdmacm) (default ofi)", 0},
+    {"provider", KEY_PROVIDER, "NAME", 0,
+     "ofi: libfabric's provider, e.g. tcp (default: the first that can); verbs: the device, e.g. mlx5_0 (default: any)",
+     0},
     {"json", KEY_JSON, NULL, 0, "print the result and the statistics as JSON, one object a line", 0},
     {"quiet", KEY_QUIET, NULL, 0, "no progress bar and no summary", 0},
     {"trace", KEY_TRACE, NULL, 0, "print the events of the session on the standard error output", 0},
@@ -1106,6 +1110,9 @@ static error_t parse_option(int key, char *arg, struct argp_state *state) {
     case KEY_STATE:
         opt->state_path = arg;
         return 0;
+    case KEY_FABRIC:
+        opt->fabric = arg;
+        return 0;
     case KEY_PROVIDER:
         opt->provider = arg;
         return 0;
@@ -1162,12 +1169,11 @@ static void parse_arguments(struct options *opt, int argc, char **argv) {
 // >>main
 
 static int migrate(struct run *r) {
-    struct rmig_ofi_options ofi = {.provider = r->opt.provider};
     struct rmig_error err;
     bool sends = r->opt.mode == MODE_SEND;
     if ((sends ? open_inputs(r) : check_outputs(r)) < 0)
         return -1;
-    r->fabric = rmig_ofi_open(&ofi, &err);
+    r->fabric = open_fabric(r->opt.fabric, r->opt.provider, &err);
     if (r->fabric == NULL)
         return fail_rmig(r, EXIT_CONNECT, &err);
     int rc = sends ? send_all(r) : receive_all(r);

@@ -1,0 +1,238 @@
+#!/usr/bin/env bash
+# fetch.sh BUILD [vm] [qemu10]: makes BUILD/vm whole; without a part, both.
+#   vm      vmlinuz and initrd.gz: Debian's kernel, its modules for RDMA in software, siw built from its source, busybox
+#   qemu10  qemu-10.0/run: QEMU 10.0 of Debian's backports, beside the one that is installed
+# Packages are downloaded with apt-get and unpacked in BUILD, nothing is installed. A part that is there is left alone.
+set -euo pipefail
+here=$(cd "$(dirname "$0")" && pwd)
+
+say() { echo "fetch.sh: $*" >&2; }
+die() {
+    say "$@"
+    exit 1
+}
+
+# Raise a number when what the part holds has changed: what is there is then made again.
+kernel_recipe=2
+qemu_recipe=2
+
+# >>packages
+
+# download FOLDER PACKAGE[=VERSION]...
+download() {
+    local into=$1 output
+    shift
+    mkdir -p "$into"
+    output=$(cd "$into" && apt-get -qq "${apt_options[@]}" -o APT::Sandbox::User=root download "$@" 2>&1) && return
+    printf '%s\n' "$output" >&2
+    say "these packages could not be downloaded (is there a network? is the list of packages old? then run" \
+        "apt-get update): $*"
+    return 1
+}
+apt_options=()
+
+# All versions of a package that can be downloaded, newest first.
+versions() { apt-cache "${apt_options[@]}" madison "$1" | awk '{ print $3 }' | uniq; }
+
+has_version() { versions "$1" | grep -qxF -- "$2"; }
+
+# unpack FOLDER INTO: all packages there
+unpack() {
+    local deb
+    for deb in "$1"/*.deb; do
+        dpkg -x "$deb" "$2"
+    done
+}
+
+# >>kernel
+
+# Sets version, abi (6.1.0-56-amd64), series (6.1): the newest kernel of which everything is to be had.
+choose_kernel() {
+    [ -n "$(versions linux-image-amd64)" ] ||
+        die "apt knows no package linux-image-amd64: its list of packages is empty (run apt-get update, or \`make" \
+            "deps\`), or this is not Debian on amd64"
+    local tried=
+    for version in $(versions linux-image-amd64); do
+        abi=$(apt-cache show "linux-image-amd64=$version" |
+            sed -n 's/^Depends: linux-image-\([^ ]*\) .*/\1/p' | head -1)
+        series=$(printf '%s' "$abi" | sed -E 's/^([0-9]+\.[0-9]+)\..*/\1/')
+        has_version "linux-image-$abi" "$version" && has_version "linux-source-$series" "$version" &&
+            has_version "linux-headers-$abi" "$version" && has_version "linux-kbuild-$series" "$version" &&
+            has_version "linux-headers-${abi%-amd64}-common" "$version" && return
+        tried="$tried $version"
+    done
+    die "linux-image, -source, -headers and -kbuild do not have one version in common; versions of linux-image:$tried"
+}
+
+# build_siw PACKAGES OUT, in the folder scratch: kbuild takes no path with a space.
+build_siw() {
+    local headers=$scratch/root/usr/src/linux-headers-$abi source=$scratch/siw log=$scratch/log
+    mkdir -p "$source"
+    dpkg -x "$1/linux-headers-$abi"_*.deb "$scratch/root"
+    dpkg -x "$1/linux-headers-${abi%-amd64}-common"_*.deb "$scratch/root"
+    dpkg -x "$1/linux-kbuild-$series"_*.deb "$scratch/root"
+    dpkg-deb --fsys-tarfile "$1/linux-source-$series"_*.deb | tar -xO "./usr/src/linux-source-$series.tar.xz" | xz -dc |
+        tar -x -C "$source" --strip-components=5 "linux-source-$series/drivers/infiniband/sw/siw"
+    sed -i "s|/usr/src/|$scratch/root/usr/src/|" "$headers/Makefile"
+    local cc=gcc
+    command -v gcc-12 >/dev/null && cc=gcc-12
+    make -C "$headers" M="$source" CC="$cc" CONFIG_RDMA_SIW=m modules >"$log" 2>&1 || {
+        tail -30 "$log" >&2
+        die "siw of linux $version could not be built"
+    }
+    strip -g -o "$2" "$source/siw.ko"
+}
+
+# What the VM can load; its init loads some, the rest is loaded when asked for.
+wanted_modules() { # MODULES.DEP
+    local names='virtio_pci|virtio_console|virtio-rng|9p|9pnet_virtio|crc32_generic|crc32c_generic|libcrc32c'
+    names+='|veth|dummy|ifb|bridge|vrf|macvlan|tun|tcp_diag|udp_diag|siw'
+    sed 's/://' "$1" | grep -E "^kernel/(drivers/infiniband/(core|sw/rxe)|net/sched)/|/($names)\.ko( |$)" |
+        tr ' ' '\n' | grep . | sort -u
+}
+
+make_kernel() {
+    local new=$vm/new.kernel packages=$vm/new.packages-kernel tree=$vm/new.tree modules module
+    choose_kernel
+    say "linux $version ($abi)"
+    download "$packages" "linux-image-$abi=$version" "linux-headers-$abi=$version" "linux-kbuild-$series=$version" \
+        "linux-headers-${abi%-amd64}-common=$version" "linux-source-$series=$version" busybox-static || exit 1
+    dpkg -x "$packages/linux-image-$abi"_*.deb "$tree"
+    dpkg -x "$packages"/busybox-static_*.deb "$tree"
+    modules=$tree/lib/modules/$abi
+    mkdir -p "$modules/kernel/drivers/infiniband/sw/siw" "$new/root/bin"
+    build_siw "$packages" "$modules/kernel/drivers/infiniband/sw/siw/siw.ko"
+    cp "$tree/bin/busybox" "$new/root/bin"
+    cp "$tree/boot/vmlinuz-$abi" "$new/vmlinuz"
+    "$tree/bin/busybox" depmod -b "$tree" "$abi"
+    for module in $(wanted_modules "$modules/modules.dep"); do
+        install -D -m 644 "$modules/$module" "$new/root/lib/modules/$abi/$module"
+    done
+    "$tree/bin/busybox" depmod -b "$new/root" "$abi"
+    echo "$kernel_recipe $version" >"$new/stamp"
+    rm -rf "$vm/kernel"
+    mv "$new" "$vm/kernel"
+    rm -rf "$packages" "$tree" "$scratch"
+}
+
+make_initrd() {
+    local root=$vm/new.root
+    cp -r "$vm/kernel/root" "$root"
+    install -m 755 "$here/init" "$root/init"
+    (cd "$root" && find . | sort | ./bin/busybox cpio -o -H newc -R 0:0 2>/dev/null) | gzip -6 >"$vm/new.initrd"
+    rm -rf "$root"
+    ln -sfn kernel/vmlinuz "$vm/vmlinuz"
+    mv "$vm/new.initrd" "$vm/initrd.gz"
+}
+
+part_vm() {
+    if ! grep -qs "^$kernel_recipe " "$vm/kernel/stamp"; then
+        make_kernel
+        rm -f "$vm/initrd.gz"
+    fi
+    if [ ! -e "$vm/initrd.gz" ] || [ "$here/init" -nt "$vm/initrd.gz" ]; then
+        make_initrd
+    fi
+}
+
+# >>qemu
+
+# A private configuration of apt: backports of the machine's own sources, and nothing of the machine's state.
+private_apt() { # FOLDER
+    local apt=$1 codename sourcelist='' sourceparts='' file
+    # shellcheck source=/dev/null
+    codename=$(. /etc/os-release && echo "${VERSION_CODENAME:-}")
+    [ -n "$codename" ] || die "/etc/os-release has no VERSION_CODENAME: this is not Debian"
+    mkdir -p "$apt/sources" "$apt/lists/partial" "$apt/cache/archives/partial" "$apt/empty"
+    : >"$apt/status"
+    eval "$(apt-config shell sourcelist Dir::Etc::sourcelist/f sourceparts Dir::Etc::sourceparts/d)"
+    local files=()
+    for file in "$sourcelist" "$sourceparts"/*.list "$sourceparts"/*.sources; do
+        [ -r "$file" ] && files+=("$file")
+    done
+    perl "$here/backports.pl" "$codename" "$apt/sources" "${files[@]}" || exit 1
+    cat >"$apt/conf" <<END
+Dir::Etc::sourcelist "$apt/empty/none";
+Dir::Etc::sourceparts "$apt/sources";
+Dir::Etc::preferences "$apt/empty/none";
+Dir::Etc::preferencesparts "$apt/empty";
+Dir::State::lists "$apt/lists";
+Dir::State::status "$apt/status";
+Dir::Cache "$apt/cache";
+APT::Sandbox::User "root";
+Acquire::Languages "none";
+#clear APT::Update::Pre-Invoke;
+#clear APT::Update::Post-Invoke;
+#clear APT::Update::Post-Invoke-Success;
+END
+    apt_options=(-c "$apt/conf")
+    local output
+    output=$(apt-get -qq "${apt_options[@]}" --error-on=any update 2>&1) || {
+        printf '%s\n' "$output" >&2
+        die "the list of $codename-backports could not be downloaded (is there a network?)"
+    }
+}
+
+make_qemu() {
+    local new=$vm/new.qemu packages=$vm/new.packages-qemu version
+    private_apt "$vm/new.apt"
+    version=$(versions qemu-system-x86 | grep -E '^1:10\.0\.' | head -1) || true
+    [ -n "$version" ] ||
+        die "backports have no qemu-system-x86 10.0, only: $(versions qemu-system-x86 | tr '\n' ' ')"
+    say "qemu $version"
+    download "$packages" "qemu-system-x86=$version" "qemu-system-common=$version" "qemu-system-data=$version" || exit 1
+    apt_options=()
+    download "$packages" seabios ipxe-qemu || exit 1
+    unpack "$packages" "$new"
+    rm -rf "$new/usr/share/doc" "$new/usr/share/man" "$new/usr/share/icons" "$new/usr/share/applications"
+    cat >"$new/run" <<'END'
+#!/bin/sh
+# This QEMU with its own modules, firmware and ROMs.
+here=$(dirname "$(readlink -f "$0")")
+export QEMU_MODULE_DIR="$here/usr/lib/x86_64-linux-gnu/qemu"
+exec "$here/usr/bin/qemu-system-x86_64" -L "$here/usr/share/qemu" -L "$here/usr/share/seabios" \
+    -L "$here/usr/lib/ipxe/qemu" "$@"
+END
+    chmod 755 "$new/run"
+    "$new/run" --version 2>"$vm/new.error" | grep -q 'version 10\.0\.' ||
+        die "qemu $version does not start here: $(cat "$vm/new.error")"
+    echo "$qemu_recipe $version" >"$new/stamp"
+    rm -rf "$vm/qemu-10.0"
+    mv "$new" "$vm/qemu-10.0"
+}
+
+part_qemu10() { grep -qs "^$qemu_recipe " "$vm/qemu-10.0/stamp" || make_qemu; }
+
+# >>main
+
+[ $# -ge 1 ] || die "usage: fetch.sh BUILD [vm] [qemu10]"
+mkdir -p "$1/vm"
+vm=$(cd "$1/vm" && pwd)
+shift
+[ $# -gt 0 ] || set -- vm qemu10
+for part in "$@"; do
+    case $part in
+    vm | qemu10) ;;
+    *) die "\"$part\" is no part; there are: vm, qemu10" ;;
+    esac
+done
+
+exec 9>"$vm/lock"
+flock -w 1200 9 || die "another fetch.sh has been at work in $vm for 20 minutes"
+scratch=
+# shellcheck disable=SC2317 # called by the trap
+tidy() {
+    rm -rf "$vm"/new.*
+    [ -z "$scratch" ] || rm -rf "$scratch"
+}
+trap tidy EXIT
+trap 'exit 130' INT TERM HUP
+tidy
+if [[ $vm =~ ^[A-Za-z0-9_./+-]+$ ]]; then
+    scratch=$vm/new.scratch
+else
+    scratch=$(mktemp -d /tmp/rmig-fetch.XXXXXX)
+fi
+for part in "$@"; do
+    part_"$part"
+done
