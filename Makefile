@@ -63,6 +63,7 @@ help:
 	@echo 'make lint             clang-tidy and cppcheck'
 	@echo 'make fuzz             fuzz the decoders, FUZZ_SECONDS=60 for each target'
 	@echo 'make bench            measure (make deps-bench installs what only that needs)'
+	@echo 'make bench-rdma       measure over RoCE and iWARP in software, in a VM'
 	@echo 'make install          headers and rmig.pc, PREFIX=/usr/local DESTDIR='
 	@echo 'make uninstall        remove them'
 	@echo 'make clean            remove $(B)/'
@@ -155,6 +156,9 @@ fuzz: | $(AFTER_DEPS)
 check-binaries: $(CHECK_BINARIES)
 quick-binaries: $(addprefix $(B)/plain/,$(SUITES)) $(addprefix $(B)/,$(EXAMPLES))
 
+bench-rdma: $(B)/bench/report $(B)/rmig_migrate | $(AFTER_DEPS)
+	bench/rdma.sh $(B)
+
 bench: $(addprefix $(B)/bench/,$(BENCHES)) examples | $(AFTER_DEPS)
 	bench/run.sh $(B)
 
@@ -175,6 +179,6 @@ uninstall:
 clean:
 	rm -rf $(B)
 
-.PHONY: all examples help deps deps-bench demo check quick lint fuzz check-binaries quick-binaries bench install \
+.PHONY: all examples help deps deps-bench demo check quick lint fuzz check-binaries quick-binaries bench bench-rdma install \
 	uninstall clean
 .DELETE_ON_ERROR:
