@@ -61,7 +61,8 @@ MACROS TO OVERRIDE, before the include (the implementation and all users alike)
     RMIG_MALLOC(n)      allocation, default malloc/realloc/free of <stdlib.h>.
     RMIG_REALLOC(p,n)   Define all three or none. rmig copes with NULL.
     RMIG_FREE(p)
-    RMIG_LOG(text)      called with a line of text for each session error. Default: nothing.
+    RMIG_LOG(text)      called with a line of text for each session error, and for each source
+                        that a sink forgets. Default: nothing.
     RMIG_ASSERT(c)      internal invariants, default assert() of <assert.h>.
                         Never fed by a peer, a parameter or an argument.
     RMIG_STATIC         everything static: a private copy inside one file.
@@ -233,6 +234,8 @@ RMIG__STATIC_ASSERT(sizeof(size_t) >= 8, "rmig needs a 64-bit host");
 #define rmig_sink_refuse RMIG__NAME(rmig_sink_refuse)
 #define rmig_sink_get RMIG__NAME(rmig_sink_get)
 #define rmig_sink_complete RMIG__NAME(rmig_sink_complete)
+#define rmig_sink_has_return_path RMIG__NAME(rmig_sink_has_return_path)
+#define rmig_sink_return_put RMIG__NAME(rmig_sink_return_put)
 #define rmig_sink_process RMIG__NAME(rmig_sink_process)
 #define rmig_sink_wait RMIG__NAME(rmig_sink_wait)
 #define rmig_sink_fds RMIG__NAME(rmig_sink_fds)
@@ -285,7 +288,7 @@ enum rmig_status {
 struct rmig_error {
     int status; // enum rmig_status
     int provider_code; // the fabric's own number (errno, wc.status, prov_errno), 0 if none
-    char text[320];
+    char text[512];
 };
 
 /* Text, hint and C name of a status; never NULL, also for a number that is no status. Any thread. */
@@ -932,8 +935,9 @@ struct rmig_fabric_ops {
     int (*reg_dmabuf)(struct rmig_ep *ep, int fd, uint64_t offset, void *address, uint64_t length, unsigned access,
                       struct rmig_mr *mr, struct rmig_error *err);
     /* Whether so many bytes more can be registered, as far as limits tell: RMIG_OK, or an error that says what is
-       needed, what is allowed, and how to raise it. From RESOLVED on. */
-    int (*lockable)(struct rmig_ep *ep, uint64_t bytes, struct rmig_error *err);
+       needed, what is allowed, and how to raise it. charged: of these, what a limit for the process's memory counts too
+       (huge pages of hugetlbfs have limits of their own). From RESOLVED on. */
+    int (*lockable)(struct rmig_ep *ep, uint64_t bytes, uint64_t charged, struct rmig_error *err);
 };
 
 /* Closes a fabric, whatever kind it is, after its sources and sinks. NULL is allowed. */
@@ -949,8 +953,8 @@ RMIG_API int rmig_split_address(const char *address, char *host, size_t host_siz
 struct rmig_source;
 struct rmig_stats;
 
-/* Makes a source. cfg is copied; NULL means all defaults. Checks the parameters against each other: RMIG_ERR_PARAM.
-   *err may be NULL. */
+/* Makes a source. cfg is copied; NULL means all defaults. Checks parameters against each other: RMIG_ERR_PARAM. *err
+   may be NULL. */
 RMIG_API int rmig_source_open(struct rmig_fabric *fabric, const struct rmig_config *cfg, struct rmig_source **out,
                               struct rmig_error *err);
 /* Frees everything, from any state; NULL is allowed. A connection still up is cut: the sink sees a failure unless
@@ -1031,7 +1035,7 @@ struct rmig_sink;
 
 enum rmig_sink_event_type {
     RMIG_SINK_NONE,
-    RMIG_SINK_CONNECTED, // a source is there
+    RMIG_SINK_CONNECTED, // a source is there; comes again for the next one if this one is forgotten
     RMIG_SINK_BLOCKS, // the source asks for the blocks: add those missing, then rmig_sink_accept_blocks or
                       // rmig_sink_refuse; it waits meanwhile, up to its io-timeout: have memory that takes long to make
                       // ready before
@@ -1052,9 +1056,13 @@ struct rmig_sink_event {
 
 RMIG_API int rmig_sink_open(struct rmig_fabric *fabric, const struct rmig_config *cfg, struct rmig_sink **out,
                             struct rmig_error *err);
-RMIG_API void rmig_sink_close(struct rmig_sink *s); // as rmig_source_close
-/* Listens on "host:port" (port 0: any free one). Requests that are not a migration are rejected, and listening
-   goes on. */
+/* As rmig_source_close. After bytes on a return path it waits up to 1 s until the source, which has them, has left. */
+RMIG_API void rmig_sink_close(struct rmig_sink *s);
+/* Listens on "host:port" (port 0: any free one). Requests that are not a migration are rejected, and listening goes
+   on. So it does after a source that breaks the protocol, leaves or falls silent before its migration has begun: with a
+   HELLO that was accepted, or in version 1 with stream bytes or the question for the blocks. That source is forgotten,
+   rmig_sink_error says why, and RMIG_SINK_CONNECTED comes again with the next. Nothing can have been written: no memory
+   is registered before the blocks are agreed. */
 RMIG_API int rmig_sink_listen(struct rmig_sink *s, const char *address);
 RMIG_API int rmig_sink_address(struct rmig_sink *s, char *buf, size_t n); // as really bound
 
@@ -1071,8 +1079,18 @@ RMIG_API int rmig_sink_refuse(struct rmig_sink *s, const char *reason);
 /* Copies up to n stream bytes that have arrived; returns how many, 0: none now. */
 RMIG_API size_t rmig_sink_get(struct rmig_sink *s, void *buf, size_t n);
 
-/* With a plain version 1 source only the reader of the stream knows its end: it says so here. Deregisters everything;
-   RMIG_SINK_FINISHED follows. */
+/* The return path of a stock QEMU source: a second connection, opened right after the first and before any message,
+   for bytes to the source (PONG, SHUT). True while it is up. */
+RMIG_API bool rmig_sink_has_return_path(const struct rmig_sink *s);
+/* Queues all n bytes for it; they are sent as soon as it is up and the source has said READY, each message waiting for
+   a READY of its own. RMIG_ERR_FULL when more than 4096 bytes would wait; RMIG_ERR_STATE without a version 1 source,
+   before its first message, or if it has opened no return path by then. Bytes that cannot be delivered (the return path
+   broke, or stood still for io-timeout) end the session; without bytes a broken return path ends nothing. */
+RMIG_API int rmig_sink_return_put(struct rmig_sink *s, const void *data, size_t n);
+
+/* With a plain version 1 source only the reader of the stream knows its end: it says so here. Deregisters everything at
+   once; RMIG_SINK_FINISHED follows when the bytes put on the return path are delivered. If that fails, the guest is the
+   source's, or, when the last of them were on their way (RMIG_ERR_HANDOVER), nobody can know. */
 RMIG_API int rmig_sink_complete(struct rmig_sink *s);
 
 /* Makes progress without waiting and delivers at most one event: RMIG_OK with ev->type (RMIG_SINK_NONE: nothing now),
@@ -1082,9 +1100,10 @@ RMIG_API int rmig_sink_complete(struct rmig_sink *s);
 RMIG_API int rmig_sink_process(struct rmig_sink *s, struct rmig_sink_event *ev);
 /* The same, waiting up to timeout_ns (RMIG_FOREVER allowed) for an event; RMIG_SINK_NONE if none came. */
 RMIG_API int rmig_sink_wait(struct rmig_sink *s, struct rmig_sink_event *ev, uint64_t timeout_ns);
-RMIG_API int rmig_sink_fds(struct rmig_sink *s, struct rmig_fd *fds, size_t n); // n >= 8 always suffices
+RMIG_API int rmig_sink_fds(struct rmig_sink *s, struct rmig_fd *fds, size_t n); // n >= 12 always suffices
 RMIG_API uint64_t rmig_sink_next_deadline(struct rmig_sink *s);
 RMIG_API void rmig_sink_cancel(struct rmig_sink *s);
+/* As rmig_source_error; also why the last source was forgotten. */
 RMIG_API const struct rmig_error *rmig_sink_error(const struct rmig_sink *s);
 RMIG_API void rmig_sink_stats(const struct rmig_sink *s, struct rmig_stats *out);
 RMIG_API bool rmig_sink_extended(const struct rmig_sink *s);
@@ -1133,6 +1152,7 @@ RMIG_API uint64_t rmig_expected_downtime_ns(const struct rmig_stats *stats, uint
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <sys/stat.h>
 #include <sys/types.h>
 #include <unistd.h>
 #if (defined(__x86_64__) || defined(__i386__)) && defined(__GNUC__)
@@ -2253,7 +2273,8 @@ struct rmig__session {
     uint64_t writes_done; // writes whose completion is known, out of stats.writes_posted
     uint64_t last_progress; // when the last event came, or what is waited for began
     uint64_t last_sent; // when the last control message went out
-    bool handover; // the last word is on its way: a failure now leaves open who owns the guest
+    const char *handover; // not NULL: the last word is on its way, a failure now leaves open who owns the guest; the
+                          // sink "has" everything, or "may have" it
     bool last_words; // an ERROR or a refusal is on its way
     bool ready; // poll has something: do not sleep
     bool no_fds; // the fabric has no descriptors: poll it now and then
@@ -2350,10 +2371,9 @@ static int rmig__session_end(struct rmig__session *ss) {
         return ss->failed;
     if (ss->error.status > RMIG_SESSION_ERRORS) // a call's error has become the session's
         ss->error.status = ss->error.status == RMIG_ERR_NO_MEMORY ? RMIG_ERR_SETUP : RMIG_ERR_FABRIC;
-    if (ss->handover)
+    if (ss->handover != NULL)
         rmig_fail(&ss->error, RMIG_ERR_HANDOVER, ss->error.provider_code,
-                  "the sink %s everything, but the handover was not confirmed: %.230s",
-                  ss->extended ? "has" : "may have", ss->error.text);
+                  "the sink %s everything, but the handover was not confirmed: %.230s", ss->handover, ss->error.text);
     ss->failed = ss->error.status;
     RMIG_LOG(ss->error.text);
     rmig__trace(ss, "failed: %s: %s", rmig_status_name(ss->failed), ss->error.text);
@@ -2461,7 +2481,22 @@ static void rmig__session_drop(struct rmig__session *ss) {
         ss->fabric->ops->close(ss->ep);
     ss->ep = NULL;
     ss->inbox_count = ss->unposted_count = 0;
-    ss->resolved = ss->established = ss->disconnected = ss->broken = ss->extended = false;
+    ss->resolved = ss->established = ss->disconnected = ss->broken = ss->extended = ss->last_words = false;
+}
+
+/* Takes what an endpoint still has to say. True once it is at its end: nothing more will be delivered. *sends (may be
+   NULL) gets a bit for each send that has completed. */
+static bool rmig__ep_ended(struct rmig_ep *ep, unsigned *sends) {
+    for (;;) {
+        struct rmig_fabric_event e;
+        int n = ep->fabric->ops->poll(ep, &e, 1, NULL);
+        if (n <= 0)
+            return n < 0;
+        if (e.type == RMIG_FEV_DISCONNECTED || e.type == RMIG_FEV_REJECTED || e.type == RMIG_FEV_ERROR)
+            return true;
+        if (e.type == RMIG_FEV_SEND && sends != NULL)
+            *sends |= 1u << (e.id & RMIG__ID_NUMBER);
+    }
 }
 
 /* The peer should learn why: gives the last message a moment to leave. */
@@ -2469,17 +2504,12 @@ static void rmig__session_linger(struct rmig__session *ss) {
     if (!ss->last_words || ss->ep == NULL)
         return;
     ss->last_words = false;
-    const struct rmig_fabric_ops *ops = ss->fabric->ops;
     uint64_t until = rmig__after(rmig__now(ss), RMIG__LINGER);
     while (!rmig__all_sent(ss) && rmig__now(ss) < until) {
         rmig__post_sends(ss);
-        struct rmig_fabric_event e;
-        int n = ops->poll(ss->ep, &e, 1, NULL);
-        if (n < 0 || (n > 0 && (e.type == RMIG_FEV_DISCONNECTED || e.type == RMIG_FEV_ERROR)))
+        if (rmig__ep_ended(ss->ep, &ss->sends_free))
             return;
-        if (n > 0 && e.type == RMIG_FEV_SEND)
-            ss->sends_free |= 1u << (e.id & RMIG__ID_NUMBER);
-        if (n == 0 && ops->wait(ss->fabric, &ss->ep, 1, until, NULL) != RMIG_OK)
+        if (!rmig__all_sent(ss) && ss->fabric->ops->wait(ss->fabric, &ss->ep, 1, until, NULL) != RMIG_OK)
             return;
     }
 }
@@ -2621,21 +2651,44 @@ static int rmig__session_fds(struct rmig__session *ss, struct rmig_ep *ep, struc
     if (got < 0)
         return rmig__session_end(ss);
     ss->ready = ss->ready || ready;
-    ss->no_fds = got == 0;
+    ss->no_fds = ss->no_fds || got == 0;
     return got;
+}
+
+static bool rmig__on_hugetlbfs(const struct rmig_block *b) {
+    struct stat st;
+    if (b->backing == RMIG_BACKING_SHARED_FD)
+        return fstat(b->fd, &st) == 0 && st.st_blksize > 65536; // its blocks are its pages
+    char line[512];
+    bool found = false, huge = false;
+    FILE *maps = fopen("/proc/self/maps", "r");
+    while (maps != NULL && !found && fgets(line, sizeof line, maps) != NULL) {
+        char *end;
+        uint64_t from = strtoull(line, &end, 16), to = *end == '-' ? strtoull(end + 1, NULL, 16) : 0;
+        found = from <= (uint64_t)(uintptr_t)b->host && (uint64_t)(uintptr_t)b->host < to;
+        huge = found && strstr(line, "/anon_hugepage") != NULL;
+    }
+    if (maps != NULL)
+        fclose(maps);
+    return huge;
 }
 
 /* Before anything is moved: may as much be registered as is sure to be? `sure`: of all the blocks' memory, at most.
    What comes after that fails when it comes. */
 static int rmig__check_lockable(struct rmig__session *ss, const struct rmig_blocks *blocks, uint64_t sure) {
-    uint64_t ram = 0;
-    for (uint32_t i = 0; i < blocks->count; i++)
-        ram += blocks->block[i].backing == RMIG_BACKING_DMABUF ? 0 : blocks->block[i].length;
-    if (ss->fabric->ops->lockable == NULL || ram == 0)
+    uint64_t ram = 0, charged = 0;
+    if (ss->fabric->ops->lockable == NULL)
+        return RMIG_OK;
+    for (uint32_t i = 0; i < blocks->count; i++) {
+        const struct rmig_block *b = &blocks->block[i];
+        ram += b->backing == RMIG_BACKING_DMABUF ? 0 : b->length;
+        charged += b->backing == RMIG_BACKING_DMABUF || rmig__on_hugetlbfs(b) ? 0 : b->length;
+    }
+    if (ram == 0)
         return RMIG_OK;
     struct rmig_error err;
     memset(&err, 0, sizeof err);
-    if (ss->fabric->ops->lockable(ss->ep, rmig__min(ram, sure), &err) == RMIG_OK)
+    if (ss->fabric->ops->lockable(ss->ep, rmig__min(ram, sure), rmig__min(charged, sure), &err) == RMIG_OK)
         return RMIG_OK;
     return RMIG__END(ss, RMIG_ERR_SETUP, err.provider_code, "of %llu bytes of guest memory %.230s",
                      (unsigned long long)ram, err.text);
@@ -2643,7 +2696,7 @@ static int rmig__check_lockable(struct rmig__session *ss, const struct rmig_bloc
 
 /* Guest memory at this end. Registration is the costly call, so it is timed and counted in one place. */
 static int rmig__register(struct rmig__session *ss, const struct rmig_block *b, uint64_t offset, uint64_t length,
-                          unsigned access, struct rmig_mr *mr) {
+                          unsigned access, struct rmig_mr *mr, const char *advice) {
     uint64_t begin = rmig__now(ss);
     struct rmig_error err;
     memset(&err, 0, sizeof err);
@@ -2657,9 +2710,9 @@ static int rmig__register(struct rmig__session *ss, const struct rmig_block *b, 
         status = rmig_fail(&err, RMIG_ERR_REGISTRATION, 0, "the fabric \"%s\" takes no dma-buf", ops->name);
     if (status != RMIG_OK)
         return RMIG__END(ss, RMIG_ERR_REGISTRATION, err.provider_code,
-                         "block \"%.60s\": %llu bytes at offset 0x%llx cannot be registered, %llu bytes are: %.120s",
+                         "block \"%.40s\": %llu bytes at offset 0x%llx cannot be registered, %llu bytes are: %.230s%s",
                          b->name, (unsigned long long)length, (unsigned long long)offset,
-                         (unsigned long long)ss->stats.bytes_registered, err.text);
+                         (unsigned long long)ss->stats.bytes_registered, err.text, advice);
     ss->stats.registrations++;
     ss->stats.bytes_registered += length;
     ss->stats.registration_ns += rmig__now(ss) - begin;
@@ -2747,6 +2800,18 @@ enum rmig__source_state { RMIG__SOURCE_NEW, RMIG__SOURCE_CONNECTING, RMIG__SOURC
 enum rmig__exchange { RMIG__BLOCKS_NONE, RMIG__BLOCKS_SENDING, RMIG__BLOCKS_DONE };
 enum rmig__finish { RMIG__FINISH_NONE, RMIG__FINISH_ASKED, RMIG__FINISH_ANSWERED, RMIG__FINISH_SAID };
 
+/* Messages queue behind writes. On a slow link what is outstanding must be through before the sink takes the silence
+   for death: 32 MiB take 16 s at 2 MB/s. At 100 Gb/s it covers a round trip of 2.6 ms. */
+#define RMIG__WIRE_MAX ((uint64_t)32 << 20)
+#define RMIG__SIGNAL_BYTES ((uint64_t)4 << 20) // a completion at least so often: it is what shows progress
+#define RMIG__MARK_BYTES ((uint64_t)1 << 20) // apart at least
+#define RMIG__MARKS 64
+
+struct rmig__mark {
+    uint64_t number; // of the write
+    uint64_t bytes; // up to and with it
+};
+
 struct rmig_source {
     struct rmig__session ss;
     struct rmig_blocks blocks;
@@ -2794,7 +2859,10 @@ struct rmig_source {
 
     struct rmig_write queue[RMIG__WRITE_BATCH]; // prepared, not yet posted
     unsigned queued;
-    uint64_t unsignalled;
+    uint64_t unsignalled, unsignalled_bytes; // writes since the last that asked for a completion
+    uint64_t wire_bytes, wire_done; // of all writes prepared, and of those known to be complete, this or a little less
+    struct rmig__mark mark[RMIG__MARKS]; // ring: how far wire_bytes had come at some of the signalled writes
+    uint64_t mark_first, mark_last;
     uint64_t tokens, tokens_time, pace_until; // pacer
 
     uint8_t *stream;
@@ -3050,7 +3118,7 @@ static int rmig__region_register(struct rmig_source *s, struct rmig__region *r) 
     if (!s->ss.caps.local_mr || r->local)
         return RMIG_OK;
     int status =
-        rmig__register(&s->ss, &s->blocks.block[r->block], r->offset, r->length, RMIG_ACCESS_LOCAL_READ, &r->mr);
+        rmig__register(&s->ss, &s->blocks.block[r->block], r->offset, r->length, RMIG_ACCESS_LOCAL_READ, &r->mr, "");
     r->local = status == RMIG_OK;
     return status;
 }
@@ -3058,6 +3126,7 @@ static int rmig__region_register(struct rmig_source *s, struct rmig__region *r) 
 /* Longest registration that suits both ends, in whole chunks. */
 static uint64_t rmig__registration_max(const struct rmig_source *s) {
     uint64_t both = rmig__min(s->ss.caps.registration_max, s->ss.peer_registration_max);
+    both = rmig__min(both, RMIG_CHUNK_SIZE_MAX); // bounds what one call may take; some adapters count 32 bits
     return rmig__max(both / s->chunk_size, 1) * s->chunk_size;
 }
 
@@ -3415,7 +3484,7 @@ static void rmig__plan_walk(struct rmig_source *s, struct rmig__window *w, uint6
 
 /* Pin-all: the next window is whole blocks. */
 static void rmig__plan_pin(struct rmig_source *s, struct rmig__window *w) {
-    uint64_t longest = rmig__min(rmig__registration_max(s), RMIG_CHUNK_SIZE_MAX); // bounds what one call may take
+    uint64_t longest = rmig__registration_max(s);
     while (s->pin.block < s->blocks.count && w->count < s->window_regions && w->bytes < s->window_bytes) {
         uint64_t length = s->blocks.block[s->pin.block].length;
         struct rmig__region *r =
@@ -3550,7 +3619,7 @@ static int rmig__say_zero(struct rmig_source *s, uint8_t *payload) {
 /* Version 1 has no answer to finish: once the last bytes have left, nobody here can know. */
 static void rmig__last_bytes(struct rmig_source *s) {
     if (s->op == RMIG__OP_FINISH && s->stream_fill == 0 && !s->ss.extended)
-        s->ss.handover = true;
+        s->ss.handover = "may have";
 }
 
 static int rmig__say_stream(struct rmig_source *s, uint8_t *payload) {
@@ -3623,7 +3692,7 @@ static int rmig__control_out(struct rmig_source *s, bool *moved) {
         status = rmig__say_hello(s, payload);
     else if (s->finish == RMIG__FINISH_ANSWERED) {
         s->finish = RMIG__FINISH_SAID;
-        s->ss.handover = true;
+        s->ss.handover = "has";
         status = rmig__send(&s->ss, RMIG_MSG_GOODBYE, 1, 0);
     } else if (!s->credit || s->await != 0)
         return RMIG_OK;
@@ -3700,6 +3769,15 @@ static int rmig__post_writes(struct rmig_source *s, bool *moved) {
     return RMIG_OK;
 }
 
+static void rmig__mark_write(struct rmig_source *s, uint64_t number) {
+    uint64_t last = s->mark_last > s->mark_first ? s->mark[(s->mark_last - 1) % RMIG__MARKS].bytes : s->wire_done;
+    if (s->wire_bytes - last < RMIG__MARK_BYTES || s->mark_last - s->mark_first == RMIG__MARKS)
+        return;
+    struct rmig__mark *m = &s->mark[s->mark_last++ % RMIG__MARKS];
+    m->number = number;
+    m->bytes = s->wire_bytes;
+}
+
 static void rmig__queue_write(struct rmig_source *s, const struct rmig__region *r, uint64_t offset, uint64_t length) {
     uint64_t number = s->ss.stats.writes_posted + s->queued + 1;
     struct rmig_write *w = &s->queue[s->queued++];
@@ -3709,10 +3787,24 @@ static void rmig__queue_write(struct rmig_source *s, const struct rmig__region *
     w->remote_address = r->address + (offset - r->offset);
     w->key = r->key;
     w->id = RMIG__ID_WRITE | number;
+    s->wire_bytes += length;
+    s->unsignalled_bytes += length;
     w->signal = !s->ss.caps.writes_in_order || ++s->unsignalled >= rmig_get(&s->ss.cfg, RMIG_PARAM_SIGNAL_EVERY) ||
-                s->unsignalled >= (s->depth + 1) / 2;
-    if (w->signal)
-        s->unsignalled = 0;
+                s->unsignalled >= (s->depth + 1) / 2 || s->unsignalled_bytes >= RMIG__SIGNAL_BYTES;
+    if (w->signal) {
+        s->unsignalled = s->unsignalled_bytes = 0;
+        rmig__mark_write(s, number);
+    }
+}
+
+/* Bytes of writes that may not be in the sink's memory yet. */
+static uint64_t rmig__wire_outstanding(struct rmig_source *s) {
+    uint64_t done = s->ss.writes_done;
+    for (; s->mark_first < s->mark_last && s->mark[s->mark_first % RMIG__MARKS].number <= done; s->mark_first++)
+        s->wire_done = s->mark[s->mark_first % RMIG__MARKS].bytes;
+    if (s->queued == 0 && done == s->ss.stats.writes_posted)
+        s->wire_done = s->wire_bytes;
+    return s->wire_bytes - s->wire_done;
 }
 
 /* The next extent behind the planner that has a ready region: prepares one write. False: none now. */
@@ -3801,7 +3893,8 @@ static int rmig__write_out(struct rmig_source *s, bool *moved) {
     int status = RMIG_OK;
     while (!hold && status == RMIG_OK) {
         uint64_t outstanding = s->ss.stats.writes_posted - s->ss.writes_done;
-        bool room = s->queued < RMIG__WRITE_BATCH && outstanding + s->queued < s->depth;
+        bool room = s->queued < RMIG__WRITE_BATCH && outstanding + s->queued < s->depth &&
+                    rmig__wire_outstanding(s) < RMIG__WIRE_MAX;
         uint64_t allowed = room && s->pending > 0 ? rmig__pace(s) : 0;
         if (allowed > 0 && rmig__next_write(s, allowed)) {
             if (s->wrote_began == 0)
@@ -3947,6 +4040,7 @@ RMIG__DEF int rmig_source_process(struct rmig_source *s) {
 RMIG__DEF int rmig_source_fds(struct rmig_source *s, struct rmig_fd *fds, size_t n) {
     if (s->ss.ep == NULL || s->ss.failed || s->state == RMIG__SOURCE_DONE)
         return 0;
+    s->ss.no_fds = false;
     return rmig__session_fds(&s->ss, s->ss.ep, fds, n);
 }
 
@@ -4223,12 +4317,36 @@ struct rmig__peer_block { // what the source said: the name stands in an arena
 enum rmig__sink_state {
     RMIG__SINK_NEW,
     RMIG__SINK_LISTENING,
+    RMIG__SINK_PARTING, // a source is forgotten once it has been told why; others wait that long
     RMIG__SINK_ACCEPTING,
     RMIG__SINK_HELLO, // extended: the source's HELLO is due
     RMIG__SINK_UP,
     RMIG__SINK_ASKING, // the embedder's word on the blocks is due
     RMIG__SINK_HANDOVER, // FINISH came, GOODBYE is due
+    RMIG__SINK_RETURNING, // complete but for bytes on the return path
     RMIG__SINK_OVER
+};
+
+#define RMIG__RETURN_MAX 4096 // bytes that may wait
+#define RMIG__RETURN_RECVS 2 // one for the READY in hand, one for the next
+#define RMIG__RETURN_RECV 64 // a READY has 16 bytes; what does not fit ends the return path
+#define RMIG__RETURN_LINGER RMIG__SECOND // for the source to leave by itself, in close
+
+/* The second connection of a stock source, for bytes to it. Nothing tells who has opened it, so it must not be able to
+   hurt the session: what is wrong on it matters only to bytes that are put on it. */
+struct rmig__return {
+    struct rmig_ep *ep; // NULL: none
+    struct rmig_mr mr;
+    bool registered, up;
+    bool ready; // a READY has come that no message has used
+    bool spoke; // a message was delivered
+    size_t waiting, sent; // bytes not known to be delivered; of these in the message under way
+    uint64_t since; // when something last happened on it, or the wait began
+    struct rmig_error broken; // why there is none any more
+    struct {
+        uint8_t in[RMIG__RETURN_RECVS][RMIG__RETURN_RECV];
+        uint8_t out[RMIG_HEADER_SIZE + RMIG__RETURN_MAX]; // one message, and what waits behind it
+    } buf; // registered as one
 };
 
 struct rmig_sink {
@@ -4236,6 +4354,11 @@ struct rmig_sink {
     struct rmig_ep *listener;
     struct rmig_blocks blocks;
     enum rmig__sink_state state;
+    struct rmig_private_data asked; // by the source
+    uint8_t answer[RMIG_PRIVATE_DATA_SIZE];
+    bool begun; // the migration: from here on a failure of the source is the session's
+    uint64_t part_until; // PARTING
+    struct rmig__return ret;
     bool ready_out; // a READY has gone out and no message has come for it
     bool pin_all;
     uint64_t chunk_size, unit, ram_bytes;
@@ -4284,11 +4407,232 @@ static int rmig__sink_deregister_all(struct rmig_sink *s) {
     return status;
 }
 
+// --- the return path
+
+static void rmig__return_drop(struct rmig_sink *s) {
+    struct rmig__return *r = &s->ret;
+    const struct rmig_fabric_ops *ops = s->ss.fabric->ops;
+    if (r->up)
+        ops->disconnect(r->ep);
+    if (r->registered)
+        ops->dereg(r->ep, &r->mr, NULL);
+    if (r->ep != NULL)
+        ops->close(r->ep);
+    r->ep = NULL;
+    r->registered = r->up = r->ready = false;
+    r->waiting = r->sent = 0;
+}
+
+/* No return path any more. Another may come before the migration has begun; later that matters to bytes alone. */
+static int rmig__return_break(struct rmig_sink *s, int status, int code, const char *why) {
+    struct rmig__return *r = &s->ret;
+    size_t waiting = r->waiting;
+    rmig_fail(&r->broken, status, code, "%.150s", why);
+    rmig__trace(&s->ss, "return path: closed: %s", r->broken.text);
+    rmig__return_drop(s);
+    if (waiting == 0)
+        return RMIG_OK;
+    return RMIG__END(&s->ss, status, code, "the return path: %zu bytes cannot be delivered: %s", waiting,
+                     r->broken.text);
+}
+
+static int rmig__return_recv(struct rmig_sink *s, unsigned buffer, struct rmig_error *err) {
+    struct rmig__return *r = &s->ret;
+    return s->ss.fabric->ops->recv(r->ep, r->buf.in[buffer], RMIG__RETURN_RECV, &r->mr, RMIG__ID_RECV | buffer, err);
+}
+
+/* Message n waits for READY n. */
+static bool rmig__return_can_send(const struct rmig_sink *s) {
+    return s->ret.up && s->ret.ready && s->ret.sent == 0 && s->ret.waiting > 0;
+}
+
+/* With all of the last bytes on their way the source may take the migration for complete. */
+static void rmig__return_last_word(struct rmig_sink *s) {
+    if (s->state == RMIG__SINK_RETURNING && s->ret.sent > 0 && s->ret.sent == s->ret.waiting)
+        s->ss.handover = "has";
+}
+
+static int rmig__return_send(struct rmig_sink *s) {
+    struct rmig__return *r = &s->ret;
+    if (!rmig__return_can_send(s))
+        return RMIG_OK;
+    struct rmig_header header;
+    header.len = (uint32_t)r->waiting;
+    header.type = RMIG_MSG_QEMU_FILE;
+    header.repeat = 0;
+    rmig_encode_header(r->buf.out, RMIG_HEADER_SIZE, &header);
+    struct rmig_error err;
+    memset(&err, 0, sizeof err);
+    int status = s->ss.fabric->ops->send(r->ep, r->buf.out, RMIG_HEADER_SIZE + r->waiting, &r->mr, RMIG__ID_SEND, &err);
+    if (status == RMIG_ERR_FULL)
+        return RMIG_OK;
+    if (status != RMIG_OK)
+        return rmig__return_break(s, RMIG_ERR_FABRIC, err.provider_code, err.text);
+    r->sent = r->waiting;
+    r->ready = false;
+    r->since = rmig__now(&s->ss);
+    s->ss.stats.control_sent++;
+    rmig__return_last_word(s);
+    rmig__trace(&s->ss, "return path: send QEMU_FILE len %zu", r->sent);
+    return RMIG_OK;
+}
+
+static int rmig__return_on_message(struct rmig_sink *s, unsigned buffer, uint64_t length) {
+    struct rmig__return *r = &s->ret;
+    struct rmig_header h;
+    struct rmig_error err;
+    memset(&err, 0, sizeof err);
+    s->ss.stats.control_received++;
+    if (rmig_decode_header(r->buf.in[buffer], (size_t)length, &h) < 0)
+        rmig_fail(&err, RMIG_ERR_PROTOCOL, 0, "the source sent %llu bytes that are no message; READY was due",
+                  (unsigned long long)length);
+    else if (h.type != RMIG_MSG_READY || h.len != 0)
+        rmig_fail(&err, RMIG_ERR_PROTOCOL, 0, "the source sent %s (type %u, len %u); READY was due",
+                  rmig_message_name(h.type), h.type, h.len);
+    else if (r->ready)
+        rmig_fail(&err, RMIG_ERR_PROTOCOL, 0, "the source sent a READY before the one before it was used");
+    else
+        rmig__return_recv(s, buffer, &err);
+    if (err.status != RMIG_OK)
+        return rmig__return_break(s, err.status, err.provider_code, err.text);
+    r->ready = true;
+    rmig__trace(&s->ss, "return path: recv READY");
+    return RMIG_OK;
+}
+
+static int rmig__return_on_event(struct rmig_sink *s, const struct rmig_fabric_event *e) {
+    struct rmig__return *r = &s->ret;
+    r->since = rmig__now(&s->ss);
+    switch (e->type) {
+    case RMIG_FEV_ESTABLISHED:
+        r->up = true;
+        rmig__trace(&s->ss, "return path: connected");
+        return RMIG_OK;
+    case RMIG_FEV_SEND:
+        r->waiting -= r->sent;
+        memmove(r->buf.out + RMIG_HEADER_SIZE, r->buf.out + RMIG_HEADER_SIZE + r->sent, r->waiting);
+        r->sent = 0;
+        r->spoke = true;
+        return RMIG_OK;
+    case RMIG_FEV_RECV:
+        return rmig__return_on_message(s, (unsigned)(e->id & RMIG__ID_NUMBER), e->length);
+    case RMIG_FEV_DISCONNECTED:
+        return rmig__return_break(s, RMIG_ERR_PEER_GONE, e->provider_code, "the source disconnected it");
+    case RMIG_FEV_REJECTED:
+    case RMIG_FEV_ERROR:
+        return rmig__return_break(s, RMIG_ERR_FABRIC, e->provider_code, e->text);
+    case RMIG_FEV_REQUEST:
+    case RMIG_FEV_RESOLVED:
+    case RMIG_FEV_WRITE:
+        break;
+    }
+    return RMIG_OK;
+}
+
+static int rmig__return_poll(struct rmig_sink *s) {
+    while (s->ret.ep != NULL) {
+        struct rmig_fabric_event e;
+        struct rmig_error err;
+        memset(&err, 0, sizeof err);
+        int n = s->ss.fabric->ops->poll(s->ret.ep, &e, 1, &err);
+        if (n < 0)
+            return rmig__return_break(s, RMIG_ERR_FABRIC, err.provider_code, err.text);
+        if (n == 0)
+            return rmig__return_send(s);
+        int status = rmig__return_on_event(s, &e);
+        if (status != RMIG_OK)
+            return status;
+    }
+    return RMIG_OK;
+}
+
+static uint64_t rmig__return_deadline(const struct rmig_sink *s) {
+    const struct rmig__return *r = &s->ret;
+    if (r->ep == NULL || (r->up && r->waiting == 0))
+        return RMIG_FOREVER;
+    return rmig__after(r->since, rmig_get(&s->ss.cfg, r->up ? RMIG_PARAM_IO_TIMEOUT : RMIG_PARAM_CONNECT_TIMEOUT));
+}
+
+static int rmig__return_timers(struct rmig_sink *s) {
+    const struct rmig__return *r = &s->ret;
+    if (rmig__now(&s->ss) < rmig__return_deadline(s))
+        return RMIG_OK;
+    enum rmig_param which = r->up ? RMIG_PARAM_IO_TIMEOUT : RMIG_PARAM_CONNECT_TIMEOUT;
+    char span[32], why[120];
+    rmig__param_text(&rmig__params[which], rmig_get(&s->ss.cfg, which), span, sizeof span);
+    snprintf(why, sizeof why, "no %s for %s (%s)",
+             !r->up        ? "connection"
+             : r->sent > 0 ? "delivery"
+                           : "READY from the source",
+             span, rmig__params[which].name);
+    return rmig__return_break(s, RMIG_ERR_TIMEOUT, 0, why);
+}
+
+/* The source that has read the last bytes disconnects by itself. If this end came first, the source might take that for
+   a failure. */
+static void rmig__return_linger(struct rmig_sink *s) {
+    if (s->state != RMIG__SINK_OVER || s->ss.failed || s->ret.ep == NULL || !s->ret.spoke)
+        return;
+    struct rmig_ep *eps[2];
+    size_t n = 0;
+    eps[n++] = s->ret.ep;
+    if (!s->ss.disconnected && !s->ss.broken)
+        eps[n++] = s->ss.ep;
+    uint64_t until = rmig__after(rmig__now(&s->ss), RMIG__RETURN_LINGER);
+    while (rmig__now(&s->ss) < until) {
+        size_t left = 0;
+        for (size_t i = 0; i < n; i++)
+            if (!rmig__ep_ended(eps[i], NULL))
+                eps[left++] = eps[i];
+        n = left;
+        if (n == 0 || s->ss.fabric->ops->wait(s->ss.fabric, eps, n, until, NULL) != RMIG_OK)
+            return;
+    }
+}
+
+RMIG__DEF bool rmig_sink_has_return_path(const struct rmig_sink *s) { return s->ret.up; }
+
+RMIG__DEF int rmig_sink_return_put(struct rmig_sink *s, const void *data, size_t n) {
+    struct rmig__session *ss = &s->ss;
+    struct rmig__return *r = &s->ret;
+    if (ss->failed)
+        return ss->failed;
+    if (!s->begun || ss->extended || s->state >= RMIG__SINK_RETURNING)
+        return RMIG__REFUSE(ss, RMIG_ERR_STATE, 0,
+                            "rmig_sink_return_put: only for a version 1 source, after its first message and before "
+                            "rmig_sink_complete");
+    if (n > RMIG__RETURN_MAX || (data == NULL && n > 0))
+        return RMIG__REFUSE(ss, RMIG_ERR_ARGUMENT, 0,
+                            "rmig_sink_return_put: %zu bytes at %p: must be at most %d, not at NULL", n, data,
+                            RMIG__RETURN_MAX);
+    if (r->ep == NULL && r->broken.status == RMIG_OK)
+        return RMIG__REFUSE(ss, RMIG_ERR_STATE, 0,
+                            "rmig_sink_return_put: the source has opened no return path; it does so before its first "
+                            "message, or not at all");
+    if (r->ep == NULL)
+        return RMIG__END(ss, r->broken.status, r->broken.provider_code,
+                         "the return path: %zu bytes cannot be delivered: %s", n, r->broken.text);
+    if (n > RMIG__RETURN_MAX - r->waiting)
+        return RMIG__REFUSE(ss, RMIG_ERR_FULL, 0, "rmig_sink_return_put: %zu bytes wait, with %zu more than %d would",
+                            r->waiting, n, RMIG__RETURN_MAX);
+    if (r->waiting == 0 && r->up)
+        r->since = rmig__now(ss);
+    if (n > 0)
+        memcpy(r->buf.out + RMIG_HEADER_SIZE + r->waiting, data, n);
+    r->waiting += n;
+    ss->again = true;
+    return rmig__return_send(s);
+}
+
+// --- opening and closing
+
 RMIG__DEF void rmig_sink_close(struct rmig_sink *s) {
     if (s == NULL)
         return;
     rmig__sink_deregister_all(s);
+    rmig__return_linger(s);
     rmig__session_close(&s->ss);
+    rmig__return_drop(s);
     if (s->listener != NULL)
         s->ss.fabric->ops->close(s->listener);
     rmig_blocks_free(&s->blocks);
@@ -4354,26 +4698,38 @@ static void rmig__sink_reject(struct rmig_sink *s, const struct rmig_fabric_even
     rmig__trace(&s->ss, "rejected a request: %s", why);
 }
 
-static void rmig__sink_forget(struct rmig_sink *s, const char *why) {
-    rmig__trace(&s->ss, "a request came to nothing: %s", why);
+static void rmig__sink_forget(struct rmig_sink *s) {
+    rmig__trace(&s->ss, "forgot a source, listening again: %s", s->ss.error.text);
+    rmig__return_drop(s);
     rmig__session_drop(&s->ss);
-    s->ss.failed = RMIG_OK;
-    memset(&s->ss.error, 0, sizeof s->ss.error);
+    s->ready_out = false;
     s->state = RMIG__SINK_LISTENING;
 }
 
-static void rmig__sink_on_request(struct rmig_sink *s, const struct rmig_fabric_event *e) {
+/* What a source does before its migration has begun costs it its connection, and not the sink, which another may be on
+   its way to. The reason stays in ss->error. */
+static void rmig__sink_spare(struct rmig_sink *s) {
     struct rmig__session *ss = &s->ss;
-    struct rmig_private_data asked;
-    if (s->state != RMIG__SINK_LISTENING) {
-        rmig__sink_reject(s, e, "busy with another source");
+    if (s->begun || ss->failed == RMIG_OK || ss->failed == RMIG_ERR_SETUP || ss->failed == RMIG_ERR_CANCELLED)
         return;
-    }
-    if (rmig_decode_private_data(e->private_data, e->private_data_length, &asked) < 0 ||
-        asked.version != RMIG_PROTOCOL_VERSION) {
-        rmig__sink_reject(s, e, "its private data is short or not of protocol version 1");
+    ss->failed = RMIG_OK;
+    ss->broken = true; // it hears no more than its last words
+    ss->again = true;
+    s->event = RMIG_SINK_NONE;
+    s->state = RMIG__SINK_PARTING;
+    s->part_until = ss->last_words ? rmig__after(rmig__now(ss), RMIG__LINGER) : 0;
+    rmig__return_drop(s);
+}
+
+static void rmig__sink_part(struct rmig_sink *s, bool *moved) {
+    if (rmig__now(&s->ss) < s->part_until && !rmig__ep_ended(s->ss.ep, NULL))
         return;
-    }
+    rmig__sink_forget(s);
+    *moved = true;
+}
+
+static void rmig__sink_accept(struct rmig_sink *s, const struct rmig_fabric_event *e) {
+    struct rmig__session *ss = &s->ss;
     struct rmig_ep_config cfg;
     cfg.write_depth = 1; // a sink never writes
     cfg.send_depth = RMIG__SENDS;
@@ -4386,21 +4742,77 @@ static void rmig__sink_on_request(struct rmig_sink *s, const struct rmig_fabric_
     }
     s->state = RMIG__SINK_ACCEPTING;
     ss->last_progress = rmig__now(ss);
+    memset(&s->ret.broken, 0, sizeof s->ret.broken);
     struct rmig_private_data answer;
     answer.version = RMIG_PROTOCOL_VERSION;
-    answer.flags = asked.flags & RMIG_FLAG_PIN_ALL;
+    answer.flags = s->asked.flags & RMIG_FLAG_PIN_ALL;
     if (rmig_get(&ss->cfg, RMIG_PARAM_EXTENSION))
-        answer.flags |= asked.flags & RMIG_FLAG_EXTENSION;
-    uint8_t bytes[RMIG_PRIVATE_DATA_SIZE];
-    rmig_encode_private_data(bytes, sizeof bytes, &answer);
+        answer.flags |= s->asked.flags & RMIG_FLAG_EXTENSION;
+    rmig_encode_private_data(s->answer, sizeof s->answer, &answer);
     if (rmig__session_setup(ss) != RMIG_OK)
         return; // this end's own trouble: the session ends with it
-    if (ss->fabric->ops->accept(ss->ep, bytes, sizeof bytes, &ss->error) != RMIG_OK) {
-        rmig__sink_forget(s, ss->error.text);
+    if (ss->fabric->ops->accept(ss->ep, s->answer, sizeof s->answer, &ss->error) != RMIG_OK) {
+        rmig__sink_forget(s);
         return;
     }
     ss->extended = (answer.flags & RMIG_FLAG_EXTENSION) != 0;
     s->pin_all = (answer.flags & RMIG_FLAG_PIN_ALL) != 0 && !ss->extended;
+}
+
+/* A stock source waits for its return path before it says anything; its request may overtake the news that the first
+   connection is there. */
+static bool rmig__return_wanted(const struct rmig_sink *s, const struct rmig_private_data *asked) {
+    return (s->state == RMIG__SINK_ACCEPTING || s->state == RMIG__SINK_UP) && !s->ss.extended && !s->begun &&
+           s->ret.ep == NULL && asked->flags == s->asked.flags;
+}
+
+/* The endpoint takes work: registers, posts the receives and accepts. */
+static int rmig__return_accept(struct rmig_sink *s, struct rmig_error *err) {
+    struct rmig__return *r = &s->ret;
+    const struct rmig_fabric_ops *ops = s->ss.fabric->ops;
+    int status = ops->reg(r->ep, &r->buf, sizeof r->buf, RMIG_ACCESS_LOCAL_READ | RMIG_ACCESS_LOCAL_WRITE, &r->mr, err);
+    r->registered = status == RMIG_OK;
+    for (unsigned i = 0; i < RMIG__RETURN_RECVS && status == RMIG_OK; i++)
+        status = rmig__return_recv(s, i, err);
+    return status == RMIG_OK ? ops->accept(r->ep, s->answer, sizeof s->answer, err) : status;
+}
+
+static void rmig__return_open(struct rmig_sink *s, const struct rmig_fabric_event *e) {
+    struct rmig__return *r = &s->ret;
+    struct rmig_ep_config cfg;
+    cfg.write_depth = 1;
+    cfg.send_depth = 1;
+    cfg.recv_depth = RMIG__RETURN_RECVS;
+    cfg.connect_timeout_ns = rmig_get(&s->ss.cfg, RMIG_PARAM_CONNECT_TIMEOUT);
+    struct rmig_error err;
+    memset(&err, 0, sizeof err);
+    if (s->ss.fabric->ops->open_request(s->listener, e->request, &cfg, &r->ep, &err) != RMIG_OK) {
+        r->ep = NULL;
+        rmig__sink_reject(s, e, err.text);
+        return;
+    }
+    memset(&r->broken, 0, sizeof r->broken);
+    r->since = rmig__now(&s->ss);
+    int status = rmig__return_accept(s, &err);
+    if (status != RMIG_OK)
+        rmig__return_break(s, RMIG_ERR_FABRIC, err.provider_code, err.text);
+    else
+        rmig__trace(&s->ss, "return path: accepted");
+}
+
+static void rmig__sink_on_request(struct rmig_sink *s, const struct rmig_fabric_event *e) {
+    struct rmig_private_data asked;
+    if (rmig_decode_private_data(e->private_data, e->private_data_length, &asked) < 0 ||
+        asked.version != RMIG_PROTOCOL_VERSION) {
+        rmig__sink_reject(s, e, "its private data is short or not of protocol version 1");
+    } else if (s->state == RMIG__SINK_LISTENING) {
+        s->asked = asked;
+        rmig__sink_accept(s, e);
+    } else if (rmig__return_wanted(s, &asked)) {
+        rmig__return_open(s, e);
+    } else {
+        rmig__sink_reject(s, e, "busy with another source");
+    }
 }
 
 static int rmig__sink_poll_listener(struct rmig_sink *s) {
@@ -4437,9 +4849,14 @@ static int rmig__sink_on_hello(struct rmig_sink *s, const uint8_t *p, const stru
     rmig__fill_hello(ss, &answer);
     bool fixed = (ss->cfg.set_ & (1u << RMIG_PARAM_CHUNK_SIZE)) != 0;
     uint64_t own = answer.chunk_size, asked = hello.chunk_size;
-    if (!rmig__is_power_of_two(asked) || asked < RMIG_CHUNK_SIZE_MIN || asked > RMIG_CHUNK_SIZE_MAX)
+    bool is_size = rmig__is_power_of_two(asked) && asked >= RMIG_CHUNK_SIZE_MIN && asked <= RMIG_CHUNK_SIZE_MAX;
+    bool valid = is_size && rmig__take_limits(ss, &hello, 0);
+    if (!is_size)
         snprintf(answer.reason, sizeof answer.reason, "chunk-size %llu: must be a power of two from 1M to 1G",
                  (unsigned long long)asked);
+    else if (!valid)
+        snprintf(answer.reason, sizeof answer.reason, "limits: payload %llu (need 512), batch %llu (need 1)",
+                 (unsigned long long)hello.payload_max, (unsigned long long)hello.batch_max);
     else if (fixed && own != asked)
         snprintf(answer.reason, sizeof answer.reason,
                  "chunk-size: the source has %llu, the sink is set to %llu; set the same or leave the sink's unset",
@@ -4448,17 +4865,15 @@ static int rmig__sink_on_hello(struct rmig_sink *s, const uint8_t *p, const stru
         snprintf(answer.reason, sizeof answer.reason,
                  "chunk-size %llu: the sink's fabric registers at most %llu at once", (unsigned long long)asked,
                  (unsigned long long)ss->caps.registration_max);
-    else if (!rmig__take_limits(ss, &hello, 0))
-        snprintf(answer.reason, sizeof answer.reason, "limits: payload %llu (need 512), batch %llu (need 1)",
-                 (unsigned long long)hello.payload_max, (unsigned long long)hello.batch_max);
     answer.status = answer.reason[0] != '\0';
     answer.chunk_size = asked;
     int status =
         rmig__send(&s->ss, RMIG_MSG_HELLO_RESULT, 1, (size_t)rmig_encode_hello(out, RMIG_PAYLOAD_MAX, &answer));
     if (status == RMIG_OK && answer.status != 0) {
         ss->broken = ss->last_words = true; // the reason is on its way: no ERROR behind it
-        return RMIG__END(ss, RMIG_ERR_SETUP, 0, "refused the source: %s", answer.reason);
+        return RMIG__END(ss, valid ? RMIG_ERR_SETUP : RMIG_ERR_PROTOCOL, 0, "refused the source: %s", answer.reason);
     }
+    s->begun = true;
     s->chunk_size = asked;
     s->unit = asked;
     s->state = RMIG__SINK_UP;
@@ -4544,7 +4959,7 @@ static uint64_t rmig__sink_clear(struct rmig_sink *s, const struct rmig_block *b
         *budget -= end - data;
         for (uint64_t at = data; at < end; at += s->ss.holes.page) {
             size_t n = (size_t)rmig__min(s->ss.holes.page, end - at);
-            if (!rmig_is_zero(b->host + at, n))
+            if (b->backing == RMIG_BACKING_DMABUF || !rmig_is_zero(b->host + at, n))
                 memset(b->host + at, 0, n);
         }
         from = end;
@@ -4617,8 +5032,12 @@ static struct rmig__sink_region *rmig__sink_register(struct rmig_sink *s, uint32
         return NULL;
     }
     struct rmig__sink_region *r = &s->region[s->region_free];
+    bool unit_unknown = !s->ss.extended && !s->pin_all && !s->ss.caps.offset_addressing &&
+                        rmig_get(&s->ss.cfg, RMIG_PARAM_PEER_CHUNK_SIZE) == 0;
     if (rmig__register(&s->ss, rmig__sink_local(s, b), from, to - from,
-                       RMIG_ACCESS_LOCAL_WRITE | RMIG_ACCESS_REMOTE_WRITE, &r->mr) != RMIG_OK)
+                       RMIG_ACCESS_LOCAL_WRITE | RMIG_ACCESS_REMOTE_WRITE, &r->mr,
+                       unit_unknown ? "; to register less at once, set peer-chunk-size to the source's (stock QEMU: 1M)"
+                                    : "") != RMIG_OK)
         return NULL;
     r->used = true;
     r->block = index;
@@ -4717,7 +5136,8 @@ static int rmig__sink_on_unregister(struct rmig_sink *s, const uint8_t *p, const
         uint64_t chunks = b == NULL ? 0 : rmig_chunk_count(rmig__sink_local(s, b)->length, rmig__sink_chunk(s));
         uint32_t known = q.key < chunks ? b->unit[q.key * rmig__sink_chunk(s) / s->unit] : 0;
         struct rmig__sink_region *r = known == 0 ? NULL : &s->region[known - 1];
-        if (r != NULL && s->unit != rmig__sink_chunk(s))
+        bool whole_block = !s->ss.extended && s->ss.caps.offset_addressing;
+        if (r != NULL && (whole_block || s->unit != rmig__sink_chunk(s)))
             continue; // its registration serves other chunks too, so it stays
         if (r == NULL || r->offset != q.key * s->unit)
             return RMIG__END(&s->ss, RMIG_ERR_PROTOCOL, 0,
@@ -4765,7 +5185,7 @@ static int rmig__sink_on_finish(struct rmig_sink *s) {
     if (rmig__sink_deregister_all(s) != RMIG_OK)
         return rmig__session_end(&s->ss);
     s->state = RMIG__SINK_HANDOVER;
-    s->ss.handover = true;
+    s->ss.handover = "has";
     return rmig__send(&s->ss, RMIG_MSG_FINISH_RESULT, 1, 0);
 }
 
@@ -4777,6 +5197,7 @@ static int rmig__sink_dispatch(struct rmig_sink *s, const uint8_t *p, const stru
             break;
         if (s->block != NULL)
             return rmig__sink_say_ram_blocks(s); // asked again: the same answer, nothing registered twice
+        s->begun = true;
         s->state = RMIG__SINK_ASKING;
         s->event = RMIG_SINK_BLOCKS;
         return RMIG_OK;
@@ -4840,6 +5261,7 @@ static int rmig__sink_on_message(struct rmig_sink *s, bool *moved) {
     } else if (h->type == RMIG_MSG_QEMU_FILE && h->len > 0) {
         /* Told again while bytes are left and some were taken, and when nothing else can come. */
         bool link_down = s->ss.disconnected || s->ss.broken;
+        s->begun = true;
         if (!s->stream_told || s->stream_taken || link_down) {
             s->ss.stats.stream_bytes += s->stream_told ? 0 : h->len;
             s->stream_told = true;
@@ -4966,7 +5388,7 @@ RMIG__DEF int rmig_sink_accept_blocks(struct rmig_sink *s) {
         return RMIG__END(ss, RMIG_ERR_FABRIC, 0, "no send buffer is free although at most two are in use");
     int status = rmig__sink_tables(s, count);
     if (status == RMIG_OK)
-        status = rmig__check_lockable(ss, &s->blocks, s->pin_all ? UINT64_MAX : s->unit);
+        status = rmig__check_lockable(ss, &s->blocks, (s->asked.flags & RMIG_FLAG_PIN_ALL) != 0 ? UINT64_MAX : s->unit);
     if (status != RMIG_OK)
         return status;
     s->state = RMIG__SINK_UP;
@@ -4980,10 +5402,22 @@ RMIG__DEF int rmig_sink_accept_blocks(struct rmig_sink *s) {
 RMIG__DEF int rmig_sink_refuse(struct rmig_sink *s, const char *reason) {
     if (s->ss.failed)
         return s->ss.failed;
-    if (s->ss.ep == NULL || s->state == RMIG__SINK_OVER)
+    if (s->state <= RMIG__SINK_PARTING || s->state >= RMIG__SINK_RETURNING)
         return RMIG__REFUSE(&s->ss, RMIG_ERR_STATE, 0, "rmig_sink_refuse: there is no source to refuse");
     RMIG__END(&s->ss, RMIG_ERR_SETUP, 0, "refused: %.250s", reason == NULL ? "" : reason);
     return RMIG_OK;
+}
+
+/* Complete once the source has what was put on the return path. What it says on the first connection changes nothing
+   any more. */
+static void rmig__sink_returned(struct rmig_sink *s) {
+    struct rmig__session *ss = &s->ss;
+    if (s->ret.waiting == 0) {
+        s->state = RMIG__SINK_OVER;
+        s->event = RMIG_SINK_FINISHED;
+    } else if (!ss->disconnected && !ss->broken) {
+        ss->disconnected = rmig__ep_ended(ss->ep, &ss->sends_free);
+    }
 }
 
 RMIG__DEF int rmig_sink_complete(struct rmig_sink *s) {
@@ -4996,8 +5430,9 @@ RMIG__DEF int rmig_sink_complete(struct rmig_sink *s) {
             "themselves");
     if (rmig__sink_deregister_all(s) != RMIG_OK)
         return rmig__session_end(&s->ss);
-    s->state = RMIG__SINK_OVER;
-    s->event = RMIG_SINK_FINISHED;
+    s->state = RMIG__SINK_RETURNING;
+    rmig__return_last_word(s);
+    rmig__sink_returned(s);
     s->ss.again = true;
     return RMIG_OK;
 }
@@ -5005,7 +5440,8 @@ RMIG__DEF int rmig_sink_complete(struct rmig_sink *s) {
 // --- the engine
 
 static const char *rmig__sink_waits_for(const struct rmig_sink *s) {
-    if (s->state >= RMIG__SINK_HELLO && s->state < RMIG__SINK_OVER && !rmig__all_sent(&s->ss) && !s->disconnect_told)
+    if (s->state >= RMIG__SINK_HELLO && s->state < RMIG__SINK_RETURNING && !rmig__all_sent(&s->ss) &&
+        !s->disconnect_told)
         return "a message to be delivered";
     switch (s->state) {
     case RMIG__SINK_ACCEPTING:
@@ -5032,13 +5468,9 @@ static uint64_t rmig__sink_timeout(const struct rmig_sink *s) {
 static int rmig__sink_timers(struct rmig_sink *s) {
     const char *what = rmig__sink_waits_for(s);
     if (what == NULL || rmig__now(&s->ss) < rmig__after(s->ss.last_progress, rmig__sink_timeout(s)))
-        return RMIG_OK;
-    if (s->state == RMIG__SINK_ACCEPTING) {
-        rmig__sink_forget(s, "no connection within connect-timeout");
-        return RMIG_OK;
-    }
+        return rmig__return_timers(s);
     return rmig__silent(&s->ss, "source", rmig__sink_timeout(s),
-                        s->state == RMIG__SINK_HELLO ? "connect-timeout" : "io-timeout", what);
+                        s->state <= RMIG__SINK_HELLO ? "connect-timeout" : "io-timeout", what);
 }
 
 static int rmig__sink_link(struct rmig_sink *s) {
@@ -5047,10 +5479,6 @@ static int rmig__sink_link(struct rmig_sink *s) {
     bool more = ss->inbox_count > 0 && (s->stream_told ? !ss->extended : rmig__payload(ss) != NULL);
     if ((!ss->broken && !ss->disconnected) || more || s->disconnect_told)
         return RMIG_OK;
-    if (s->state == RMIG__SINK_ACCEPTING) {
-        rmig__sink_forget(s, ss->link_text);
-        return RMIG_OK;
-    }
     if (!ss->extended && s->block != NULL) {
         s->disconnect_told = true; // only the reader of the stream knows whether this is the end
         s->event = RMIG_SINK_DISCONNECTED;
@@ -5059,12 +5487,9 @@ static int rmig__sink_link(struct rmig_sink *s) {
     return rmig__check_link(ss, "source", "before the handover was over");
 }
 
-static int rmig__sink_turn(struct rmig_sink *s, bool *moved) {
+static int rmig__sink_connection(struct rmig_sink *s, bool *moved) {
     struct rmig__session *ss = &s->ss;
-    int status = s->listener != NULL && s->state != RMIG__SINK_OVER ? rmig__sink_poll_listener(s) : RMIG_OK;
-    if (status != RMIG_OK || ss->ep == NULL || s->state == RMIG__SINK_OVER)
-        return status;
-    status = rmig__session_poll(ss);
+    int status = rmig__session_poll(ss);
     if (status != RMIG_OK)
         return status;
     if (s->state == RMIG__SINK_ACCEPTING && ss->established) {
@@ -5073,7 +5498,9 @@ static int rmig__sink_turn(struct rmig_sink *s, bool *moved) {
         rmig__trace(ss, "connected, %s", ss->extended ? "extended" : "version 1");
         return RMIG_OK;
     }
-    for (unsigned i = 0; i < ss->inbox_count; i++) // also behind what the embedder has not taken yet
+    bool handed_over = s->state == RMIG__SINK_HANDOVER && ss->inbox_count > 0 &&
+                       ss->inbox[0].header.type == RMIG_MSG_GOODBYE; // nothing behind it counts
+    for (unsigned i = 0; i < ss->inbox_count && !handed_over; i++) // also behind what the embedder has not taken yet
         if (ss->inbox[i].header.type == RMIG_MSG_ERROR)
             return rmig__peer_error(ss, "source", &ss->inbox[i]);
     if (ss->inbox_count > 0 && s->state != RMIG__SINK_ACCEPTING)
@@ -5090,6 +5517,22 @@ static int rmig__sink_turn(struct rmig_sink *s, bool *moved) {
     return RMIG_OK;
 }
 
+static void rmig__sink_turn(struct rmig_sink *s, bool *moved) {
+    if (s->state == RMIG__SINK_PARTING) {
+        rmig__sink_part(s, moved);
+        return;
+    }
+    if (s->state == RMIG__SINK_OVER || (s->listener != NULL && rmig__sink_poll_listener(s) != RMIG_OK))
+        return;
+    int status = rmig__return_poll(s);
+    if (status == RMIG_OK && s->state == RMIG__SINK_RETURNING)
+        rmig__sink_returned(s);
+    else if (status == RMIG_OK && s->ss.ep != NULL)
+        status = rmig__sink_connection(s, moved);
+    if (status != RMIG_OK)
+        rmig__sink_spare(s);
+}
+
 /* Turns until there is an event or nothing moves. */
 static int rmig__sink_step(struct rmig_sink *s) {
     bool moved = true;
@@ -5102,8 +5545,8 @@ static int rmig__sink_step(struct rmig_sink *s) {
         moved = false;
         rmig__sink_turn(s, &moved);
     }
-    if (s->ss.failed == RMIG_OK && s->event == RMIG_SINK_NONE)
-        rmig__sink_timers(s);
+    if (s->ss.failed == RMIG_OK && s->event == RMIG_SINK_NONE && rmig__sink_timers(s) != RMIG_OK)
+        rmig__sink_spare(s);
     return s->ss.failed;
 }
 
@@ -5125,16 +5568,32 @@ RMIG__DEF int rmig_sink_process(struct rmig_sink *s, struct rmig_sink_event *ev)
     return RMIG_OK;
 }
 
+/* The endpoints that something may come from: at most 3. */
+static size_t rmig__sink_eps(const struct rmig_sink *s, struct rmig_ep **eps) {
+    size_t n = 0;
+    if (s->listener != NULL && s->state != RMIG__SINK_PARTING)
+        eps[n++] = s->listener;
+    if (s->ss.ep != NULL)
+        eps[n++] = s->ss.ep;
+    if (s->ret.ep != NULL)
+        eps[n++] = s->ret.ep;
+    return n;
+}
+
 RMIG__DEF int rmig_sink_fds(struct rmig_sink *s, struct rmig_fd *fds, size_t n) {
+    struct rmig_ep *eps[3];
     int count = 0;
     if (s->ss.failed || s->state == RMIG__SINK_OVER)
         return 0;
-    if (s->listener != NULL)
-        count = rmig__session_fds(&s->ss, s->listener, fds, n);
-    if (count < 0 || s->ss.ep == NULL)
-        return count;
-    int more = rmig__session_fds(&s->ss, s->ss.ep, fds + count, n - (size_t)count);
-    return more < 0 ? more : count + more;
+    s->ss.no_fds = false;
+    size_t ep_count = rmig__sink_eps(s, eps);
+    for (size_t i = 0; i < ep_count; i++) {
+        int got = rmig__session_fds(&s->ss, eps[i], fds + count, n - (size_t)count);
+        if (got < 0)
+            return got;
+        count += got;
+    }
+    return count;
 }
 
 RMIG__DEF uint64_t rmig_sink_next_deadline(struct rmig_sink *s) {
@@ -5144,9 +5603,13 @@ RMIG__DEF uint64_t rmig_sink_next_deadline(struct rmig_sink *s) {
         return s->event != RMIG_SINK_NONE ? 0 : RMIG_FOREVER;
     if (s->ss.ready || s->ss.again)
         return 0;
+    if (s->state == RMIG__SINK_PARTING)
+        return s->ss.no_fds ? rmig__min(s->part_until, rmig__now(&s->ss) + RMIG__MS) : s->part_until;
     uint64_t at =
         rmig__sink_waits_for(s) == NULL ? RMIG_FOREVER : rmig__after(s->ss.last_progress, rmig__sink_timeout(s));
-    return s->ss.no_fds || s->ss.unposted_count > 0 ? rmig__min(at, rmig__now(&s->ss) + RMIG__MS) : at;
+    at = rmig__min(at, rmig__return_deadline(s));
+    bool poll = s->ss.no_fds || s->ss.unposted_count > 0 || rmig__return_can_send(s);
+    return poll ? rmig__min(at, rmig__now(&s->ss) + RMIG__MS) : at;
 }
 
 RMIG__DEF int rmig_sink_wait(struct rmig_sink *s, struct rmig_sink_event *ev, uint64_t timeout_ns) {
@@ -5164,12 +5627,8 @@ RMIG__DEF int rmig_sink_wait(struct rmig_sink *s, struct rmig_sink_event *ev, ui
                                 "rmig_sink_wait: the session is finished, no event will come");
         if (deadline == 0)
             continue;
-        struct rmig_ep *eps[2];
-        size_t n = 0;
-        if (s->listener != NULL)
-            eps[n++] = s->listener;
-        if (s->ss.ep != NULL)
-            eps[n++] = s->ss.ep;
+        struct rmig_ep *eps[3];
+        size_t n = rmig__sink_eps(s, eps);
         if (n == 0)
             return RMIG__REFUSE(&s->ss, RMIG_ERR_STATE, 0, "rmig_sink_wait: listen first");
         if (s->ss.fabric->ops->wait(s->ss.fabric, eps, n, deadline, &s->ss.error) != RMIG_OK)

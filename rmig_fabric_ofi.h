@@ -53,6 +53,12 @@ ADDRESSES
     port: port 0. Host names are looked up by the call that opens the endpoint, which may block for as long as the
     resolver does; numeric addresses do not.
 
+QEMU
+
+    The verbs provider puts a byte, the length, before private data, which a stock QEMU neither expects nor sends. As a
+source it can still be served: its request is recognised, and all of the sink's memory is pinned, as if the source had
+asked for it. As a sink it cannot be reached, and stops listening when this is tried: use rmig_fabric_verbs.h.
+
 KNOWN OF LIBFABRIC
 
     The descriptors of 1.17's provider `net` and of 1.18.0's `tcp` stay readable after the first message (fixed in
@@ -214,6 +220,7 @@ struct rmig__ofi_request {
     struct rmig__ofi_request *next;
     struct fi_info *info;
     bool told; // its event was delivered
+    bool bare; // its private data came without libfabric's frame: see QEMU above
     size_t length;
     uint8_t data[RMIG__OFI_CM_DATA];
 };
@@ -250,6 +257,7 @@ struct rmig__ofi_conn {
     char peer[300]; // address, for texts
     size_t cm_data_max;
     bool ordered_completions;
+    bool bare; // passive side: the peer reads private data without libfabric's frame
 
     uint32_t send_depth, recv_depth, write_depth;
     struct rmig__ofi_op *ops; // all of them: sends, then receives, then writes
@@ -603,7 +611,8 @@ static bool rmig__ofi_caches(const struct rmig__ofi_domain *d) {
     for (int i = 0; i < 2; i++)
         if (fi_mr_reg(d->domain, probe, page, FI_REMOTE_WRITE, 0, 0, 0, &mr[i], NULL) != 0)
             mr[i] = NULL;
-    bool same = mr[0] != NULL && mr[1] != NULL && fi_mr_key(mr[0]) == fi_mr_key(mr[1]);
+    bool same = mr[0] != NULL && mr[1] != NULL && fi_mr_key(mr[0]) == fi_mr_key(mr[1]) &&
+                fi_mr_key(mr[0]) != FI_KEY_NOTAVAIL; // known only once bound to an endpoint: it tells nothing
     for (int i = 0; i < 2; i++)
         if (mr[i] != NULL)
             fi_close(&mr[i]->fid);
@@ -709,6 +718,21 @@ static void rmig__ofi_release_listener(struct rmig__ofi_listener *l) {
     rmig__ofi_free(l);
 }
 
+static bool rmig__ofi_frames(const struct rmig_fabric *f) { // puts a byte, the length, before private data
+    return strcmp(((const struct rmig__ofi *)(const void *)f)->provider, "verbs") == 0;
+}
+
+/* A stock QEMU's first byte, 0, was taken for a length: what it asked for cannot be known. So it is granted pin-all,
+   which a source that did not ask does not look at; 7.2 aborts, with its guest, when it asked and is refused. */
+static void rmig__ofi_unframe(const struct rmig__ofi_listener *l, struct rmig__ofi_request *r) {
+    static const uint8_t version_1[8] = {0, 0, 0, 1, 0, 0, 0, 1}; // flags: pin-all
+    r->bare = r->length == 0 && rmig__ofi_frames(l->head.base.fabric);
+    if (!r->bare)
+        return;
+    memcpy(r->data, version_1, sizeof version_1);
+    r->length = sizeof version_1;
+}
+
 /* Takes the listener's events; returns the status of the event queue. Out of memory: the request is refused. */
 static int rmig__ofi_read_requests(struct rmig__ofi_listener *l, struct rmig_error *err) {
     for (;;) {
@@ -737,6 +761,7 @@ static int rmig__ofi_read_requests(struct rmig__ofi_listener *l, struct rmig_err
         r->info = cm->info;
         r->length = (size_t)n - sizeof *cm;
         memcpy(r->data, buf.bytes + sizeof *cm, r->length);
+        rmig__ofi_unframe(l, r);
         struct rmig__ofi_request **tail = &l->requests;
         while (*tail != NULL)
             tail = &(*tail)->next;
@@ -1042,6 +1067,7 @@ static int rmig__ofi_open_request(struct rmig_ep *ep, void *request, const struc
         return rmig_fail(err, RMIG_ERR_PEER_GONE, 0, "open_request: it failed before; reject it");
     }
     c->head.info = r->info;
+    c->bare = r->bare;
     c->from = l;
     l->users++;
     int status = rmig__ofi_build_conn((struct rmig__ofi *)(void *)ep->fabric, c, cfg, err);
@@ -1134,7 +1160,10 @@ static void rmig__ofi_read_eq_error(struct rmig__ofi_conn *c) {
     }
     if (!rmig__ofi_is_network(code))
         why = "it closed the connection";
-    rmig__ofi_end(c, RMIG_FEV_ERROR, code, "connecting to %s failed: %s%s%s", c->peer, why, sep, more);
+    rmig__ofi_end(c, RMIG_FEV_ERROR, code, "connecting to %s failed: %s%s%s%s", c->peer, why, sep, more,
+                  rmig__ofi_frames(c->head.base.fabric)
+                      ? "; if a stock QEMU listens there, it can only be reached with rmig_fabric_verbs.h"
+                      : "");
 }
 
 static void rmig__ofi_read_eq(struct rmig__ofi_conn *c) {
@@ -1376,6 +1405,10 @@ static int rmig__ofi_accept(struct rmig_ep *ep, const uint8_t *data, size_t n, s
         return status;
     if (c->from == NULL)
         return rmig_fail(err, RMIG_ERR_STATE, 0, "accept: the endpoint was not opened from a request");
+    if (c->bare && n > 0) { // the length takes the place of the version's first byte, which nobody reads
+        data++;
+        n--;
+    }
     int ret = fi_accept(c->ep, data, n);
     if (ret != 0)
         return rmig__ofi_fail(err, RMIG_ERR_FABRIC, ret, "fi_accept");
@@ -1479,7 +1512,8 @@ static int rmig__ofi_reg(struct rmig_ep *ep, void *address, uint64_t length, uns
         return rmig_fail(err, RMIG_ERR_ARGUMENT, 0, "reg: access %u names none of enum rmig_access", access);
     int ret = rmig__ofi_try_reg(c, address, length, flags, &fid);
     bool remote = (access & RMIG_ACCESS_REMOTE_WRITE) != 0;
-    if (ret == 0 && remote && fi_mr_key(fid) == 0) { // the core takes key 0 for none; while this one is held the next is another
+    if (ret == 0 && remote &&
+        fi_mr_key(fid) == 0) { // the core takes key 0 for none; while this one is held the next is another
         zero = fid;
         ret = rmig__ofi_try_reg(c, address, length, flags, &fid);
         fi_close(&zero->fid);

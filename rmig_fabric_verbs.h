@@ -25,7 +25,8 @@ ADDRESSES
 
     "host:port", "10.0.0.2:4444", "[fd00::2]:4444". The IP address chooses the adapter: it must be one of an RDMA
 interface's own addresses to listen on (or ":4444", "0.0.0.0:4444", "[::]:4444": all), and be reached through one to
-connect to. Every address of a name is tried until one resolves. Host names are looked up by the call that opens the
+connect to. Every address of a name is tried until one resolves, each with its share of the time; a listener takes the
+first that can be bound. Host names are looked up by the call that opens the
 endpoint, which may block for as long as the resolver does; numeric addresses do not.
 
 MEMORY
@@ -132,7 +133,7 @@ extern "C" {
 #define RMIG__VERBS_BACKLOG 16
 #define RMIG__VERBS_BATCH 64 // work requests behind one doorbell; completions taken at once
 #define RMIG__VERBS_RETRY 7 // transport retries; receiver not ready: 7 means without end
-#define RMIG__VERBS_MR_MAX (((uint64_t)4 << 30) - ((uint64_t)2 << 20)) // some adapters count 32 bits; whole huge pages
+#define RMIG__VERBS_RNR_TIMER 12 // 0.64 ms until a peer tries again: what rdma_cm leaves, 0, means 0.66 s
 #define RMIG__VERBS_HOLD_NS 100000000ULL // how long flushed operations wait for the connection manager's reason
 #define RMIG__VERBS_POLLFDS 64
 #define RMIG__VERBS_REJECTED_BY_CONSUMER 28 // InfiniBand's reason for rdma_reject by the peer's program
@@ -164,6 +165,7 @@ struct rmig__verbs_request {
 
 struct rmig__verbs_listener {
     struct rmig__verbs_ep head;
+    bool removed; // its device
     struct rmig__verbs_request *requests;
 };
 
@@ -190,6 +192,7 @@ struct rmig__verbs_conn {
     enum rmig__verbs_state state;
     struct rmig_ep_config cfg;
     struct addrinfo *addresses, *address; // all of the name; the one being tried
+    uint64_t step_ns; // for resolving one of them, and again for its route
     bool passive;
     uint8_t reads;
     char peer[300]; // for texts
@@ -263,6 +266,88 @@ static bool rmig__verbs_iwarp(const struct rmig__verbs_conn *c) {
     return c->head.id->verbs->device->transport_type == IBV_TRANSPORT_IWARP;
 }
 
+// >>verbs: limits of memory
+
+/* A number from a line of a file of the kernel's: the one behind `label`, or the first. UINT64_MAX: not found. */
+static uint64_t rmig__verbs_read_number(const char *path, const char *label, int base) {
+    char line[512];
+    uint64_t value = UINT64_MAX;
+    FILE *file = fopen(path, "r");
+    while (file != NULL && value == UINT64_MAX && fgets(line, sizeof line, file) != NULL) {
+        char *end, *at = label == NULL ? line : strncmp(line, label, strlen(label)) == 0 ? line + strlen(label) : NULL;
+        if (at == NULL)
+            continue;
+        unsigned long long n = strtoull(at, &end, base);
+        value = end == at ? UINT64_MAX : n;
+    }
+    if (file != NULL)
+        fclose(file);
+    return value;
+}
+
+/* A size in words: "16M", "69210118 bytes". Returns buf. */
+static const char *rmig__verbs_size(uint64_t bytes, char *buf, size_t n) {
+    rmig_size_format(bytes, buf, n);
+    size_t used = strlen(buf);
+    if (used > 0 && buf[used - 1] >= '0' && buf[used - 1] <= '9')
+        snprintf(buf + used, n - used, " bytes");
+    return buf;
+}
+
+static uint64_t rmig__verbs_pinned(void) { // by this process, bytes
+    uint64_t kib = rmig__verbs_read_number("/proc/self/status", "VmPin:", 10);
+    return kib == UINT64_MAX ? 0 : kib * 1024;
+}
+
+static uint64_t rmig__verbs_lock_limit(const struct rmig__verbs_conn *c) { // bytes; UINT64_MAX: none
+    struct rlimit limit;
+    uint64_t capabilities = rmig__verbs_read_number("/proc/self/status", "CapEff:", 16);
+    bool exempt = capabilities != UINT64_MAX && (capabilities >> 14 & 1) != 0; // CAP_IPC_LOCK
+    if (exempt && c->device.vendor_id != RMIG__VERBS_SIW_VENDOR)
+        return UINT64_MAX;
+    if (getrlimit(RLIMIT_MEMLOCK, &limit) != 0 || limit.rlim_cur == RLIM_INFINITY)
+        return UINT64_MAX;
+    return limit.rlim_cur;
+}
+
+/* The tightest memory limit of the process's control group and those above it; UINT64_MAX: none. */
+static uint64_t rmig__verbs_group_limit(void) {
+    char line[512], path[600];
+    uint64_t least = UINT64_MAX;
+    FILE *file = fopen("/proc/self/cgroup", "r");
+    bool found = false;
+    while (file != NULL && !found && fgets(line, sizeof line, file) != NULL)
+        found = strncmp(line, "0::/", 4) == 0;
+    if (file != NULL)
+        fclose(file);
+    if (!found)
+        return UINT64_MAX;
+    line[strcspn(line, "\n")] = '\0';
+    for (char *slash = line + strlen(line); slash != NULL; slash = strrchr(line + 3, '/')) {
+        *slash = '\0';
+        snprintf(path, sizeof path, "/sys/fs/cgroup%s/memory.max", line + 3);
+        uint64_t limit = rmig__verbs_read_number(path, NULL, 10);
+        least = limit < least ? limit : least;
+    }
+    return least;
+}
+
+/* Why memory may have been refused: "" or "; ...". */
+static const char *rmig__verbs_hint(const struct rmig__verbs_conn *c, int code, char *buf, size_t size) {
+    char text[40];
+    uint64_t allowed = rmig__verbs_lock_limit(c);
+    buf[0] = '\0';
+    if (code == ENOMEM && allowed != UINT64_MAX)
+        snprintf(buf, size, "; RLIMIT_MEMLOCK is %s: raise it (ulimit -l) or grant CAP_IPC_LOCK",
+                 rmig__verbs_size(allowed, text, sizeof text));
+    else if (code == ENOMEM)
+        snprintf(buf, size, "; no memory, or more than the device's %d regions: larger chunks need fewer",
+                 c->device.max_mr);
+    if (code == EFAULT)
+        snprintf(buf, size, "; it must be mapped and writable, and not of a file on a disk's file system");
+    return buf;
+}
+
 // >>verbs: addresses
 
 static int rmig__verbs_lookup(const char *address, bool passive, struct addrinfo **out, struct rmig_error *err) {
@@ -279,7 +364,7 @@ static int rmig__verbs_lookup(const char *address, bool passive, struct addrinfo
     memset(&hints, 0, sizeof hints);
     hints.ai_socktype = SOCK_STREAM;
     hints.ai_flags = passive ? AI_PASSIVE : 0;
-    int gai = getaddrinfo(host[0] == '\0' ? "0.0.0.0" : host, port, &hints, out);
+    int gai = getaddrinfo(host[0] == '\0' ? NULL : host, port, &hints, out);
     if (gai != 0)
         return rmig_fail(err, RMIG_ERR_UNREACHABLE, gai, "address '%s': %s", address, gai_strerror(gai));
     return RMIG_OK;
@@ -350,13 +435,15 @@ static void rmig__verbs_lose_request(struct rmig__verbs_listener *l, const struc
 
 static int rmig__verbs_read_requests(struct rmig__verbs_listener *l, struct rmig_error *err) {
     struct rdma_cm_event *event;
-    int code, status = RMIG_OK;
+    int code;
     while ((event = rmig__verbs_next_cm(&l->head, &code)) != NULL) {
         struct rdma_cm_id *id = event->id;
         bool asks = event->event == RDMA_CM_EVENT_CONNECT_REQUEST;
-        bool refuse = asks && !rmig__verbs_add_request(l, event);
+        /* Who listens on all addresses hears of all devices. */
+        bool refuse =
+            asks && (rmig__verbs_wrong_device(rmig__verbs_of(&l->head.base), id) || !rmig__verbs_add_request(l, event));
         if (event->event == RDMA_CM_EVENT_DEVICE_REMOVAL && id == l->head.id)
-            status = rmig_fail(err, RMIG_ERR_FABRIC, 0, "verbs: the RDMA device was removed");
+            l->removed = true;
         else if (!asks)
             rmig__verbs_lose_request(l, id);
         rdma_ack_cm_event(event);
@@ -365,7 +452,9 @@ static int rmig__verbs_read_requests(struct rmig__verbs_listener *l, struct rmig
             rdma_destroy_id(id);
         }
     }
-    return code == 0 ? status : rmig__verbs_fail(err, code, "listening: rdma_get_cm_event");
+    if (l->removed)
+        return rmig_fail(err, RMIG_ERR_FABRIC, ENODEV, "verbs: the RDMA device was removed");
+    return code == 0 ? RMIG_OK : rmig__verbs_fail(err, code, "listening: rdma_get_cm_event");
 }
 
 static int rmig__verbs_poll_listener(struct rmig__verbs_listener *l, struct rmig_fabric_event *events, size_t n,
@@ -427,8 +516,11 @@ static int rmig__verbs_start_listener(struct rmig__verbs *f, struct rmig__verbs_
     int code = 0, status = rmig__verbs_lookup(address, true, &list, err);
     if (status == RMIG_OK)
         status = rmig__verbs_open_channel(&l->head, err);
-    for (const struct addrinfo *a = list; status == RMIG_OK && l->head.id == NULL && a != NULL; a = a->ai_next)
-        code = rmig__verbs_bind(f, l, a->ai_addr);
+    /* IPv6 first: its wildcard takes IPv4 too. */
+    for (int v6 = 1; status == RMIG_OK && v6 >= 0; v6--)
+        for (const struct addrinfo *a = list; l->head.id == NULL && a != NULL; a = a->ai_next)
+            if ((a->ai_family == AF_INET6) == (v6 == 1))
+                code = rmig__verbs_bind(f, l, a->ai_addr);
     if (list != NULL)
         freeaddrinfo(list);
     if (status != RMIG_OK || l->head.id != NULL)
@@ -581,6 +673,16 @@ static int rmig__verbs_size_queues(struct rmig__verbs_conn *c, struct rmig_error
     return RMIG_OK;
 }
 
+/* Queues are memory that may have to be locked too. */
+static int rmig__verbs_no_queues(const struct rmig__verbs_conn *c, int code, const char *what, struct rmig_error *err) {
+    char hint[200];
+    return rmig_fail(err, code == ENOMEM ? RMIG_ERR_NO_MEMORY : RMIG_ERR_FABRIC, code,
+                     "verbs: %s for %u sends, %u writes and %u receives cannot be made on %s: %s%s%s", what,
+                     c->send_depth, c->write_depth, c->recv_depth, rmig__verbs_device_name(c->head.id), strerror(code),
+                     c->passive && code == EINVAL ? " (the peer may have given up)" : "",
+                     rmig__verbs_hint(c, code, hint, sizeof hint));
+}
+
 static int rmig__verbs_make_qp(struct rmig__verbs_conn *c, struct rmig_error *err) {
     struct ibv_qp_init_attr attr;
     memset(&attr, 0, sizeof attr);
@@ -591,12 +693,14 @@ static int rmig__verbs_make_qp(struct rmig__verbs_conn *c, struct rmig_error *er
     attr.cap.max_recv_wr = c->recv_depth;
     attr.cap.max_send_sge = 1;
     attr.cap.max_recv_sge = 1;
-    if (rdma_create_qp(c->head.id, c->pd, &attr) != 0)
-        return rmig_fail(err, errno == ENOMEM ? RMIG_ERR_NO_MEMORY : RMIG_ERR_FABRIC, errno,
-                         "verbs: a queue pair of %u sends and %u receives on %s cannot be made: %s%s",
-                         (unsigned)attr.cap.max_send_wr, (unsigned)attr.cap.max_recv_wr,
-                         rmig__verbs_device_name(c->head.id), strerror(errno),
-                         c->passive && errno == EINVAL ? " (the peer may have given up)" : "");
+    /* Some devices have room for fewer requests of this kind than their max_qp_wr says. */
+    while (rdma_create_qp(c->head.id, c->pd, &attr) != 0) {
+        int code = errno;
+        if ((code != EINVAL && code != ENOMEM) || c->write_depth < 32)
+            return rmig__verbs_no_queues(c, code, "a queue pair", err);
+        c->write_depth /= 2;
+        attr.cap.max_send_wr = c->send_depth + c->write_depth + 1;
+    }
     c->qp = true;
     return RMIG_OK;
 }
@@ -623,7 +727,7 @@ static int rmig__verbs_make_queues(struct rmig__verbs_conn *c, struct rmig_error
         uint32_t entries = q == RMIG__VERBS_SENDS ? c->send_depth + c->write_depth + 1 : c->recv_depth;
         c->cq[q] = ibv_create_cq(verbs, (int)entries, NULL, c->completions, 0);
         if (c->cq[q] == NULL)
-            return rmig__verbs_fail(err, errno, "ibv_create_cq");
+            return rmig__verbs_no_queues(c, errno, "a completion queue", err);
     }
     return rmig__verbs_make_qp(c, err);
 }
@@ -672,8 +776,7 @@ static void rmig__verbs_resolve(struct rmig__verbs_conn *c) {
             rmig__verbs_end(c, RMIG_FEV_ERROR, errno, "verbs: rdma_create_id: %s", strerror(errno));
             return;
         }
-        if (rdma_resolve_addr(head->id, NULL, c->address->ai_addr, rmig__verbs_timeout_ms(c->cfg.connect_timeout_ns)) ==
-            0)
+        if (rdma_resolve_addr(head->id, NULL, c->address->ai_addr, rmig__verbs_timeout_ms(c->step_ns)) == 0)
             return;
         snprintf(c->tried, sizeof c->tried, "%s", strerror(errno));
         c->end_code = errno;
@@ -700,6 +803,10 @@ static int rmig__verbs_open_active(struct rmig_fabric *base, const char *address
         rmig__verbs_free_conn(c);
         return status;
     }
+    uint64_t count = 0;
+    for (c->address = c->addresses; c->address != NULL; c->address = c->address->ai_next)
+        count++;
+    c->step_ns = cfg->connect_timeout_ns / (2 * count);
     c->address = c->addresses;
     rmig__verbs_resolve(c);
     *out = &c->head.base;
@@ -774,7 +881,7 @@ static void rmig__verbs_on_address(struct rmig__verbs_conn *c) {
         snprintf(what, sizeof what, "it is reached by %s, not by %s", rmig__verbs_device_name(c->head.id),
                  rmig__verbs_of(&c->head.base)->device);
         rmig__verbs_next_address(c, 0, what);
-    } else if (rdma_resolve_route(c->head.id, rmig__verbs_timeout_ms(c->cfg.connect_timeout_ns)) != 0) {
+    } else if (rdma_resolve_route(c->head.id, rmig__verbs_timeout_ms(c->step_ns)) != 0) {
         rmig__verbs_next_address(c, errno, "no route");
     }
 }
@@ -790,7 +897,9 @@ static void rmig__verbs_on_route(struct rmig__verbs_conn *c) {
 
 static void rmig__verbs_on_rejected(struct rmig__verbs_conn *c, int reason) {
     bool iwarp = rmig__verbs_iwarp(c);
-    if (iwarp ? c->data_length > 0 : reason == RMIG__VERBS_REJECTED_BY_CONSUMER)
+    if (c->passive)
+        rmig__verbs_end(c, RMIG_FEV_ERROR, reason, "%s gave up while the connection was being made", c->peer);
+    else if (iwarp ? c->data_length > 0 : reason == RMIG__VERBS_REJECTED_BY_CONSUMER)
         rmig__verbs_end(c, RMIG_FEV_REJECTED, reason, "%s rejected the connection", c->peer);
     else if (iwarp || reason == RMIG__VERBS_REJECTED_NO_LISTENER)
         rmig__verbs_end(c, RMIG_FEV_ERROR, reason, "connecting to %s failed: nobody listens there", c->peer);
@@ -808,9 +917,19 @@ static void rmig__verbs_on_disconnected(struct rmig__verbs_conn *c) {
         rmig__verbs_end(c, RMIG_FEV_ERROR, 0, "%s closed the connection while it was being made", c->peer);
 }
 
+/* How long a peer waits that has met no receive, or a page on demand that was not there. iWARP has no such thing. */
+static void rmig__verbs_set_rnr_timer(struct rmig__verbs_conn *c) {
+    struct ibv_qp_attr attr;
+    memset(&attr, 0, sizeof attr);
+    attr.qp_state = IBV_QPS_RTS;
+    attr.min_rnr_timer = RMIG__VERBS_RNR_TIMER;
+    if (!rmig__verbs_iwarp(c)) // where it fails it stays slow
+        ibv_modify_qp(c->head.id->qp, &attr, IBV_QP_STATE | IBV_QP_MIN_RNR_TIMER);
+}
+
 /* type, status: of an event that has been given back, since what follows may wait for that. */
 static void rmig__verbs_on_cm(struct rmig__verbs_conn *c, enum rdma_cm_event_type type, int event_status) {
-    int code = event_status < 0 ? -event_status : event_status;
+    int code = event_status == -1 ? 0 : event_status < 0 ? -event_status : event_status; // -1: of no errno
     switch (type) {
     case RDMA_CM_EVENT_ADDR_RESOLVED:
         rmig__verbs_on_address(c);
@@ -826,6 +945,7 @@ static void rmig__verbs_on_cm(struct rmig__verbs_conn *c, enum rdma_cm_event_typ
         break;
     case RDMA_CM_EVENT_ESTABLISHED:
         c->connected = true;
+        rmig__verbs_set_rnr_timer(c);
         break;
     case RDMA_CM_EVENT_REJECTED:
         rmig__verbs_on_rejected(c, code);
@@ -844,6 +964,14 @@ static void rmig__verbs_on_cm(struct rmig__verbs_conn *c, enum rdma_cm_event_typ
     default: // the address of a bonded interface moved, the time of waiting is over
         break;
     }
+}
+
+/* What comes behind the end (the other side's disconnect, the end of TIME_WAIT) would keep the descriptor readable. */
+static void rmig__verbs_discard_cm(struct rmig__verbs_conn *c) {
+    struct rdma_cm_event *event;
+    int code;
+    while ((event = rmig__verbs_next_cm(&c->head, &code)) != NULL)
+        rdma_ack_cm_event(event);
 }
 
 static void rmig__verbs_read_cm(struct rmig__verbs_conn *c) {
@@ -901,7 +1029,7 @@ static void rmig__verbs_failed(struct rmig__verbs_conn *c, enum rmig__verbs_queu
         bytes = slot->length;
     }
     if (wc->status == IBV_WC_WR_FLUSH_ERR) { // the connection manager tells why, perhaps a moment later
-        if (c->held_at == 0)
+        if (c->held_at == 0 && !c->left)
             c->held_at = rmig__verbs_now(c->head.base.fabric);
         return;
     }
@@ -958,9 +1086,9 @@ static size_t rmig__verbs_drain(struct rmig__verbs_conn *c, struct rmig_fabric_e
     return count;
 }
 
-/* The peer's own disconnect is over when this side has answered. */
+/* The peer's own disconnect is over when this side has answered; of another end it learns so. */
 static void rmig__verbs_tell_end(struct rmig__verbs_conn *c, struct rmig_fabric_event *e) {
-    if (c->end == RMIG_FEV_DISCONNECTED && !c->left)
+    if (c->state == RMIG__VERBS_UP && !c->left)
         rdma_disconnect(c->head.id);
     c->state = RMIG__VERBS_ENDED;
     rmig__verbs_event(e, c->end);
@@ -978,8 +1106,12 @@ static bool rmig__verbs_held_expired(const struct rmig__verbs_conn *c) {
 
 static int rmig__verbs_poll_conn(struct rmig__verbs_conn *c, struct rmig_fabric_event *events, size_t n) {
     size_t count = 0;
-    if (n == 0 || c->state == RMIG__VERBS_ENDED)
+    if (n == 0)
         return 0;
+    if (c->state == RMIG__VERBS_ENDED) {
+        rmig__verbs_discard_cm(c);
+        return 0;
+    }
     rmig__verbs_read_cm(c); // before the completions: what came before a disconnect is then among them
     if (c->state == RMIG__VERBS_RESOLVED) {
         c->state = RMIG__VERBS_IDLE;
@@ -1094,7 +1226,7 @@ static int rmig__verbs_caps(struct rmig_ep *ep, struct rmig_fabric_caps *caps, s
                          c->head.listener ? "a listener" : "not resolved yet");
     memset(caps, 0, sizeof *caps);
     caps->write_max = rmig__verbs_write_max(c);
-    caps->registration_max = c->device.max_mr_size < RMIG__VERBS_MR_MAX ? c->device.max_mr_size : RMIG__VERBS_MR_MAX;
+    caps->registration_max = c->device.max_mr_size;
     caps->write_depth = c->write_depth;
     caps->send_depth = c->send_depth;
     caps->recv_depth = c->recv_depth;
@@ -1110,62 +1242,7 @@ static int rmig__verbs_caps(struct rmig_ep *ep, struct rmig_fabric_caps *caps, s
     return RMIG_OK;
 }
 
-/* A number from a line of a file of the kernel's: the one behind `label`, or the first. UINT64_MAX: not found. */
-static uint64_t rmig__verbs_read_number(const char *path, const char *label, int base) {
-    char line[512];
-    uint64_t value = UINT64_MAX;
-    FILE *file = fopen(path, "r");
-    while (file != NULL && value == UINT64_MAX && fgets(line, sizeof line, file) != NULL) {
-        char *end, *at = label == NULL ? line : strncmp(line, label, strlen(label)) == 0 ? line + strlen(label) : NULL;
-        if (at == NULL)
-            continue;
-        unsigned long long n = strtoull(at, &end, base);
-        value = end == at ? UINT64_MAX : n;
-    }
-    if (file != NULL)
-        fclose(file);
-    return value;
-}
-
-static uint64_t rmig__verbs_pinned(void) { // by this process, bytes
-    uint64_t kib = rmig__verbs_read_number("/proc/self/status", "VmPin:", 10);
-    return kib == UINT64_MAX ? 0 : kib * 1024;
-}
-
-static uint64_t rmig__verbs_lock_limit(const struct rmig__verbs_conn *c) { // bytes; UINT64_MAX: none
-    struct rlimit limit;
-    uint64_t capabilities = rmig__verbs_read_number("/proc/self/status", "CapEff:", 16);
-    bool exempt = capabilities != UINT64_MAX && (capabilities >> 14 & 1) != 0; // CAP_IPC_LOCK
-    if (exempt && c->device.vendor_id != RMIG__VERBS_SIW_VENDOR)
-        return UINT64_MAX;
-    if (getrlimit(RLIMIT_MEMLOCK, &limit) != 0 || limit.rlim_cur == RLIM_INFINITY)
-        return UINT64_MAX;
-    return limit.rlim_cur;
-}
-
-/* The tightest memory limit of the process's control group and those above it; UINT64_MAX: none. */
-static uint64_t rmig__verbs_group_limit(void) {
-    char line[512], path[600];
-    uint64_t least = UINT64_MAX;
-    FILE *file = fopen("/proc/self/cgroup", "r");
-    bool found = false;
-    while (file != NULL && !found && fgets(line, sizeof line, file) != NULL)
-        found = strncmp(line, "0::/", 4) == 0;
-    if (file != NULL)
-        fclose(file);
-    if (!found)
-        return UINT64_MAX;
-    line[strcspn(line, "\n")] = '\0';
-    for (char *slash = line + strlen(line); slash != NULL; slash = strrchr(line + 3, '/')) {
-        *slash = '\0';
-        snprintf(path, sizeof path, "/sys/fs/cgroup%s/memory.max", line + 3);
-        uint64_t limit = rmig__verbs_read_number(path, NULL, 10);
-        least = limit < least ? limit : least;
-    }
-    return least;
-}
-
-static int rmig__verbs_lockable(struct rmig_ep *ep, uint64_t bytes, struct rmig_error *err) {
+static int rmig__verbs_lockable(struct rmig_ep *ep, uint64_t bytes, uint64_t charged, struct rmig_error *err) {
     struct rmig__verbs_conn *c = (struct rmig__verbs_conn *)(void *)ep;
     char need[32], have[32], used[32];
     if (c->head.listener || !c->qp)
@@ -1174,33 +1251,27 @@ static int rmig__verbs_lockable(struct rmig_ep *ep, uint64_t bytes, struct rmig_
         (c->can_fault && rmig__verbs_of(ep)->options.on_demand != RMIG_VERBS_ON_DEMAND_NEVER))
         return RMIG_OK;
     uint64_t limit = rmig__verbs_lock_limit(c), pinned = rmig__verbs_pinned();
-    rmig_size_format(bytes, need, sizeof need);
+    rmig__verbs_size(bytes, need, sizeof need);
     if (limit != UINT64_MAX && (pinned > limit || bytes > limit - pinned))
         return rmig_fail(
             err, RMIG_ERR_REGISTRATION, ENOMEM,
             "%s must be locked in memory for RDMA; RLIMIT_MEMLOCK allows %s, of which %s are in use: raise "
             "it (ulimit -l, LimitMEMLOCK= of systemd) or grant CAP_IPC_LOCK",
-            need, rmig_size_format(limit, have, sizeof have), rmig_size_format(pinned, used, sizeof used));
+            need, rmig__verbs_size(limit, have, sizeof have), rmig__verbs_size(pinned, used, sizeof used));
     limit = rmig__verbs_group_limit();
-    if (bytes > limit)
+    if (charged > limit)
         return rmig_fail(err, RMIG_ERR_REGISTRATION, ENOMEM,
                          "%s must be locked in memory for RDMA; the control group's memory.max is %s: raise it", need,
-                         rmig_size_format(limit, have, sizeof have));
+                         rmig__verbs_size(limit, have, sizeof have));
     return RMIG_OK;
 }
 
 static int rmig__verbs_reg_failed(const struct rmig__verbs_conn *c, const char *what, uint64_t length, int code,
                                   struct rmig_error *err) {
-    char size[32], limit[32], hint[200] = "";
-    uint64_t allowed = rmig__verbs_lock_limit(c);
-    if (code == ENOMEM && allowed != UINT64_MAX)
-        snprintf(hint, sizeof hint, "; RLIMIT_MEMLOCK is %s: raise it (ulimit -l) or grant CAP_IPC_LOCK",
-                 rmig_size_format(allowed, limit, sizeof limit));
-    if (code == EFAULT)
-        snprintf(hint, sizeof hint, "; it must be mapped and writable");
+    char size[40], hint[200];
     return rmig_fail(err, RMIG_ERR_REGISTRATION, code, "verbs: registering %s of %s with %s failed: %s%s",
-                     rmig_size_format(length, size, sizeof size), what, rmig__verbs_device_name(c->head.id),
-                     strerror(code), hint);
+                     rmig__verbs_size(length, size, sizeof size), what, rmig__verbs_device_name(c->head.id),
+                     strerror(code), rmig__verbs_hint(c, code, hint, sizeof hint));
 }
 
 struct rmig__verbs_region { // what to register
@@ -1217,6 +1288,8 @@ static struct ibv_mr *rmig__verbs_try_reg(struct rmig__verbs_conn *c, const stru
     size_t length = (size_t)r->length;
     if (r->dmabuf >= 0)
         return ibv_reg_dmabuf_mr(c->pd, r->offset, length, (uint64_t)(uintptr_t)r->address, r->dmabuf, (int)r->access);
+    if (r->access == IBV_ACCESS_LOCAL_WRITE) // control buffers: a message must not meet a page that is not there
+        return ibv_reg_mr(c->pd, r->address, length, IBV_ACCESS_LOCAL_WRITE);
     if (mode != RMIG_VERBS_ON_DEMAND_ALWAYS) {
         struct ibv_mr *mr = ibv_reg_mr(c->pd, r->address, length, r->access);
         bool refused = mr == NULL && (errno == ENOMEM || errno == EOPNOTSUPP);
@@ -1237,7 +1310,9 @@ static int rmig__verbs_register(struct rmig__verbs_conn *c, const struct rmig__v
         mr->rkey == 0) { // the core takes key 0 for none; while this is held the next is another
         struct ibv_mr *zero = mr;
         mr = rmig__verbs_try_reg(c, r);
+        int code = errno;
         ibv_dereg_mr(zero);
+        errno = code;
     }
     if (mr == NULL)
         return rmig__verbs_reg_failed(c, r->dmabuf >= 0 ? "a dma-buf" : "memory", r->length, errno, err);
@@ -1371,7 +1446,7 @@ static void rmig__verbs_posted(struct rmig__verbs_conn *c, bool send, bool signa
 static int rmig__verbs_post_failed(const struct rmig__verbs_conn *c, const char *what, int code,
                                    struct rmig_error *err) {
     code = code < 0 ? -code : code;
-    bool gone = code == ENOTCONN || code == EINVAL || code == EPIPE;
+    bool gone = code == ENOTCONN || code == EPIPE || (code == EINVAL && rmig__verbs_iwarp(c));
     return rmig_fail(err, gone ? RMIG_ERR_PEER_GONE : RMIG_ERR_FABRIC, code, "verbs: %s with %s: %s", what, c->peer,
                      strerror(code));
 }
@@ -1478,7 +1553,8 @@ static int rmig__verbs_write(struct rmig_ep *ep, const struct rmig_write *writes
         int code = rmig__verbs_post_batch(c, writes + done, batch, &taken);
         if (code == 0)
             continue;
-        if (done + taken > 0 || code == ENOMEM) // what is wrong, if it stays wrong, is told the next time
+        bool full = (code == ENOMEM || code == -ENOMEM) && c->writes_out + c->sends_out > 0;
+        if (done + taken > 0 || full) // what is wrong, if it stays wrong, is told the next time
             return (int)(done + taken);
         return rmig__verbs_post_failed(c, "posting a write", code, err);
     }

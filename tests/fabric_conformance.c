@@ -1738,7 +1738,7 @@ struct run {
     int status;
     uint64_t hash, received, time;
     bool failed[2];
-    char text[320];
+    char text[sizeof ((struct rmig_error *)0)->text];
 };
 
 /* 50 messages back and forth in a world of the given configuration. */

@@ -33,7 +33,7 @@ struct guest_block {
 struct outcome {
     bool done;
     int status; // RMIG_OK or the session's error
-    char text[320];
+    char text[sizeof ((struct rmig_error *)0)->text];
 };
 
 struct run {
