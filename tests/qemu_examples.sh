@@ -1,0 +1,524 @@
+#!/usr/bin/env bash
+# qemu_examples.sh QEMU_SINK QEMU_SOURCE: the programs whose peer is a stock QEMU, against each other over libfabric:
+# what is in the directory at the end, what is refused, and what either end says when the other one goes wrong.
+set -u
+cd "$(dirname "$0")/.." || exit 1
+. tests/tap.sh
+sink_program=$1
+source_program=$2
+tmp=$(mktemp -d)
+trap 'rm -rf "$tmp"' EXIT
+out=$tmp/out
+over=(--fabric ofi --provider tcp)
+
+# >>tools
+
+wait_for() { # CONDITION: at most 10 s
+    local i
+    for ((i = 0; i < 200; i++)); do
+        eval "$1" && return 0
+        sleep 0.05
+    done
+    echo "waited 10 s in vain for: $1"
+    return 1
+}
+
+# Starts a sink into $out; sets sink and address. Its words go to sink.out and sink.err.
+start_sink() { # OPTION...
+    rm -rf "$out" "$out.part"
+    sink_into "$out" "$@"
+}
+
+sink_into() { # DIR OPTION...
+    local dir=$1
+    shift
+    : >"$tmp/sink.out"
+    timeout -k 5 60 "$sink_program" "${over[@]}" --listen 127.0.0.1:0 "$@" "$dir" >"$tmp/sink.out" 2>"$tmp/sink.err" &
+    sink=$!
+    wait_for "grep -q listening $tmp/sink.out || ! kill -0 $sink 2>/dev/null" || return 1
+    address=$(sed -n 's/^listening on //p; s/^{"listening":"\(.*\)"}$/\1/p' "$tmp/sink.out")
+}
+
+source_from() { # DIR OPTION...: to $address
+    local dir=$1
+    shift
+    timeout -k 5 60 "$source_program" "${over[@]}" "$@" "$dir" "$address" >"$tmp/source.out" 2>"$tmp/source.err"
+}
+
+# both SOURCE-STATUS SINK-STATUS DIR OPTION...: OPTIONs are given to the source, those in the array `sink_options` to the
+# sink.
+sink_options=()
+both() {
+    local want="$1 $2" sent received
+    shift 2
+    start_sink "${sink_options[@]}" || return 1
+    source_from "$@"
+    sent=$?
+    wait "$sink"
+    received=$?
+    [ "$sent $received" = "$want" ] && return 0
+    echo "qemu_source and qemu_sink ended with $sent $received, wanted $want"
+    cat "$tmp/source.err" "$tmp/sink.err"
+    return 1
+}
+
+says() { # FILE WORD...: all words are in it
+    local file=$1 word
+    shift
+    for word in "$@"; do
+        grep -qiF -- "$word" "$file" || { echo "\"$word\" is not said:"; cat "$file"; return 1; }
+    done
+}
+
+nothing_left() {
+    [ ! -e "$out" ] && [ ! -e "$out.part" ] && return
+    echo "left behind:"
+    ls -lAR "$out" "$out.part" 2>/dev/null
+    return 1
+}
+
+# json FILE EXPRESSION: the last JSON of FILE as $j
+json() {
+    perl -MJSON::PP -0777 -e 'open my $in, "<", $ARGV[0] or die; my $t = <$in>; my @l = split /\n(?=\{)/, $t;
+        my $j = decode_json($l[-1]); exit(eval($ARGV[1]) ? 0 : 1)' "$1" "$2" || { echo "not so: $2"; cat "$1"; return 1; }
+}
+
+real_pid() { pgrep -P "$1" | head -1; }
+
+# >>directories
+
+# make_machine DIR NAME=FILE...: as qemu_sink makes one. The state ends as QEMU's does.
+make_machine() {
+    perl -MJSON::PP -MFile::Copy -e '
+        my ($dir, @blocks) = @ARGV;
+        mkdir $dir or die "$dir: $!";
+        mkdir "$dir/ram" or die;
+        my @list;
+        for (@blocks) {
+            my ($name, $file) = /^(.*)=(.*)$/s or die;
+            (my $safe = $name) =~ s/([^A-Za-z0-9_.-])/sprintf "%%%02X", ord $1/ge;
+            $safe =~ s/^\./%2E/;
+            system("cp", "--sparse=always", $file, "$dir/ram/$safe") == 0 or die;
+            push @list, {name => $name, file => "ram/$safe", length => -s $file};
+        }
+        my $state = join "", map { pack "Cnx", 4, $_ } 1 .. 30000;
+        my $vmdesc = "{\"devices\": [" . join(", ", ("{}") x 10000) . "]}";
+        $state .= "\0\6" . pack("N", length $vmdesc) . $vmdesc;
+        open my $out, ">", "$dir/state" or die;
+        print $out $state;
+        close $out or die;
+        open $out, ">", "$dir/machine.json" or die;
+        print $out encode_json({format => "rmig-qemu", version => 1, machine => "pc-q35-7.2", page_bits => undef,
+            capabilities => [], uuid => "00010203-0405-0607-0809-0a0b0c0d0e0f", section_id => 2, blocks => \@list,
+            state => {file => "state", length => length $state}});
+        close $out or die' "$@"
+}
+
+make_machines() {
+    head -c 33554432 /dev/urandom >"$tmp/big"
+    truncate -s 25165824 "$tmp/sparse"
+    local at
+    for at in 0 1 17 4096 6143; do
+        dd if=/dev/urandom of="$tmp/sparse" bs=4096 seek=$at count=1 conv=notrunc status=none
+    done
+    dd if=/dev/zero of="$tmp/sparse" bs=4096 seek=2000 count=500 conv=notrunc status=none
+    head -c 131072 /dev/urandom >"$tmp/tables"
+    head -c 4096 /dev/zero >"$tmp/zero"
+    make_machine "$tmp/vm" "pc.ram=$tmp/sparse" "/rom@etc/acpi/tables=$tmp/tables" "../up=$tmp/tables" ".hidden=$tmp/zero" \
+        "a%41 b=$tmp/zero" || return 1
+    make_machine "$tmp/large" "pc.ram=$tmp/big"
+}
+
+# edited MACHINE PERL: a copy of the directory whose machine.json, as $j, went through the expression
+edited() {
+    rm -rf "$tmp/bad"
+    cp -r --sparse=always "$1" "$tmp/bad" && perl -MJSON::PP -e 'my $p = $ARGV[0]; open my $in, "<", $p or die; local $/;
+        my $j = decode_json(<$in>); eval($ARGV[1]); die $@ if $@; open my $out, ">", $p or die; print $out encode_json($j)' \
+        "$tmp/bad/machine.json" "$2"
+}
+
+same_machine() { # DIR: as $out, but for the facts of the stream
+    diff -r "$1/ram" "$out/ram" && cmp "$1/state" "$out/state" &&
+        perl -MJSON::PP -e 'my @j = map { open my $in, "<", $_ or die; local $/; decode_json(<$in>) } @ARGV;
+            delete $_->{stream} for @j; my $c = JSON::PP->new->canonical->pretty; my @t = map { $c->encode($_) } @j;
+            print @t if $t[0] ne $t[1]; exit($t[0] ne $t[1])' "$1/machine.json" "$out/machine.json" && [ ! -e "$out.part" ]
+}
+
+# >>what is moved
+
+moved() { # DIR OPTION...
+    both 0 0 "$@" && same_machine "$1"
+}
+
+twice() {
+    moved "$tmp/vm" || return 1
+    rm -rf "$tmp/copy"
+    mv "$out" "$tmp/copy" && moved "$tmp/copy" && same_machine "$tmp/vm"
+}
+
+names_are_files() {
+    moved "$tmp/vm" || return 1
+    local got
+    got=$(cd "$out" && find . -type f | sort | tr '\n' ' ')
+    [ "$got" = './machine.json ./ram/%2E.%2Fup ./ram/%2Ehidden ./ram/%2From%40etc%2Facpi%2Ftables ./ram/a%2541%20b ./ram/pc.ram ./state ' ] ||
+        { echo "files: $got"; return 1; }
+}
+
+holes_stay() {
+    moved "$tmp/vm" || return 1
+    local kib
+    kib=$(du -k "$out/ram/pc.ram" | cut -f1)
+    [ "$kib" -lt 2048 ] || { echo "24 MiB of which 5 pages are not zero take $kib KiB"; return 1; }
+}
+
+facts() {
+    both 0 0 "$tmp/vm" --json && json "$out/machine.json" '$j->{stream}{rounds} == 1 && !$j->{stream}{return_path}
+        && $j->{stream}{messages} >= 3 && $j->{stream}{bytes} > $j->{state}{length} && $j->{format} eq "rmig-qemu"
+        && $j->{version} == 1 && $j->{machine} eq "pc-q35-7.2" && @{$j->{blocks}} == 5' &&
+        json "$tmp/source.out" '$j->{ok} && $j->{exit_code} == 0 && !defined $j->{error} && $j->{fabric} eq "ofi"
+        && $j->{blocks} == 5 && $j->{stats}{bytes_zero} > 20e6 && $j->{stats}{rounds} == 1'
+}
+
+sink_json() {
+    sink_options=(--json)
+    both 0 0 "$tmp/vm"
+    local rc=$?
+    sink_options=()
+    [ $rc = 0 ] && json "$tmp/sink.out" '$j->{ok} && $j->{ram_bytes} == 25165824 + 262144 + 8192
+        && $j->{stats}{bytes_registered} == 0 && $j->{machine} eq "pc-q35-7.2"'
+}
+
+all_subsections() {
+    edited "$tmp/vm" '$j->{page_bits} = 16; $j->{uuid} = undef; $j->{capabilities} = ["x-ignore-shared"];
+        $_->{guest_address} = 4096 * $i++ for @{$j->{blocks}}; $j->{section_id} = 4294967295' && moved "$tmp/bad"
+}
+
+# >>bad directories
+
+refused() { # STATUS WORD... -- PROGRAM ARGUMENT...
+    local status=$1 words=() got
+    shift
+    while [ "$1" != -- ]; do
+        words+=("$1")
+        shift
+    done
+    shift
+    timeout -k 5 60 "$@" >"$tmp/refused.out" 2>"$tmp/refused"
+    got=$?
+    [ $got = "$status" ] || { echo "exit status $got, $status wanted"; cat "$tmp/refused"; return 1; }
+    says "$tmp/refused" "${words[@]}"
+}
+
+bad_directory() { # PERL WORD...
+    local perl=$1
+    shift
+    edited "$tmp/vm" "$perl" && refused 3 "$@" -- "$source_program" "${over[@]}" "$tmp/bad" 127.0.0.1:1
+}
+
+bad_file() { # SHELL WORD...: the command runs in the directory
+    local command=$1
+    shift
+    edited "$tmp/vm" '1' && (cd "$tmp/bad" && eval "$command") &&
+        refused 3 "$@" -- "$source_program" "${over[@]}" "$tmp/bad" 127.0.0.1:1
+}
+
+bad_directories() {
+    check 'a directory that is none' refused 3 "$tmp/none" machine.json -- "$source_program" "${over[@]}" "$tmp/none" 127.0.0.1:1
+    check 'machine.json is no JSON' bad_file 'echo "{" >machine.json' machine.json line
+    check 'machine.json of another program' bad_directory '$j->{format} = "x"' machine.json '"format"'
+    check 'machine.json of an unknown version' bad_directory '$j->{version} = 2' '"version" is 2' 'reads version 1'
+    check 'machine.json without a machine' bad_directory 'delete $j->{machine}' '"machine" is missing'
+    check 'a machine name that is too long' bad_directory '$j->{machine} = "m" x 256' '"machine" has 256 bytes' 255
+    check 'machine.json without blocks' bad_directory '$j->{blocks} = []' '"blocks" is missing'
+    check 'a block without a name' bad_directory '$j->{blocks}[1]{name} = ""' '"name" is missing'
+    check 'a block without a length' bad_directory 'delete $j->{blocks}[1]{length}' '"length" is missing'
+    check 'a block of a negative length' bad_directory '$j->{blocks}[1]{length} = -1' '"length" is missing, or no number from 1'
+    check 'a block named twice' twice_named
+    check 'a capability that is not known' bad_directory '$j->{capabilities} = ["mapped-ram"]' 'capability "mapped-ram" is not known'
+    check 'a uuid that is none' bad_directory '$j->{uuid} = "x"' '"uuid" is missing, or neither'
+    check 'page bits that are none' bad_directory '$j->{page_bits} = 99' '"page_bits" is missing, or no number from 10 to 30'
+    check 'a RAM file of another length' bad_file 'truncate -s 8192 ram/pc.ram' ram/pc.ram '8192 bytes' 25165824
+    check 'a missing RAM file' bad_file 'rm ram/pc.ram' ram/pc.ram 'No such file'
+    check 'a RAM file that is a directory' bad_file 'rm ram/pc.ram; mkdir ram/pc.ram' ram/pc.ram
+    check 'a missing state file' bad_file 'rm state' "$tmp/bad/state" 'No such file'
+    check 'a state file of another length' bad_file 'echo >>state' "$tmp/bad/state" machine.json
+    check 'state that was cut' cut_state
+}
+
+twice_named() {
+    edited "$tmp/vm" '$j->{blocks}[4]{name} = $j->{blocks}[3]{name}' &&
+        refused 2 '.hidden' -- "$source_program" "${over[@]}" "$tmp/bad" 127.0.0.1:1
+}
+
+cut_state() {
+    edited "$tmp/vm" '$j->{state}{length} -= 1' && truncate -s -1 "$tmp/bad/state" &&
+        refused 3 "$tmp/bad/state" 'not whole' -- "$source_program" "${over[@]}" "$tmp/bad" 127.0.0.1:1
+}
+
+# >>usage, and where the sink writes
+
+usage_errors() {
+    local to=("$sink_program" "${over[@]}") from=("$source_program" "${over[@]}")
+    check 'a sink without --listen' refused 2 --listen -- "${to[@]}" "$out"
+    check 'a sink without a directory' refused 2 DIR -- "${to[@]}" --listen 127.0.0.1:0
+    check 'a source without an address' refused 2 HOST:PORT -- "${from[@]}" "$tmp/vm"
+    check 'a source with too many arguments' refused 2 extra -- "${from[@]}" "$tmp/vm" 127.0.0.1:1 extra
+    check 'an unknown fabric' refused 2 sneakernet ofi -- "$source_program" --fabric sneakernet "$tmp/vm" 127.0.0.1:1
+    check 'an unknown provider' refused 4 pigeon -- "$source_program" --fabric ofi --provider pigeon "$tmp/vm" 127.0.0.1:1
+    check 'the extension of rmig' refused 2 extension 'version 1' -- "${from[@]}" --set extension=on "$tmp/vm" 127.0.0.1:1
+    check 'an unknown parameter' refused 2 chunk-zize -- "${to[@]}" --set chunk-zize=1M --listen :0 "$out"
+    check '--timeout of no seconds' refused 2 '--timeout 0' -- "${to[@]}" --timeout 0 --listen :0 "$out"
+    check '--help of the sink' help_of "$sink_program"
+    check '--help of the source' help_of "$source_program"
+}
+
+help_of() { "$1" --help >"$tmp/help" && says "$tmp/help" 'Exit status' --set --fabric --timeout; }
+
+existing_directory() {
+    mkdir -p "$tmp/precious"
+    refused 3 "$tmp/precious" exists -- "$sink_program" "${over[@]}" --listen 127.0.0.1:0 "$tmp/precious" &&
+        [ -z "$(ls -A "$tmp/precious")" ] && [ ! -e "$tmp/precious.part" ]
+}
+
+directory_taken() { # by another sink
+    start_sink || return 1
+    refused 3 "$out.part" another -- "$sink_program" "${over[@]}" --listen 127.0.0.1:0 "$out/"
+    local rc=$?
+    [ -d "$out.part" ] && [ $rc = 0 ] && source_from "$tmp/vm" && wait "$sink" && same_machine "$tmp/vm"
+}
+
+missing_parent() { refused 3 "$tmp/no/where" 'No such file' -- "$sink_program" "${over[@]}" --listen 127.0.0.1:0 "$tmp/no/where"; }
+
+too_large() {
+    sink_options=(--max-size 24M)
+    both 5 5 "$tmp/vm"
+    local rc=$?
+    sink_options=()
+    [ $rc = 0 ] && says "$tmp/sink.err" --max-size 131072 && nothing_left
+}
+
+too_much_state() {
+    sink_options=(--max-size $((25165824 + 262144 + 8192 + 100000)))
+    both 5 5 "$tmp/vm"
+    local rc=$?
+    sink_options=()
+    [ $rc = 0 ] && says "$tmp/sink.err" 'device state' --max-size && nothing_left
+}
+
+# >>peers that go wrong
+
+# A migration slow enough to be hit in the middle: 32 MiB at 4 MiB/s. io-timeout 2 s bounds what the other end may take; a
+# silent version 1 source is granted the time of all RAM at 16 MB/s on top.
+start_slow() {
+    start_sink --set io-timeout=2s || return 1
+    timeout -k 5 60 "$source_program" "${over[@]}" --set max-bandwidth=4M --set io-timeout=2s "$tmp/large" "$address" \
+        >"$tmp/source.out" 2>"$tmp/source.err" &
+    source=$!
+    wait_for "[ -e $out.part/ram/pc.ram ]" && sleep 0.7
+}
+
+# ends PID STATUS SECONDS WHO: within so many seconds
+ends() {
+    local begin=$SECONDS status
+    wait "$1"
+    status=$?
+    [ $status = "$2" ] || { echo "$4 ended with $status, $2 wanted"; cat "$tmp/source.err" "$tmp/sink.err"; return 1; }
+    [ $((SECONDS - begin)) -le "$3" ] || { echo "$4 took $((SECONDS - begin)) s"; return 1; }
+}
+
+stop_sink() { # SIGNAL
+    start_slow || return 1
+    local victim rc
+    victim=$(real_pid "$sink")
+    kill "-$1" "$victim"
+    ends "$source" 5 6 qemu_source
+    rc=$?
+    kill -KILL "$victim" 2>/dev/null
+    wait "$sink"
+    [ $rc = 0 ] && [ -s "$tmp/source.err" ] && [ ! -e "$out" ]
+}
+
+stop_source() { # SIGNAL
+    start_slow || return 1
+    local victim rc
+    victim=$(real_pid "$source")
+    kill "-$1" "$victim"
+    ends "$sink" 5 9 qemu_sink
+    rc=$?
+    kill -KILL "$victim" 2>/dev/null
+    wait "$source"
+    [ $rc = 0 ] && [ -s "$tmp/sink.err" ] && nothing_left
+}
+
+cancel() { # WHO SIGNAL
+    start_slow || return 1
+    kill "-$2" "$(real_pid "${!1}")"
+    if [ "$1" = source ]; then
+        ends "$source" 7 6 qemu_source && ends "$sink" 5 6 qemu_sink && nothing_left
+    else
+        ends "$sink" 7 6 qemu_sink && ends "$source" 5 6 qemu_source && nothing_left
+    fi
+}
+
+cancel_waiting() {
+    start_sink || return 1
+    kill -INT "$(real_pid "$sink")"
+    ends "$sink" 7 3 qemu_sink && nothing_left
+}
+
+nobody_comes() {
+    start_sink --timeout 1 && ends "$sink" 4 6 qemu_sink && says "$tmp/sink.err" --timeout 'no source' && nothing_left
+}
+
+too_slow() {
+    start_sink --timeout 2 || return 1
+    source_from "$tmp/large" --set max-bandwidth=4M --set io-timeout=2s
+    local sent=$?
+    ends "$sink" 5 6 qemu_sink && says "$tmp/sink.err" --timeout 'did not end' && nothing_left && [ $sent = 5 ] || return 1
+    start_sink || return 1
+    source_from "$tmp/large" --set max-bandwidth=4M --timeout 2
+    sent=$?
+    ends "$sink" 5 6 qemu_sink && [ $sent = 5 ] && says "$tmp/source.err" --timeout && nothing_left
+}
+
+nobody_listens() {
+    start_sink || return 1 # a port that is free for sure: its owner leaves
+    kill -INT "$(real_pid "$sink")"
+    wait "$sink"
+    source_from "$tmp/vm"
+    [ $? = 4 ] && says "$tmp/source.err" "$address"
+}
+
+after_a_kill() { # what a killed sink left is named, and in nobody's way once it is gone
+    start_slow || return 1
+    kill -KILL "$(real_pid "$sink")"
+    wait "$sink" "$source"
+    [ -d "$out.part" ] && refused 3 "$out.part" 'was killed' 'remove it' -- \
+        "$sink_program" "${over[@]}" --listen 127.0.0.1:0 "$out" && rm -rf "$out.part" && moved "$tmp/vm"
+}
+
+# rmig_migrate is a version 1 source too, but its stream is none of QEMU's.
+foreign_source() {
+    local other
+    other=$(dirname "$source_program")/rmig_migrate
+    start_sink || return 1
+    timeout -k 5 60 "$other" send --connect "$address" --provider tcp --set extension=off --block "ram=$tmp/tables" \
+        >"$tmp/source.out" 2>"$tmp/source.err"
+    [ $? = 5 ] || { cat "$tmp/source.err"; return 1; }
+    ends "$sink" 5 6 qemu_sink && says "$tmp/sink.err" 'offset 0' 'not a migration stream' && nothing_left
+}
+
+# A source of version 1 whose stream is the bytes of a file, sent as one message; with "round" it then moves its RAM.
+make_raw_source() {
+    cat >"$tmp/raw.c" <<'END'
+#define RMIG_IMPLEMENTATION
+#include "rmig.h"
+#include "rmig_fabric_ofi.h"
+int main(int argc, char **argv) {
+    static uint8_t ram[4096], stream[65536];
+    struct rmig_error err;
+    struct rmig_config cfg = {.trace = NULL};
+    struct rmig_ofi_options ofi = {.provider = "tcp"};
+    struct rmig_block_desc block = {.name = "a", .host = ram, .length = sizeof ram};
+    struct rmig_source *source = NULL;
+    uint32_t index;
+    FILE *f = fopen(argv[2], "rb");
+    size_t n = f == NULL ? 0 : fread(stream, 1, sizeof stream, f);
+    struct rmig_fabric *fabric = rmig_ofi_open(&ofi, &err);
+    rmig_set_extension(&cfg, 0, NULL);
+    rmig_set_io_timeout(&cfg, 3000000000u, NULL);
+    int rc = fabric == NULL || n == 0 ? -1 : rmig_source_open(fabric, &cfg, &source, &err);
+    if (rc == RMIG_OK && (rc = rmig_source_add_block(source, &block, &index)) == RMIG_OK &&
+        (rc = rmig_source_connect(source, argv[1])) == RMIG_OK &&
+        (rc = rmig_source_put(source, stream, n)) == RMIG_OK && (rc = rmig_source_flush(source)) == RMIG_OK &&
+        argc > 3 && (rc = rmig_source_begin_round(source)) == RMIG_OK)
+        rc = rmig_source_end_round(source);
+    rmig_source_close(source);
+    rmig_fabric_close(fabric);
+    return rc == RMIG_OK ? 0 : 1;
+}
+END
+    # shellcheck disable=SC2046 # a list of flags
+    cc -std=c11 -O1 -I. "$tmp/raw.c" -o "$tmp/raw" $(pkg-config --cflags --libs libfabric) -pthread
+}
+
+head='QEVM\0\0\0\3\7\0\0\0\1m'
+ram='\1\0\0\0\1\3ram\0\0\0\0\0\0\0\4\0\0\0\0\0\0\20\4\1a\0\0\0\0\0\0\20\0'
+hook='\0\0\0\0\0\0\0\200'
+eos='\0\0\0\0\0\0\0\20\176\0\0\0\1'
+
+stream_refused() { # ROUND STREAM WORD...: ROUND is "round" or nothing; STREAM for printf
+    local round=$1
+    # shellcheck disable=SC2059 # it is a format on purpose
+    printf "$2" >"$tmp/stream"
+    shift 2
+    start_sink --set io-timeout=3s || return 1
+    # shellcheck disable=SC2086 # nothing, or a word
+    timeout -k 5 30 "$tmp/raw" "$address" "$tmp/stream" $round
+    ends "$sink" 5 9 qemu_sink && says "$tmp/sink.err" "$@" && nothing_left
+}
+
+streams() {
+    if ! make_raw_source 2>"$tmp/cc"; then
+        not_ok 'a source of streams is built' "$(cat "$tmp/cc")"
+        return
+    fi
+    check 'a VFIO device is refused' stream_refused '' "$head"'\1\0\0\0\7\6x/vfio' 'offset 14' START x/vfio 'id 7' VFIO
+    check 'dirty bitmaps are refused' stream_refused '' "$head"'\1\0\0\0\7\14dirty-bitmap' START dirty-bitmap 'switch'
+    check 'a device of early setup is refused' stream_refused '' "$head"'\4\0\0\0\7\12virtio-mem' FULL virtio-mem 'before the END'
+    check 'post-copy is refused' stream_refused '' "$head"'\10\0\3\0\20' POSTCOPY_ADVISE postcopy-ram
+    check 'a packaged stream is refused' stream_refused '' "$head"'\10\0\7\0\4' PACKAGED
+    check 'mapped-ram is refused' stream_refused '' \
+        "$head"'\5\32configuration/capabilities\0\0\0\1\0\0\0\1\12mapped-ram' mapped-ram files
+    check 'a page in the stream is refused' stream_refused '' "$head$ram"'\0\0\0\0\0\0\0\10' 'offset 49' PAGE
+    check 'bytes behind the hook word are refused' stream_refused '' "$head$ram$hook$eos" 'offset 57' 'follow the hook word'
+    check 'a machine without a name is refused' stream_refused '' 'QEVM\0\0\0\3'"$ram$hook" 'names no machine'
+    check 'a block whose name is not UTF-8 is refused' stream_refused '' \
+        "$head"'\1\0\0\0\1\3ram\0\0\0\0\0\0\0\4\0\0\0\0\0\0\20\4\1\377\0\0\0\0\0\0\20\0' 'ram/%FF' UTF-8
+    check 'a round before the list of blocks is refused' stream_refused round "$head" 'before it named its own'
+    check 'a round without a hook word is refused' stream_refused round "$head$ram$eos" 'outside a hook'
+    check 'a ping without a return path is refused' stream_refused '' "$head"'\10\0\1\0\0\10\0\2\0\4\0\0\0\1' 'no return path'
+    check 'a source that leaves too early' stream_refused '' "$head$ram" 'went away'
+    check 'a source that leaves after its RAM' stream_refused round "$head$ram$hook" 'offset 57' 'before the end of its stream'
+}
+
+# >>the list
+
+make_machines || { not_ok 'machines to move' 'they could not be made'; done_testing; }
+check 'a machine on demand' moved "$tmp/vm"
+check 'a machine pinned whole' moved "$tmp/vm" --set pin-all=on
+check 'a machine one chunk at a time' moved "$tmp/vm" --set register-ahead=0
+check 'a machine without zero detection' moved "$tmp/vm" --set zero-detect=off
+check 'a machine of one large block' moved "$tmp/large"
+check 'what was received is sent again' twice
+check 'every part of a configuration' all_subsections
+check 'names of blocks become names of files' names_are_files
+check 'holes stay holes' holes_stay
+check 'facts of the stream, and --json of the source' facts
+check '--json of the sink' sink_json
+bad_directories
+usage_errors
+check 'a directory that exists' existing_directory
+check 'a directory that another sink writes' directory_taken
+check 'a directory without a parent' missing_parent
+check 'RAM of more than --max-size' too_large
+check 'device state of more than --max-size' too_much_state
+check 'the sink is killed' stop_sink KILL
+check 'the source is killed' stop_source KILL
+check 'the sink is frozen' stop_sink STOP
+check 'the source is frozen' stop_source STOP
+check 'the source is interrupted' cancel source INT
+check 'the sink is interrupted' cancel sink INT
+check 'the sink is terminated' cancel sink TERM
+check 'a waiting sink is interrupted' cancel_waiting
+check 'nobody comes' nobody_comes
+check '--timeout in mid-migration, at either end' too_slow
+check 'nobody listens' nobody_listens
+check 'a killed sink leaves what can be named and removed' after_a_kill
+streams
+if [ -x "$(dirname "$source_program")/rmig_migrate" ]; then
+    check 'a source that is no QEMU' foreign_source
+else
+    skip 'a source that is no QEMU' 'rmig_migrate is not built'
+fi
+done_testing
