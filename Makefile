@@ -29,6 +29,7 @@ SWITCHES := static namespace chunk64 override ndebug clang
 FLAGS_plain := -O1 -g
 FLAGS_asan := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
 FLAGS_tsan := -O1 -g -fsanitize=thread
+FLAGS_verbs := -O1 -g -DRMIG_TEST_VERBS
 FLAGS_static := -O1 -DRMIG_STATIC
 FLAGS_namespace := -O1 -DRMIG_NAMESPACE=acme_
 FLAGS_chunk64 := -O1 -DRMIG_CHUNK_SIZE=67108864
@@ -60,6 +61,7 @@ help:
 	@echo 'make demo             live-migrate a small running virtual machine between two processes here'
 	@echo 'make check            every test, every build variant, static analysis, a short fuzz'
 	@echo 'make quick            every suite once, as it comes'
+	@echo 'make check-rdma       over RoCE and iWARP alone, in a VM; RDMA_DEV= RDMA_ADDR= [RDMA_ADDR6=]: on that adapter'
 	@echo 'make lint             clang-tidy and cppcheck'
 	@echo 'make fuzz             fuzz the decoders, FUZZ_SECONDS=60 for each target'
 	@echo 'make bench            measure (make deps-bench installs what only that needs)'
@@ -106,6 +108,7 @@ endef
 $(eval $(call test_rules,plain,$(SUITES)))
 $(eval $(call test_rules,asan,$(SUITES)))
 $(eval $(call test_rules,tsan,$(TSAN_SUITES)))
+$(eval $(call test_rules,verbs,hostile_peer))
 $(foreach s,$(SWITCHES),$(eval $(call test_rules,$(s),$(UNIT))))
 
 FUZZ_BINARIES := $(addprefix $(B)/fuzz/,$(FUZZERS))
@@ -124,10 +127,21 @@ PLAIN_LINES := $(call suite_lines,plain,$(SUITES)) \
 	'tap integration/minimal 120 tests/minimal.sh $(B)/minimal' \
 	'tap integration/migrate 600 tests/migrate.sh $(B)/rmig_migrate' \
 	'tap integration/kvm_live 300 tests/kvm_live.sh $(B)/kvm_live' \
+	'tap integration/qemu 300 tests/qemu_examples.sh $(B)/qemu_sink $(B)/qemu_source' \
 	'tap readme 60 tests/readme.sh $(B)/rmig_migrate'
+# Over RDMA devices: in virtual machines, or on the adapter that is named. The longest come first.
+RDMA_DEV ?=
+RDMA_BINARIES := $(addprefix $(B)/,plain/fabric_conformance plain/rdma verbs/hostile_peer rmig_migrate kvm_live \
+	qemu_sink qemu_source asan/qemu_sink asan/qemu_source)
+rdma_line = 'tap rdma/$(subst $() ,-,$(1)) 700 tests/rdma.sh $(B) $(1)'
+VM_LINES := 'tap rdma/qemu 700 tests/qemu_peer.sh $(B) moves runs refuses libfabric asan' \
+	$(call rdma_line,rxe ofi) $(call rdma_line,siw migrate limits link) \
+	$(call rdma_line,rxe conformance session limits) $(call rdma_line,siw conformance session) \
+	$(call rdma_line,rxe hostile) $(call rdma_line,rxe migrate link)
+RDMA_LINES = $(if $(RDMA_DEV),$(call rdma_line,here conformance ofi session migrate hostile),$(VM_LINES))
 LINT_LINES := 'tap lint 900 tests/lint.sh'
 FUZZ_LINES = 'tap fuzz 86400 tests/fuzz.sh $(1) $(FUZZ_BINARIES)'
-CHECK_LINES = 'tap headers 900 tests/headers.sh' $(PLAIN_LINES) \
+CHECK_LINES = $(VM_LINES) 'tap headers 900 tests/headers.sh' $(PLAIN_LINES) \
 	$(call suite_lines,asan,$(SUITES)) $(call suite_lines,tsan,$(TSAN_SUITES)) \
 	$(foreach s,$(SWITCHES),$(call suite_lines,$(s),$(UNIT))) \
 	'tap integration/minimal-asan 120 tests/minimal.sh $(B)/asan/minimal' \
@@ -146,6 +160,17 @@ check: | $(AFTER_DEPS)
 
 quick: | $(AFTER_DEPS)
 	@$(call run_lines,quick-binaries,$(PLAIN_LINES))
+
+ifneq ($(RDMA_DEV),)
+export RMIG_TEST_DEVICE := $(RDMA_DEV)
+export RMIG_TEST_ADDR := $(RDMA_ADDR)
+ifneq ($(RDMA_ADDR6),)
+export RMIG_TEST_ADDR6 := $(RDMA_ADDR6)
+endif
+endif
+
+check-rdma: | $(AFTER_DEPS)
+	@$(call run_lines,$(RDMA_BINARIES),$(RDMA_LINES))
 
 lint: | $(AFTER_DEPS)
 	@$(call run_lines,,$(LINT_LINES))
@@ -179,6 +204,6 @@ uninstall:
 clean:
 	rm -rf $(B)
 
-.PHONY: all examples help deps deps-bench demo check quick lint fuzz check-binaries quick-binaries bench bench-rdma install \
+.PHONY: all examples help deps deps-bench demo check quick check-rdma lint fuzz check-binaries quick-binaries bench bench-rdma install \
 	uninstall clean
 .DELETE_ON_ERROR:

@@ -143,7 +143,8 @@ static void progress_bar(struct progress *p, const struct rmig_stats *st, uint64
 
 struct ram {
     int fd; // -1: not open
-    uint8_t *shared; // what rmig reads and writes
+    uint8_t *shared; // the source's guest runs in it; at the destination rmig writes it
+    uint8_t *pinnable; // a second view for the source's rmig, or NULL
     uint8_t *private_copy; // copy on write over it, or NULL
     uint64_t size;
 };
@@ -172,12 +173,24 @@ static int ram_open_private(struct ram *r, struct rmig_error *err) {
     return RMIG_OK;
 }
 
+/* A second view, without protection: a page that userfaultfd has write-protected may not be pinned, not even for
+   reading (seen with Linux 6.1). */
+static int ram_open_pinnable(struct ram *r, struct rmig_error *err) {
+    void *p = mmap(NULL, r->size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, r->fd, 0);
+    if (p == MAP_FAILED)
+        return fail_errno(err, "mapping the guest's RAM a second time");
+    r->pinnable = p;
+    return RMIG_OK;
+}
+
 static uint64_t ram_resident(const struct ram *r) {
     struct stat st;
     return fstat(r->fd, &st) == 0 ? (uint64_t)st.st_blocks * 512 : 0;
 }
 
 static void ram_close(struct ram *r) {
+    if (r->pinnable != NULL)
+        munmap(r->pinnable, r->size);
     if (r->private_copy != NULL)
         munmap(r->private_copy, r->size);
     if (r->shared != NULL)
@@ -303,13 +316,16 @@ static int source_check(struct source *s, int rc, struct rmig_error *err) {
 }
 
 static int source_connect(struct source *s, const char *address, struct rmig_error *err) {
+    int rc = ram_open_pinnable(&s->ram, err);
+    if (rc != RMIG_OK)
+        return rc;
     struct rmig_block_desc ram = {.name = "kvm-live.ram",
-                                  .host = s->ram.shared,
+                                  .host = s->ram.pinnable,
                                   .length = s->ram.size,
                                   .backing = RMIG_BACKING_SHARED_FD,
                                   .fd = s->ram.fd};
     s->fabric = open_fabric(s->o->fabric, s->o->provider, err);
-    int rc = s->fabric != NULL ? RMIG_OK : err->status;
+    rc = s->fabric != NULL ? RMIG_OK : err->status;
     if (rc == RMIG_OK)
         rc = rmig_source_open(s->fabric, &s->o->cfg, &s->rmig, err);
     if (rc != RMIG_OK)
