@@ -1080,7 +1080,8 @@ RMIG_API int rmig_sink_refuse(struct rmig_sink *s, const char *reason);
 RMIG_API size_t rmig_sink_get(struct rmig_sink *s, void *buf, size_t n);
 
 /* The return path of a stock QEMU source: a second connection, opened right after the first and before any message,
-   for bytes to the source (PONG, SHUT). True while it is up. */
+   for bytes to the source (PONG, SHUT). True while it is up. Whether the source waits for bytes is not said by this but
+   by its stream (QEMU's command OPEN_RETURN_PATH). */
 RMIG_API bool rmig_sink_has_return_path(const struct rmig_sink *s);
 /* Queues all n bytes for it; they are sent as soon as it is up and the source has said READY, each message waiting for
    a READY of its own. RMIG_ERR_FULL when more than 4096 bytes would wait; RMIG_ERR_STATE without a version 1 source,
@@ -1090,7 +1091,9 @@ RMIG_API int rmig_sink_return_put(struct rmig_sink *s, const void *data, size_t 
 
 /* With a plain version 1 source only the reader of the stream knows its end: it says so here. Deregisters everything at
    once; RMIG_SINK_FINISHED follows when the bytes put on the return path are delivered. If that fails, the guest is the
-   source's, or, when the last of them were on their way (RMIG_ERR_HANDOVER), nobody can know. */
+   source's, or nobody can know (RMIG_ERR_HANDOVER): when bytes had gone out on the return path, or when the source has
+   left, for a source without a return path does so as soon as its last byte is delivered. What fails in the embedder's
+   own hands from that byte on (a disk that is full) leaves the same doubt: keep what there is. */
 RMIG_API int rmig_sink_complete(struct rmig_sink *s);
 
 /* Makes progress without waiting and delivers at most one event: RMIG_OK with ev->type (RMIG_SINK_NONE: nothing now),
@@ -1152,8 +1155,8 @@ RMIG_API uint64_t rmig_expected_downtime_ns(const struct rmig_stats *stats, uint
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
-#include <sys/stat.h>
 #include <sys/types.h>
+#include <sys/vfs.h>
 #include <unistd.h>
 #if (defined(__x86_64__) || defined(__i386__)) && defined(__GNUC__)
 #include <immintrin.h>
@@ -1355,7 +1358,8 @@ struct rmig__param_row {
 static const struct rmig__param_row rmig__params[RMIG_PARAM_COUNT] = {
     {"chunk-size", RMIG_UNIT_BYTES, RMIG_CHUNK_SIZE_MIN, RMIG_CHUNK_SIZE_MAX, RMIG_CHUNK_SIZE, false, true,
      "unit of registration; the source's holds, or a sink set to another refuses"},
-    {"merge-max", RMIG_UNIT_BYTES, 4096, (uint64_t)1 << 40, 0, false, false, "longest write made of merged pages"},
+    {"merge-max", RMIG_UNIT_BYTES, 4096, (uint64_t)1 << 40, 0, false, false,
+     "longest write made of merged pages; 16M is the most on the wire"},
     {"pin-all", RMIG_UNIT_SWITCH, 0, 1, 0, false, false, "register all RAM before the first round"},
     {"signal-every", RMIG_UNIT_COUNT, 1, 65536, 64, false, false, "ask for a completion every so many writes"},
     {"write-depth", RMIG_UNIT_COUNT, 1, 65536, 128, false, false, "writes outstanding at most"},
@@ -2655,22 +2659,39 @@ static int rmig__session_fds(struct rmig__session *ss, struct rmig_ep *ep, struc
     return got;
 }
 
-static bool rmig__on_hugetlbfs(const struct rmig_block *b) {
-    struct stat st;
-    if (b->backing == RMIG_BACKING_SHARED_FD)
-        return fstat(b->fd, &st) == 0 && st.st_blksize > 65536; // its blocks are its pages
-    char line[512];
-    bool found = false, huge = false;
-    FILE *maps = fopen("/proc/self/maps", "r");
-    while (maps != NULL && !found && fgets(line, sizeof line, maps) != NULL) {
-        char *end;
-        uint64_t from = strtoull(line, &end, 16), to = *end == '-' ? strtoull(end + 1, NULL, 16) : 0;
-        found = from <= (uint64_t)(uintptr_t)b->host && (uint64_t)(uintptr_t)b->host < to;
-        huge = found && strstr(line, "/anon_hugepage") != NULL;
+/* A private mapping on huge pages has a name in the list of mappings, and no other sign. */
+static bool rmig__anonymous_huge(const void *at) {
+    char line[256], piece[1024];
+    size_t length = 0;
+    ssize_t got = 0;
+    bool found = false;
+    int fd = open("/proc/self/maps", O_RDONLY);
+    while (fd >= 0 && !found && (got = read(fd, piece, sizeof piece)) > 0) {
+        for (ssize_t i = 0; i < got && !found; i++) {
+            if (piece[i] != '\n') {
+                length += length < sizeof line - 1;
+                line[length - 1] = piece[i];
+                continue;
+            }
+            line[length] = '\0';
+            length = 0;
+            char *end;
+            uint64_t from = strtoull(line, &end, 16), to = *end == '-' ? strtoull(end + 1, NULL, 16) : 0;
+            found = from <= (uint64_t)(uintptr_t)at && (uint64_t)(uintptr_t)at < to;
+        }
     }
-    if (maps != NULL)
-        fclose(maps);
-    return huge;
+    if (fd >= 0)
+        close(fd);
+    return found && strstr(line, "/anon_hugepage") != NULL;
+}
+
+#define RMIG__HUGETLBFS_MAGIC 0x958458f6 // linux/magic.h
+
+static bool rmig__on_hugetlbfs(const struct rmig_block *b) {
+    struct statfs fs;
+    if (b->backing == RMIG_BACKING_SHARED_FD)
+        return fstatfs(b->fd, &fs) == 0 && (uint64_t)fs.f_type == RMIG__HUGETLBFS_MAGIC;
+    return rmig__anonymous_huge(b->host);
 }
 
 /* Before anything is moved: may as much be registered as is sure to be? `sure`: of all the blocks' memory, at most.
@@ -2803,6 +2824,7 @@ enum rmig__finish { RMIG__FINISH_NONE, RMIG__FINISH_ASKED, RMIG__FINISH_ANSWERED
 /* Messages queue behind writes. On a slow link what is outstanding must be through before the sink takes the silence
    for death: 32 MiB take 16 s at 2 MB/s. At 100 Gb/s it covers a round trip of 2.6 ms. */
 #define RMIG__WIRE_MAX ((uint64_t)32 << 20)
+#define RMIG__WRITE_MAX ((uint64_t)16 << 20) // of one: longer ones are no faster
 #define RMIG__SIGNAL_BYTES ((uint64_t)4 << 20) // a completion at least so often: it is what shows progress
 #define RMIG__MARK_BYTES ((uint64_t)1 << 20) // apart at least
 #define RMIG__MARKS 64
@@ -3815,7 +3837,8 @@ static bool rmig__next_write(struct rmig_source *s, uint64_t allowed) {
         struct rmig__source_block *b = &s->block[block];
         uint64_t to = block == s->plan.block ? rmig__min(s->plan.page, b->dirty.pages) : b->dirty.pages;
         uint64_t page, n;
-        uint64_t most = rmig__min(rmig__min(s->merge_max, allowed), s->ss.caps.write_max) / s->page_size;
+        uint64_t most = rmig__min(rmig__min(s->merge_max, RMIG__WRITE_MAX), s->ss.caps.write_max);
+        most = rmig__min(most, allowed) / s->page_size;
         if (b->dirty.pending == 0 || !rmig_merge_next(&b->dirty, s->write.page, to, rmig__max(most, 1), &page, &n)) {
             if (block == s->plan.block) {
                 s->write = s->plan;
@@ -4355,6 +4378,7 @@ struct rmig_sink {
     struct rmig_blocks blocks;
     enum rmig__sink_state state;
     struct rmig_private_data asked; // by the source
+    uint64_t accepted_at; // when its request came
     uint8_t answer[RMIG_PRIVATE_DATA_SIZE];
     bool begun; // the migration: from here on a failure of the source is the session's
     uint64_t part_until; // PARTING
@@ -4620,8 +4644,8 @@ RMIG__DEF int rmig_sink_return_put(struct rmig_sink *s, const void *data, size_t
     if (n > 0)
         memcpy(r->buf.out + RMIG_HEADER_SIZE + r->waiting, data, n);
     r->waiting += n;
-    ss->again = true;
-    return rmig__return_send(s);
+    ss->again = true; // sent by process: what is put right before complete leaves when nothing is registered any more
+    return RMIG_OK;
 }
 
 // --- opening and closing
@@ -4741,7 +4765,7 @@ static void rmig__sink_accept(struct rmig_sink *s, const struct rmig_fabric_even
         return;
     }
     s->state = RMIG__SINK_ACCEPTING;
-    ss->last_progress = rmig__now(ss);
+    ss->last_progress = s->accepted_at = rmig__now(ss);
     memset(&s->ret.broken, 0, sizeof s->ret.broken);
     struct rmig_private_data answer;
     answer.version = RMIG_PROTOCOL_VERSION;
@@ -4760,10 +4784,11 @@ static void rmig__sink_accept(struct rmig_sink *s, const struct rmig_fabric_even
 }
 
 /* A stock source waits for its return path before it says anything; its request may overtake the news that the first
-   connection is there. */
+   connection is there. What comes later is another source, which had better be told so. */
 static bool rmig__return_wanted(const struct rmig_sink *s, const struct rmig_private_data *asked) {
     return (s->state == RMIG__SINK_ACCEPTING || s->state == RMIG__SINK_UP) && !s->ss.extended && !s->begun &&
-           s->ret.ep == NULL && asked->flags == s->asked.flags;
+           s->ret.ep == NULL && asked->flags == s->asked.flags &&
+           rmig__now(&s->ss) < rmig__after(s->accepted_at, rmig_get(&s->ss.cfg, RMIG_PARAM_CONNECT_TIMEOUT));
 }
 
 /* The endpoint takes work: registers, posts the receives and accepts. */
@@ -5428,6 +5453,8 @@ RMIG__DEF int rmig_sink_complete(struct rmig_sink *s) {
             &s->ss, RMIG_ERR_STATE, 0,
             "rmig_sink_complete: only for a version 1 source whose blocks were accepted; others finish by "
             "themselves");
+    if (s->disconnect_told || s->ret.sent > 0 || s->ret.spoke) // the source may take it for complete already
+        s->ss.handover = "has";
     if (rmig__sink_deregister_all(s) != RMIG_OK)
         return rmig__session_end(&s->ss);
     s->state = RMIG__SINK_RETURNING;

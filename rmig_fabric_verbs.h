@@ -1289,7 +1289,7 @@ static struct ibv_mr *rmig__verbs_try_reg(struct rmig__verbs_conn *c, const stru
     if (r->dmabuf >= 0)
         return ibv_reg_dmabuf_mr(c->pd, r->offset, length, (uint64_t)(uintptr_t)r->address, r->dmabuf, (int)r->access);
     if (r->access == IBV_ACCESS_LOCAL_WRITE) // control buffers: a message must not meet a page that is not there
-        return ibv_reg_mr(c->pd, r->address, length, IBV_ACCESS_LOCAL_WRITE);
+        return ibv_reg_mr(c->pd, r->address, length, r->access);
     if (mode != RMIG_VERBS_ON_DEMAND_ALWAYS) {
         struct ibv_mr *mr = ibv_reg_mr(c->pd, r->address, length, r->access);
         bool refused = mr == NULL && (errno == ENOMEM || errno == EOPNOTSUPP);

@@ -685,15 +685,19 @@ static int accept_blocks(struct run *r) {
     return rmig_sink_accept_blocks(r->sink) < 0 ? fail_sink(r) : 0;
 }
 
+static void begin(struct run *r) {
+    if (!r->connected)
+        r->started_ns = r->fabric->ops->now(r->fabric);
+    r->connected = true;
+}
+
 static int on_event(struct run *r, const struct rmig_sink_event *ev) {
     switch (ev->type) {
-    case RMIG_SINK_CONNECTED:
-        r->connected = true;
-        r->started_ns = r->fabric->ops->now(r->fabric);
-        return 0;
     case RMIG_SINK_BLOCKS:
+        begin(r);
         return accept_blocks(r);
     case RMIG_SINK_STREAM:
+        begin(r);
         return read_stream(r);
     case RMIG_SINK_DISCONNECTED:
         if (!r->reader.end_seen)
@@ -704,6 +708,7 @@ static int on_event(struct run *r, const struct rmig_sink_event *ev) {
             return fail(r, EXIT_MIGRATION, "the source finished before the end of its stream");
         return 0;
     case RMIG_SINK_NONE:
+    case RMIG_SINK_CONNECTED: // a source that says nothing sensible is forgotten again
     case RMIG_SINK_ROUND:
         return 0;
     }

@@ -3377,6 +3377,7 @@ Test(return_path, bytes_behind_a_message_under_way) {
     give_ready(&back);
     pass_time(&back, SIM_MS);
     cr_assert_eq(put_back(p, pong, sizeof pong), RMIG_OK);
+    pass_time(&back, SIM_US); // it leaves
     cr_assert_eq(put_back(p, shut, sizeof shut), RMIG_OK);
     expect_back(&back, pong, sizeof pong);
     give_ready(&back);
