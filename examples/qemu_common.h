@@ -83,7 +83,7 @@ struct common {
     uint64_t started_ns, ended_ns, deadline;
     enum exit_code code;
     int status; // of rmig, if it failed
-    char text[512]; // why it failed
+    char text[2048]; // why it failed
 };
 
 static volatile sig_atomic_t cancelled;
@@ -145,10 +145,10 @@ static inline void catch_signals(void (*on_bus_error)(int)) {
 
 static inline uint64_t now_ns(const struct common *c) { return c->fabric->ops->now(c->fabric); }
 
-static inline int check_deadline(struct common *c, bool connected, const char *waited_for) {
-    if (c->deadline == 0 || now_ns(c) < c->deadline)
-        return 0;
-    return fail(c, connected ? EXIT_MIGRATION : EXIT_CONNECT, "%s within the %" PRIu64 " s of --timeout", waited_for,
+static inline bool is_late(const struct common *c) { return c->deadline != 0 && now_ns(c) >= c->deadline; }
+
+static inline int fail_late(struct common *c, bool begun, const char *waited_for) {
+    return fail(c, begun ? EXIT_MIGRATION : EXIT_CONNECT, "%s within the %" PRIu64 " s of --timeout", waited_for,
                 c->timeout_seconds);
 }
 

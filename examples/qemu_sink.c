@@ -22,11 +22,17 @@ struct run {
     int part_fd, state_fd;
     struct rmig_sink *sink;
     struct rmig_qemu_reader reader;
-    bool connected, refused;
+    bool begun, refused;
     bool listed; // the stream has named all blocks
     bool in_hook; // after a hook word, until the end of its round
+    bool accepted; // the blocks
+    bool ending; // the last section of ram has begun
+    bool state_came;
     bool returns; // the stream asked for a return path
+    bool left; // the source has
+    bool seal_tried, described; // machine.json is written
     bool sealed; // everything is on the disk
+    bool kept; // DIR.part is no longer ours to remove
     bool switchover_start;
     uint64_t messages, hooks, pings;
 };
@@ -46,19 +52,32 @@ static void remove_part(const struct run *r) {
     rmdir(r->part);
 }
 
+/* With a return path a QEMU waits for SHUT. Without one it calls the migration completed when its last byte is
+   delivered, read or not; that can be from the end of the last round on. */
+static bool may_be_completed(const struct run *r) {
+    return r->accepted && !r->returns && (r->state_came || (r->ending && !r->in_hook && !r->left));
+}
+
 /* The disk is full: the access to a mapped file cannot be repeated. */
 static void on_bus_error(int number) {
-    static const char text[] = PROGRAM ": a mapped file cannot be written: the disk is full\n";
+    static const char removed[] = PROGRAM ": a mapped file cannot be written: the disk is full\n";
+    static const char kept[] = PROGRAM ": a mapped file cannot be accessed: the disk is full; the source may have "
+                                       "completed the migration, so DIR.part is kept, but may not be whole\n";
     (void)number;
-    if (write(STDERR_FILENO, text, sizeof text - 1) >= 0)
+    bool keep = bus_error_run->sealed || may_be_completed(bus_error_run);
+    ssize_t done =
+        keep ? write(STDERR_FILENO, kept, sizeof kept - 1) : write(STDERR_FILENO, removed, sizeof removed - 1);
+    (void)done;
+    if (!keep)
         remove_part(bus_error_run);
-    _exit(EXIT_FILES);
+    _exit(keep ? EXIT_HANDOVER : EXIT_FILES);
 }
 
 static int create(struct run *r, const char *file) {
     int fd = openat(r->part_fd, file, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC | O_NOFOLLOW, 0600);
     if (fd < 0)
-        fail(&r->c, EXIT_FILES, "cannot create %s/%s: %s", r->part, file, strerror(errno));
+        fail(&r->c, EXIT_FILES, "cannot create %s/%.100s%s: %s", r->part, file, strlen(file) > 100 ? "..." : "",
+             strerror(errno));
     return fd;
 }
 
@@ -136,6 +155,7 @@ static int write_machine(struct run *r) {
     int error = errno;
     json_decref(object);
     close(fd);
+    r->described = rc == 0;
     return rc < 0 ? fail(&r->c, EXIT_FILES, "cannot write %s/" MACHINE_FILE ": %s", r->part, strerror(error)) : 0;
 }
 
@@ -150,6 +170,7 @@ static int sync_dir(int at, const char *path) {
 /* Brings all to the disk, before the source hears that it is here: after that it may forget the machine. */
 static int seal(struct run *r) {
     struct machine *m = &r->c.machine;
+    r->seal_tried = true;
     if (write_machine(r) < 0)
         return -1;
     bool ok = fsync(r->state_fd) == 0;
@@ -161,12 +182,11 @@ static int seal(struct run *r) {
     return 0;
 }
 
-enum { PAGE = 4096, RUN = 256 * PAGE };
+enum { PAGE = 4096 };
 
-/* Where the zero pages that begin at an offset end; not more than a run of them. */
-static off_t zero_end(const struct image *image, off_t at) {
+/* Where the zero pages that begin at an offset end. */
+static off_t zero_end(const struct image *image, off_t at, off_t end) {
     const uint8_t *p = image->map;
-    off_t length = (off_t)image->block.length, end = length - at < RUN ? length : at + RUN;
     while (at < end) {
         off_t n = end - at < PAGE ? end - at : PAGE;
         if (!rmig_is_zero(p + at, (size_t)n))
@@ -176,14 +196,24 @@ static off_t zero_end(const struct image *image, off_t at) {
     return at;
 }
 
-/* Registration has made zero pages take space; what fails here costs only that. */
+static int dig_run(const struct image *image, off_t at, off_t end) {
+    while (at < end) {
+        off_t zeros = zero_end(image, at, end);
+        if (zeros > at && fallocate(image->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, at, zeros - at) < 0)
+            return -1;
+        at = zeros > at ? zeros : at - at % PAGE + PAGE;
+    }
+    return 0;
+}
+
+/* Registration has made zero pages take space; what fails here costs only that. Holes are not read: on tmpfs that takes
+   space, which may not be there. */
 static void dig_holes(const struct image *image) {
-    off_t at = 0;
-    while ((at = lseek(image->fd, at, SEEK_DATA)) >= 0) {
-        off_t end = zero_end(image, at);
-        if (end > at && fallocate(image->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, at, end - at) < 0)
+    off_t at = 0, end;
+    while ((at = lseek(image->fd, at, SEEK_DATA)) >= 0 && (end = lseek(image->fd, at, SEEK_HOLE)) >= 0) {
+        if (dig_run(image, at, end) < 0)
             return;
-        at = end > at ? end : at - at % PAGE + PAGE;
+        at = end;
     }
 }
 
@@ -205,13 +235,7 @@ static int commit(struct run *r) {
 
 // >>the stream
 
-static int fail_sink(struct run *r) {
-    fail_rmig(&r->c, EXIT_MIGRATION, rmig_sink_error(r->sink));
-    if (r->c.code == EXIT_HANDOVER && r->sealed)
-        snprintf(r->c.text + strlen(r->c.text), sizeof r->c.text - strlen(r->c.text),
-                 "; %s holds the machine: it is valid if the source says completed", r->part);
-    return -1;
-}
+static int fail_sink(struct run *r) { return fail_rmig(&r->c, EXIT_MIGRATION, rmig_sink_error(r->sink)); }
 
 /* Tells the source; the session's error follows, once it has been told. */
 static int refuse(struct run *r) {
@@ -254,6 +278,9 @@ static int on_block(struct run *r, const struct rmig_qemu_block *block) {
     char *file = file_of_block(block->name);
     if (name == NULL)
         fail(&r->c, EXIT_MIGRATION, "block %s: its name is not UTF-8", file);
+    else if (block->guest_address > INT64_MAX)
+        fail(&r->c, EXIT_MIGRATION, "block %s is at guest address %#" PRIx64 "; at most %#" PRIx64 " can be kept", file,
+             block->guest_address, (uint64_t)INT64_MAX);
     else if (block->length > left)
         fail(&r->c, EXIT_MIGRATION, "block %s has %" PRIu64 " bytes; %" PRIu64 " are left of --max-size", file,
              block->length, left);
@@ -272,6 +299,7 @@ static int on_stream_event(struct run *r, const struct rmig_qemu_event *ev) {
         return on_command(r, ev);
     case RMIG_QEV_SECTION:
         r->c.machine.section_id = ev->section_id;
+        r->ending = ev->section == RMIG_QEMU_SECTION_END;
         return 0;
     case RMIG_QEV_BLOCK:
         return on_block(r, ev->block);
@@ -283,6 +311,7 @@ static int on_stream_event(struct run *r, const struct rmig_qemu_event *ev) {
         r->hooks++;
         return 0;
     case RMIG_QEV_STATE:
+        r->state_came = true;
         return write_state(r, ev->data, ev->length);
     case RMIG_QEV_NONE:
     case RMIG_QEV_EOS:
@@ -351,7 +380,8 @@ static int accept_blocks(struct run *r) {
         if (rmig_sink_add_block(r->sink, &desc, &index) < 0)
             return fail(&r->c, EXIT_MIGRATION, "%s", rmig_sink_error(r->sink)->text);
     }
-    return rmig_sink_accept_blocks(r->sink) < 0 ? fail_sink(r) : 0;
+    r->accepted = rmig_sink_accept_blocks(r->sink) == RMIG_OK;
+    return r->accepted ? 0 : fail_sink(r);
 }
 
 static int end_hook(struct run *r) {
@@ -362,19 +392,30 @@ static int end_hook(struct run *r) {
 }
 
 static int on_disconnected(struct run *r) {
-    if (!rmig_qemu_reader_whole(&r->reader))
+    r->left = true;
+    if (rmig_qemu_reader_whole(&r->reader))
+        return complete(r);
+    if (!r->state_came)
         return fail(&r->c, EXIT_MIGRATION,
                     "the source left before the end of its stream (offset %" PRIu64 "): it failed or was cancelled",
                     rmig_qemu_reader_offset(&r->reader));
-    return complete(r);
+    return fail(&r->c, EXIT_MIGRATION,
+                "the source left, and its device state has no end that is recognised (offset %" PRIu64
+                "): it failed, or was cancelled, or describes no devices (suppress-vmdesc)",
+                rmig_qemu_reader_offset(&r->reader));
+}
+
+/* Not when a source connects: one that begins nothing is forgotten. */
+static void note_begin(struct run *r) {
+    if (!r->begun)
+        r->c.started_ns = now_ns(&r->c);
+    r->begun = true;
 }
 
 static int on_event(struct run *r, const struct rmig_sink_event *ev) {
+    if (ev->type == RMIG_SINK_BLOCKS || ev->type == RMIG_SINK_STREAM)
+        note_begin(r);
     switch (ev->type) {
-    case RMIG_SINK_CONNECTED:
-        r->connected = true;
-        r->c.started_ns = now_ns(&r->c);
-        return 0;
     case RMIG_SINK_BLOCKS:
         return accept_blocks(r);
     case RMIG_SINK_STREAM:
@@ -384,25 +425,74 @@ static int on_event(struct run *r, const struct rmig_sink_event *ev) {
     case RMIG_SINK_DISCONNECTED:
         return on_disconnected(r);
     case RMIG_SINK_NONE:
+    case RMIG_SINK_CONNECTED:
     case RMIG_SINK_FINISHED:
         return 0;
     }
     return 0;
 }
 
+/* Nothing takes back a machine that is here whole and whose source has left; a deadline not even one that is sealed. */
+static bool must_stop(const struct run *r) { return !r->left && (cancelled || (!r->sealed && is_late(&r->c))); }
+
+static int stop(struct run *r) {
+    rmig_sink_cancel(r->sink);
+    if (cancelled || rmig_sink_error(r->sink)->status == RMIG_ERR_HANDOVER)
+        return fail_sink(r);
+    return fail_late(&r->c, r->begun, r->begun ? "the migration did not end" : "no source began a migration");
+}
+
+/* What has arrived is read before a signal or the deadline counts: it may be the last bytes. */
 static int receive_events(struct run *r) {
     struct rmig_sink_event ev = {.type = RMIG_SINK_NONE};
     while (ev.type != RMIG_SINK_FINISHED) {
-        if (cancelled)
-            rmig_sink_cancel(r->sink);
-        if (rmig_sink_wait(r->sink, &ev, TICK) < 0)
+        bool stopping = must_stop(r);
+        if (rmig_sink_wait(r->sink, &ev, stopping ? 0 : TICK) < 0)
             return fail_sink(r);
+        if (stopping && ev.type == RMIG_SINK_NONE)
+            return stop(r);
         if (on_event(r, &ev) < 0 && refuse(r) < 0)
-            return -1;
-        if (check_deadline(&r->c, r->connected, r->connected ? "the migration did not end" : "no source came") < 0)
             return -1;
     }
     return 0;
+}
+
+/* After a failure: what is in DIR.part, and what is not. */
+static void describe_part(const struct run *r, const char *unsealed, char *out, size_t size) {
+    bool whole = rmig_qemu_reader_whole(&r->reader);
+    size_t n = 0;
+    if (r->sealed && whole) {
+        snprintf(out, size, "it holds the machine: it is valid if the source says completed");
+        return;
+    }
+    if (!whole)
+        n = (size_t)snprintf(out, size, "its device state ends after %" PRIu64 " bytes, where no end is recognised",
+                             r->c.machine.state_bytes);
+    if (!r->sealed)
+        snprintf(out + n, size - n, "%s%s%s%.600s", whole ? "" : ", and ",
+                 r->described ? "not all of it may be on the disk" : MACHINE_FILE " is missing or not whole",
+                 unsealed[0] == '\0' ? "" : ": ", unsealed);
+}
+
+/* When the source may have completed the migration, what is here may be all there is of the machine. A source that says
+   ERROR has not. */
+static int settle(struct run *r) {
+    struct common *c = &r->c;
+    char why[900], unsealed[700] = "", content[900];
+    bool gave_up = c->status == RMIG_ERR_REFUSED && !rmig_qemu_reader_whole(&r->reader);
+    if (c->code != EXIT_HANDOVER && (gave_up || !may_be_completed(r)))
+        return -1;
+    r->kept = true;
+    snprintf(why, sizeof why, "%.899s", c->text);
+    if (!r->seal_tried) {
+        c->code = EXIT_OK; // for what fails now
+        if (seal(r) < 0)
+            snprintf(unsealed, sizeof unsealed, "%.699s", c->text);
+    }
+    describe_part(r, unsealed, content, sizeof content);
+    c->code = EXIT_OK;
+    return fail(c, EXIT_HANDOVER, "%s; the source may have completed the migration, so %.200s is kept: %s", why,
+                r->part, content);
 }
 
 static int print_address(struct run *r) {
@@ -423,8 +513,11 @@ static int receive(struct run *r) {
         return fail_rmig(&r->c, EXIT_CONNECT, &err);
     if (rmig_sink_listen(r->sink, r->address) < 0)
         return fail_rmig(&r->c, EXIT_CONNECT, rmig_sink_error(r->sink));
-    if (print_address(r) < 0 || receive_events(r) < 0)
+    if (print_address(r) < 0)
         return -1;
+    if (receive_events(r) < 0)
+        return settle(r);
+    r->kept = true;
     r->c.ended_ns = now_ns(&r->c);
     return commit(r);
 }
@@ -481,8 +574,7 @@ static error_t parse_option(int key, char *arg, struct argp_state *state) {
 }
 
 static void clean_up(struct run *r) {
-    bool keep = r->sealed && (r->c.code == EXIT_HANDOVER || r->c.code == EXIT_FILES);
-    if (r->c.code != EXIT_OK && !keep)
+    if (!r->kept)
         remove_part(r);
     rmig_sink_close(r->sink);
     rmig_fabric_close(r->c.fabric);

@@ -294,24 +294,29 @@ static void nap(struct run *r) {
     ppoll(polls, n <= 0 ? 0 : (nfds_t)n, &ts, NULL);
 }
 
-/* One step of the session; RMIG_PENDING while the operation under way goes on. */
-static int step(struct run *r) {
-    if (cancelled)
-        rmig_source_cancel(r->source);
+static bool must_stop(const struct run *r) { return cancelled || is_late(&r->c); }
+
+/* Only the session knows whether the last bytes have left: then it is the handover that broke off. */
+static int stop(struct run *r) {
+    rmig_source_cancel(r->source);
     int rc = rmig_source_process(r->source);
-    if (rc < 0)
-        return fail_source(r);
-    return check_deadline(&r->c, r->connected, "the migration did not end") < 0 ? -1 : rc;
+    if (rc == RMIG_ERR_CANCELLED && !cancelled)
+        return fail_late(&r->c, r->connected, "the migration did not end");
+    return rc < 0 ? fail_source(r) : rc;
 }
 
-/* Drives the operation that a _start call began to its end. */
+/* Drives the operation that a _start call began to its end. Once it is done no deadline undoes it. */
 static int drive(struct run *r, int started) {
     if (started < 0)
         return fail_source(r);
     for (;;) {
-        int rc = step(r);
-        if (rc != RMIG_PENDING)
-            return rc;
+        int rc = rmig_source_process(r->source);
+        if (rc < 0)
+            return fail_source(r);
+        if (rc == RMIG_OK)
+            return 0;
+        if (must_stop(r))
+            return stop(r);
         nap(r);
     }
 }
@@ -323,8 +328,10 @@ static int put(struct run *r, const uint8_t *p, size_t n) {
             return fail_source(r);
         p += taken;
         n -= (size_t)taken;
-        if (n > 0 && step(r) < 0)
-            return -1;
+        if (n > 0 && rmig_source_process(r->source) < 0)
+            return fail_source(r);
+        if (must_stop(r))
+            return stop(r);
         if (n > 0 && taken == 0)
             nap(r);
     }

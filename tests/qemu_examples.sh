@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.." || exit 1
 sink_program=$1
 source_program=$2
 tmp=$(mktemp -d)
-trap 'rm -rf "$tmp"' EXIT
+trap 'umount "$tmp/small" 2>/dev/null; rm -rf "$tmp"' EXIT
 out=$tmp/out
 over=(--fabric ofi --provider tcp)
 
@@ -23,17 +23,19 @@ wait_for() { # CONDITION: at most 10 s
     return 1
 }
 
+sink_env=()
+
 # Starts a sink into $out; sets sink and address. Its words go to sink.out and sink.err.
 start_sink() { # OPTION...
     rm -rf "$out" "$out.part"
     sink_into "$out" "$@"
 }
 
-sink_into() { # DIR OPTION...
+sink_into() { # DIR OPTION...; in an environment with sink_env
     local dir=$1
     shift
     : >"$tmp/sink.out"
-    timeout -k 5 60 "$sink_program" "${over[@]}" --listen 127.0.0.1:0 "$@" "$dir" >"$tmp/sink.out" 2>"$tmp/sink.err" &
+    timeout -k 5 60 env "${sink_env[@]}" "$sink_program" "${over[@]}" --listen 127.0.0.1:0 "$@" "$dir" >"$tmp/sink.out" 2>"$tmp/sink.err" &
     sink=$!
     wait_for "grep -q listening $tmp/sink.out || ! kill -0 $sink 2>/dev/null" || return 1
     address=$(sed -n 's/^listening on //p; s/^{"listening":"\(.*\)"}$/\1/p' "$tmp/sink.out")
@@ -299,10 +301,12 @@ too_large() {
 
 too_much_state() {
     sink_options=(--max-size $((25165824 + 262144 + 8192 + 100000)))
-    both 5 5 "$tmp/vm"
+    both 5 6 "$tmp/vm"
     local rc=$?
     sink_options=()
-    [ $rc = 0 ] && says "$tmp/sink.err" 'device state' --max-size && nothing_left
+    [ $rc = 0 ] && says "$tmp/sink.err" 'device state' --max-size 'no end is recognised' "$out.part is kept" &&
+        json "$out.part/machine.json" '$j->{state}{length} < 120000' &&
+        refused 3 'not whole' -- "$source_program" "${over[@]}" "$out.part" 127.0.0.1:1
 }
 
 # >>peers that go wrong
@@ -408,7 +412,9 @@ foreign_source() {
     ends "$sink" 5 6 qemu_sink && says "$tmp/sink.err" 'offset 0' 'not a migration stream' && nothing_left
 }
 
-# A source of version 1 whose stream is the bytes of a file, sent as one message; with "round" it then moves its RAM.
+# raw ADDRESS [STREAM [round [STATE [SECONDS]]]]: a source of version 1 whose stream is the bytes of a file, sent as one
+# message; with "round" it then moves its RAM; STATE follows, and it leaves, with SECONDS so much later. It succeeds when all
+# was delivered.
 make_raw_source() {
     cat >"$tmp/raw.c" <<'END'
 #define RMIG_IMPLEMENTATION
@@ -422,17 +428,28 @@ int main(int argc, char **argv) {
     struct rmig_block_desc block = {.name = "a", .host = ram, .length = sizeof ram};
     struct rmig_source *source = NULL;
     uint32_t index;
-    FILE *f = fopen(argv[2], "rb");
+    FILE *f = argc > 2 ? fopen(argv[2], "rb") : NULL;
     size_t n = f == NULL ? 0 : fread(stream, 1, sizeof stream, f);
     struct rmig_fabric *fabric = rmig_ofi_open(&ofi, &err);
     rmig_set_extension(&cfg, 0, NULL);
+    rmig_set_param(&cfg, "zero-detect", "off", &err);
     rmig_set_io_timeout(&cfg, 3000000000u, NULL);
-    int rc = fabric == NULL || n == 0 ? -1 : rmig_source_open(fabric, &cfg, &source, &err);
+    int rc = fabric == NULL || (argc > 2 && n == 0) ? -1 : rmig_source_open(fabric, &cfg, &source, &err);
     if (rc == RMIG_OK && (rc = rmig_source_add_block(source, &block, &index)) == RMIG_OK &&
-        (rc = rmig_source_connect(source, argv[1])) == RMIG_OK &&
+        (rc = rmig_source_connect(source, argv[1])) == RMIG_OK && argc > 2 &&
         (rc = rmig_source_put(source, stream, n)) == RMIG_OK && (rc = rmig_source_flush(source)) == RMIG_OK &&
-        argc > 3 && (rc = rmig_source_begin_round(source)) == RMIG_OK)
+        argc > 3 && (rc = rmig_source_begin_round(source)) == RMIG_OK &&
+        (rc = rmig_source_save_range(source, 0, 0, sizeof ram)) == RMIG_OK)
         rc = rmig_source_end_round(source);
+    if (rc == RMIG_OK && argc > 4) {
+        n = (f = fopen(argv[4], "rb")) == NULL ? 0 : fread(stream, 1, sizeof stream, f);
+        if (n > 0 && (rc = rmig_source_put(source, stream, n)) == RMIG_OK)
+            rc = argc > 5 ? rmig_source_flush(source) : rmig_source_finish(source);
+    }
+    if (rc != RMIG_OK && source != NULL)
+        printf("raw: %s\n", rmig_source_error(source)->text);
+    if (argc > 5)
+        sleep((unsigned)atoi(argv[5]));
     rmig_source_close(source);
     rmig_fabric_close(fabric);
     return rc == RMIG_OK ? 0 : 1;
@@ -442,10 +459,64 @@ END
     cc -std=c11 -O1 -I. "$tmp/raw.c" -o "$tmp/raw" $(pkg-config --cflags --libs libfabric) -pthread
 }
 
+# Calls that take their time: fsync the first time, and the first send after the state was read a second time.
+make_slow_calls() {
+    cat >"$tmp/slow.c" <<'END'
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <stdlib.h>
+#include <sys/socket.h>
+#include <sys/uio.h>
+#include <unistd.h>
+static int ends_of_files, fsyncs, sends;
+static void *next(const char *name) { return dlsym(RTLD_NEXT, name); }
+static void wait_for(const char *variable) {
+    const char *seconds = getenv(variable);
+    if (seconds != NULL)
+        sleep((unsigned)atoi(seconds));
+}
+static void before_send(void) {
+    if (ends_of_files >= 2 && sends++ == 0)
+        wait_for("SLOW_SEND");
+}
+int fsync(int fd) {
+    if (fsyncs++ == 0)
+        wait_for("SLOW_FSYNC");
+    return ((int (*)(int))next("fsync"))(fd);
+}
+ssize_t read(int fd, void *p, size_t n) {
+    ssize_t got = ((ssize_t(*)(int, void *, size_t))next("read"))(fd, p, n);
+    ends_of_files += got == 0;
+    return got;
+}
+ssize_t send(int fd, const void *p, size_t n, int flags) {
+    before_send();
+    return ((ssize_t(*)(int, const void *, size_t, int))next("send"))(fd, p, n, flags);
+}
+ssize_t sendmsg(int fd, const struct msghdr *m, int flags) {
+    before_send();
+    return ((ssize_t(*)(int, const struct msghdr *, int))next("sendmsg"))(fd, m, flags);
+}
+ssize_t writev(int fd, const struct iovec *v, int n) {
+    before_send();
+    return ((ssize_t(*)(int, const struct iovec *, int))next("writev"))(fd, v, n);
+}
+END
+    cc -std=c11 -O1 -shared -fPIC "$tmp/slow.c" -o "$tmp/slow.so"
+}
+
+# ASan wants to be loaded first, but can do without.
+slow_env() { # NAME=SECONDS
+    printf '%s\n' "LD_PRELOAD=$tmp/slow.so" "ASAN_OPTIONS=verify_asan_link_order=0${ASAN_OPTIONS:+:$ASAN_OPTIONS}" "$1"
+}
+
 head='QEVM\0\0\0\3\7\0\0\0\1m'
 ram='\1\0\0\0\1\3ram\0\0\0\0\0\0\0\4\0\0\0\0\0\0\20\4\1a\0\0\0\0\0\0\20\0'
 hook='\0\0\0\0\0\0\0\200'
 eos='\0\0\0\0\0\0\0\20\176\0\0\0\1'
+end="$eos"'\3\0\0\0\1'"$eos"
+device='\4\0\0\0\7device'
+description='\0\6\0\0\0\21{"devices": [{}]}'
 
 stream_refused() { # ROUND STREAM WORD...: ROUND is "round" or nothing; STREAM for printf
     local round=$1
@@ -456,6 +527,123 @@ stream_refused() { # ROUND STREAM WORD...: ROUND is "round" or nothing; STREAM f
     # shellcheck disable=SC2086 # nothing, or a word
     timeout -k 5 30 "$tmp/raw" "$address" "$tmp/stream" $round
     ends "$sink" 5 9 qemu_sink && says "$tmp/sink.err" "$@" && nothing_left
+}
+
+# >>when the source may have completed the migration
+
+slow_disk() { # --timeout strikes while the machine is brought to the disk
+    mapfile -t sink_env < <(slow_env SLOW_FSYNC=3)
+    sink_options=(--timeout 2)
+    moved "$tmp/vm"
+    local rc=$?
+    sink_options=()
+    sink_env=()
+    return $rc
+}
+
+slow_disk_cancelled() { # and the source has left
+    mapfile -t sink_env < <(slow_env SLOW_FSYNC=3)
+    start_sink
+    local rc=$?
+    sink_env=()
+    [ $rc = 0 ] && source_from "$tmp/vm" && wait_for "[ -e $out.part/machine.json ]" || return 1
+    kill -TERM "$(real_pid "$sink")"
+    ends "$sink" 0 5 qemu_sink && same_machine "$tmp/vm"
+}
+
+slow_last_send() { # --timeout strikes while the last bytes leave: the sink has the machine, or keeps it
+    local ends vars
+    edited "$tmp/vm" '$j->{state}{length} = 34' && printf "$device$description" >"$tmp/bad/state" || return 1
+    mapfile -t vars < <(slow_env SLOW_SEND=3)
+    start_sink || return 1
+    timeout -k 5 60 env "${vars[@]}" "$source_program" "${over[@]}" --timeout 2 "$tmp/bad" "$address" \
+        >"$tmp/source.out" 2>"$tmp/source.err"
+    ends=$?
+    wait "$sink"
+    ends+=" $?"
+    case $ends in
+        '0 0' | '6 0') same_machine "$tmp/bad" ;;
+        '6 5') says "$tmp/sink.err" 'the source gave up' && nothing_left ;; # it heard so before it read the last bytes
+        '6 6') says "$tmp/sink.err" 'holds the machine' && cmp "$tmp/bad/state" "$out.part/state" ;;
+        *) echo "qemu_source and qemu_sink ended with $ends"; cat "$tmp/source.err" "$tmp/sink.err"; return 1 ;;
+    esac
+}
+
+no_machine_json() {
+    start_sink && mkdir "$out.part/machine.json" && source_from "$tmp/vm" || return 1
+    ends "$sink" 6 5 qemu_sink && says "$tmp/sink.err" machine.json 'File exists' "$out.part is kept" 'is missing' &&
+        diff -r "$tmp/vm/ram" "$out.part/ram" && cmp "$tmp/vm/state" "$out.part/state"
+}
+
+raw_delivers() { # STATE [SECONDS]
+    printf "$head$ram$hook" >"$tmp/stream"
+    printf "$1" >"$tmp/state"
+    shift
+    timeout -k 5 30 "$tmp/raw" "$address" "$tmp/stream" round "$tmp/state" "$@"
+}
+
+state_kept() { # STATE: what is in DIR.part
+    printf "$1" | cmp - "$out.part/state"
+}
+
+no_inodes() {
+    local out=$tmp/small/vm # root, vm.part, ram, ram/a, state
+    sink_into "$out" && raw_delivers "$end$device$description" || return 1
+    ends "$sink" 6 5 qemu_sink && says "$tmp/sink.err" machine.json 'No space left' "$out.part is kept" 'is missing' &&
+        state_kept "$device$description" && [ -e "$out.part/ram/a" ]
+}
+
+on_tmpfs() { # NAME OPTIONS COMMAND
+    mkdir -p "$tmp/small"
+    if ! mount -t tmpfs -o "$2" tmpfs "$tmp/small" 2>"$tmp/mount"; then
+        skip "$1" "$(cat "$tmp/mount")"
+        return
+    fi
+    check "$1" "$3"
+    umount "$tmp/small"
+}
+
+cancel_with_all_state() {
+    start_sink || return 1
+    raw_delivers "$end$device$description" 3 &
+    local raw=$!
+    wait_for "[ -s $out.part/state ]" && sleep 0.3 || return 1
+    kill -TERM "$(real_pid "$sink")"
+    ends "$sink" 6 2 qemu_sink && says "$tmp/sink.err" cancelled 'holds the machine' "$out.part is kept" &&
+        state_kept "$device$description" && json "$out.part/machine.json" '$j->{state}{length} == 34'
+    local rc=$?
+    wait "$raw"
+    return $rc
+}
+
+no_description() {
+    start_sink && raw_delivers "$end$device" || return 1
+    ends "$sink" 6 5 qemu_sink && says "$tmp/sink.err" suppress-vmdesc 'ends after 11 bytes' "$out.part is kept" &&
+        state_kept "$device" && json "$out.part/machine.json" '$j->{state}{length} == 11'
+}
+
+forgotten_source() {
+    start_sink --timeout 3 && timeout -k 5 30 "$tmp/raw" "$address" || return 1
+    ends "$sink" 4 5 qemu_sink && says "$tmp/sink.err" --timeout 'no source began' && nothing_left
+}
+
+handovers() {
+    check 'a source that came and left is not waited for' forgotten_source
+    check 'a sink is cancelled when all state has come' cancel_with_all_state
+    check 'a source without a description of its devices' no_description
+    on_tmpfs 'a file system without inodes' nr_inodes=5,size=16M no_inodes
+    if ! make_slow_calls 2>"$tmp/cc"; then
+        not_ok 'calls that take their time are built' "$(cat "$tmp/cc")"
+        return
+    fi
+    check '--timeout while the machine is brought to the disk' slow_disk
+    check 'a sink is cancelled while the machine is brought to the disk' slow_disk_cancelled
+    check '--timeout while the last bytes leave' slow_last_send
+}
+
+long_name() {
+    edited "$tmp/vm" '$j->{blocks}[0]{name} = "/" x 200' && both 5 3 "$tmp/bad" &&
+        says "$tmp/sink.err" 'ram/%2F%2F' 'File name too long' && nothing_left
 }
 
 streams() {
@@ -475,11 +663,15 @@ streams() {
     check 'a machine without a name is refused' stream_refused '' 'QEVM\0\0\0\3'"$ram$hook" 'names no machine'
     check 'a block whose name is not UTF-8 is refused' stream_refused '' \
         "$head"'\1\0\0\0\1\3ram\0\0\0\0\0\0\0\4\0\0\0\0\0\0\20\4\1\377\0\0\0\0\0\0\20\0' 'ram/%FF' UTF-8
+    check 'a guest address that JSON cannot hold is refused' stream_refused '' \
+        "$head"'\5\32configuration/capabilities\0\0\0\1\0\0\0\1\17x-ignore-shared'"$ram"'\377\0\0\0\0\0\0\0' \
+        'block ram/a' 'guest address 0xff00000000000000'
     check 'a round before the list of blocks is refused' stream_refused round "$head" 'before it named its own'
     check 'a round without a hook word is refused' stream_refused round "$head$ram$eos" 'outside a hook'
     check 'a ping without a return path is refused' stream_refused '' "$head"'\10\0\1\0\0\10\0\2\0\4\0\0\0\1' 'no return path'
     check 'a source that leaves too early' stream_refused '' "$head$ram" 'went away'
     check 'a source that leaves after its RAM' stream_refused round "$head$ram$hook" 'offset 57' 'before the end of its stream'
+    handovers
 }
 
 # >>the list
@@ -503,6 +695,8 @@ check 'a directory that another sink writes' directory_taken
 check 'a directory without a parent' missing_parent
 check 'RAM of more than --max-size' too_large
 check 'device state of more than --max-size' too_much_state
+check 'a block whose name is too long for a file' long_name
+check 'machine.json cannot be created' no_machine_json
 check 'the sink is killed' stop_sink KILL
 check 'the source is killed' stop_source KILL
 check 'the sink is frozen' stop_sink STOP
