@@ -803,10 +803,10 @@ static int rmig__verbs_open_active(struct rmig_fabric *base, const char *address
         rmig__verbs_free_conn(c);
         return status;
     }
-    uint64_t count = 0;
+    uint64_t steps = 1; // the connection itself; the address and the route of each
     for (c->address = c->addresses; c->address != NULL; c->address = c->address->ai_next)
-        count++;
-    c->step_ns = cfg->connect_timeout_ns / (2 * count);
+        steps += 2;
+    c->step_ns = cfg->connect_timeout_ns / steps;
     c->address = c->addresses;
     rmig__verbs_resolve(c);
     *out = &c->head.base;
