@@ -1156,7 +1156,9 @@ RMIG_API uint64_t rmig_expected_downtime_ns(const struct rmig_stats *stats, uint
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/types.h>
+#ifdef __linux__
 #include <sys/vfs.h>
+#endif
 #include <unistd.h>
 #if (defined(__x86_64__) || defined(__i386__)) && defined(__GNUC__)
 #include <immintrin.h>
@@ -2688,10 +2690,12 @@ static bool rmig__anonymous_huge(const void *at) {
 #define RMIG__HUGETLBFS_MAGIC 0x958458f6 // linux/magic.h
 
 static bool rmig__on_hugetlbfs(const struct rmig_block *b) {
+#ifdef __linux__
     struct statfs fs;
     if (b->backing == RMIG_BACKING_SHARED_FD)
         return fstatfs(b->fd, &fs) == 0 && (uint64_t)fs.f_type == RMIG__HUGETLBFS_MAGIC;
-    return rmig__anonymous_huge(b->host);
+#endif
+    return rmig__anonymous_huge(b->host); // false where there is no such list
 }
 
 /* Before anything is moved: may as much be registered as is sure to be? `sure`: of all the blocks' memory, at most.

@@ -370,16 +370,19 @@ static int rmig__verbs_lookup(const char *address, bool passive, struct addrinfo
     return RMIG_OK;
 }
 
+static int rmig__verbs_unblock(int fd, struct rmig_error *err) {
+    int flags = fcntl(fd, F_GETFL);
+    bool done = flags >= 0 && fcntl(fd, F_SETFL, flags | O_NONBLOCK) == 0;
+    return done ? RMIG_OK : rmig__verbs_fail(err, errno, "fcntl");
+}
+
 static int rmig__verbs_open_channel(struct rmig__verbs_ep *ep, struct rmig_error *err) {
     ep->channel = rdma_create_event_channel();
     if (ep->channel == NULL)
         return rmig_fail(err, RMIG_ERR_FABRIC, errno,
                          "verbs: the connection manager cannot be opened: %s (is the kernel module rdma_ucm loaded?)",
                          strerror(errno));
-    int flags = fcntl(ep->channel->fd, F_GETFL);
-    if (flags < 0 || fcntl(ep->channel->fd, F_SETFL, flags | O_NONBLOCK) != 0)
-        return rmig__verbs_fail(err, errno, "fcntl");
-    return RMIG_OK;
+    return rmig__verbs_unblock(ep->channel->fd, err);
 }
 
 static bool rmig__verbs_wrong_device(const struct rmig__verbs *f, const struct rdma_cm_id *id) {
@@ -720,9 +723,9 @@ static int rmig__verbs_make_queues(struct rmig__verbs_conn *c, struct rmig_error
     c->completions = ibv_create_comp_channel(verbs);
     if (c->completions == NULL)
         return rmig__verbs_fail(err, errno, "ibv_create_comp_channel");
-    int flags = fcntl(c->completions->fd, F_GETFL);
-    if (flags < 0 || fcntl(c->completions->fd, F_SETFL, flags | O_NONBLOCK) != 0)
-        return rmig__verbs_fail(err, errno, "fcntl");
+    status = rmig__verbs_unblock(c->completions->fd, err);
+    if (status != RMIG_OK)
+        return status;
     for (int q = 0; q < 2; q++) {
         uint32_t entries = q == RMIG__VERBS_SENDS ? c->send_depth + c->write_depth + 1 : c->recv_depth;
         c->cq[q] = ibv_create_cq(verbs, (int)entries, NULL, c->completions, 0);
@@ -1422,14 +1425,15 @@ static int rmig__verbs_recv(struct rmig_ep *ep, void *buf, uint64_t n, const str
     return RMIG_OK;
 }
 
-/* Notes a work request in the ring; `signal`: it will have a completion. */
-static uint64_t rmig__verbs_note(struct rmig__verbs_conn *c, uint64_t id, uint64_t length, bool send, bool wanted) {
-    struct rmig__verbs_slot *slot = rmig__verbs_slot_at(c, c->sq_last);
+/* Notes a work request in the ring, at a position that is its wr_id. */
+static uint64_t rmig__verbs_note(struct rmig__verbs_conn *c, uint64_t position, uint64_t id, uint64_t length, bool send,
+                                 bool wanted) {
+    struct rmig__verbs_slot *slot = rmig__verbs_slot_at(c, position);
     slot->id = id;
     slot->length = length;
     slot->send = send;
     slot->wanted = wanted;
-    return c->sq_last;
+    return position;
 }
 
 static void rmig__verbs_posted(struct rmig__verbs_conn *c, bool send, bool signalled) {
@@ -1468,7 +1472,7 @@ static int rmig__verbs_send(struct rmig_ep *ep, const void *buf, uint64_t n, con
     sge.length = (uint32_t)n;
     sge.lkey = rmig__verbs_lkey(mr);
     memset(&wr, 0, sizeof wr);
-    wr.wr_id = rmig__verbs_note(c, id, n, true, true);
+    wr.wr_id = rmig__verbs_note(c, c->sq_last, id, n, true, true);
     wr.opcode = IBV_WR_SEND;
     wr.send_flags = IBV_SEND_SIGNALED;
     wr.sg_list = &sge;
@@ -1484,7 +1488,7 @@ static int rmig__verbs_send(struct rmig_ep *ep, const void *buf, uint64_t n, con
 static int rmig__verbs_say_last(struct rmig__verbs_conn *c) {
     struct ibv_send_wr wr, *bad = NULL;
     memset(&wr, 0, sizeof wr);
-    wr.wr_id = rmig__verbs_note(c, 0, 0, false, false);
+    wr.wr_id = rmig__verbs_note(c, c->sq_last, 0, 0, false, false);
     wr.opcode = IBV_WR_RDMA_WRITE;
     wr.send_flags = IBV_SEND_SIGNALED;
     int code = ibv_post_send(c->head.id->qp, &wr, &bad);
@@ -1495,20 +1499,15 @@ static int rmig__verbs_say_last(struct rmig__verbs_conn *c) {
 
 static void rmig__verbs_fill_write(struct rmig__verbs_conn *c, const struct rmig_write *w, uint64_t position,
                                    struct ibv_send_wr *wr, struct ibv_sge *sge) {
-    struct rmig__verbs_slot *slot = rmig__verbs_slot_at(c, position);
     /* A full queue of silent writes would never empty: now and then one asks for a completion that nobody is told. */
     bool signal = w->signal || position + 1 - c->sq_signalled >= (c->write_depth + 1) / 2;
-    slot->id = w->id;
-    slot->length = w->length;
-    slot->send = false;
-    slot->wanted = w->signal;
     if (signal)
         c->sq_signalled = position + 1;
     sge->addr = (uint64_t)(uintptr_t)w->local;
     sge->length = (uint32_t)w->length;
     sge->lkey = rmig__verbs_lkey(w->mr);
     memset(wr, 0, sizeof *wr);
-    wr->wr_id = position;
+    wr->wr_id = rmig__verbs_note(c, position, w->id, w->length, false, w->signal);
     wr->opcode = IBV_WR_RDMA_WRITE;
     wr->send_flags = signal ? IBV_SEND_SIGNALED : 0;
     wr->sg_list = sge;
