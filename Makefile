@@ -128,6 +128,7 @@ PLAIN_LINES := $(call suite_lines,plain,$(SUITES)) \
 	'tap integration/migrate 600 tests/migrate.sh $(B)/rmig_migrate' \
 	'tap integration/kvm_live 300 tests/kvm_live.sh $(B)/kvm_live' \
 	'tap integration/qemu 300 tests/qemu_examples.sh $(B)/qemu_sink $(B)/qemu_source' \
+	'tap integration/mapped_ram 900 tests/mapped_ram.sh $(B)/mapped_ram $(B)' \
 	'tap readme 60 tests/readme.sh $(B)/rmig_migrate'
 # Over RDMA devices: in virtual machines, or on the adapter that is named. The longest come first.
 RDMA_DEV ?=

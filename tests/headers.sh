@@ -128,13 +128,15 @@ symbols() {
     fabric_symbols
 }
 
+# shellcheck disable=SC2086 # a list of headers
 fabric_symbols() {
-    local header
+    local header with
     for header in rmig_*.h; do
+        with=$(sed -n 's/^#include "\(rmig_.*\.h\)"$/\1/p' "$header")
         compile gcc c11 "$header" -DRMIG_IMPLEMENTATION && mv "$tmp/out.o" "$tmp/fabric.o"
-        check "$header adds what it declares" same_symbols '' "$tmp/fabric.o" rmig.h "$header"
+        check "$header adds what it declares" same_symbols '' "$tmp/fabric.o" rmig.h $with "$header"
         compile gcc c11 "$header" -DRMIG_IMPLEMENTATION -DRMIG_NAMESPACE=acme_ && mv "$tmp/out.o" "$tmp/fabric.o"
-        check "$header takes the namespace" same_symbols acme_ "$tmp/fabric.o" rmig.h "$header"
+        check "$header takes the namespace" same_symbols acme_ "$tmp/fabric.o" rmig.h $with "$header"
         compile gcc c11 "$header" -DRMIG_IMPLEMENTATION -DRMIG_STATIC && mv "$tmp/out.o" "$tmp/fabric.o"
         check "a private copy of $header defines nothing" no_symbols "$tmp/fabric.o"
     done

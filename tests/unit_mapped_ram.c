@@ -1,0 +1,957 @@
+// Snapshot files in QEMU's mapped-ram format: written, read back by a second reader of this file's own, and refused
+// when anything is wrong with them. Golden bytes are of a file that QEMU 10.0 wrote.
+#define _GNU_SOURCE
+#if defined(RMIG_STATIC) || defined(RMIG_NAMESPACE) || defined(TESTS_OVERRIDE_H)
+#define WITHOUT_COUNTED_HEAP
+#else
+#include "counted_heap.h"
+#endif
+#define RMIG_IMPLEMENTATION
+#include "../rmig.h"
+#include "../rmig_mapped_ram.h"
+
+#include <criterion/criterion.h>
+#include <inttypes.h>
+#include <signal.h>
+#include <sys/mman.h>
+#include <sys/resource.h>
+
+#define RANDOM_SEED 0x13198a2e03707344u
+#include "random.h"
+
+#define STATE "\4device\0state\0\6\0\0\0\16{\"devices\":[]}"
+enum { STATE_SIZE = sizeof STATE - 1 };
+
+// >>tools
+
+static int new_file(void) {
+    char path[] = "/tmp/unit_mapped_ram.XXXXXX";
+    int fd = mkostemp(path, O_CLOEXEC);
+    cr_assert_geq(fd, 0, "%s: %s", path, strerror(errno));
+    unlink(path);
+    return fd;
+}
+
+struct ram {
+    const char *name;
+    uint8_t *mem;
+    uint64_t length;
+};
+
+static struct rmig_block_desc describe(const struct ram *ram, uint32_t index) {
+    struct rmig_block_desc desc = {.name = ram->name, .host = ram->mem, .length = ram->length};
+    desc.guest_offset = index * 16 * RMIG_GIB;
+    desc.backing = RMIG_BACKING_ANONYMOUS;
+    return desc;
+}
+
+static uint8_t *new_memory(uint64_t n) {
+    void *p = mmap(NULL, n, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    cr_assert_neq(p, MAP_FAILED);
+    return (uint8_t *)p;
+}
+
+#define OK(w, call)                                                                                                    \
+    do {                                                                                                               \
+        int ok_status = (call);                                                                                        \
+        cr_assert_eq(ok_status, RMIG_OK, "%s: %s", #call, rmig_mapped_writer_error(w)->text);                          \
+    } while (0)
+
+static struct rmig_mapped_writer *open_writer(int fd, const struct rmig_mapped_options *opt) {
+    struct rmig_mapped_writer *w;
+    struct rmig_error err;
+    int status = rmig_mapped_writer_open(fd, opt, &w, &err);
+    cr_assert_eq(status, RMIG_OK, "%s", status == RMIG_OK ? "" : err.text);
+    return w;
+}
+
+static struct rmig_mapped_machine machine_of(const char *name) {
+    struct rmig_mapped_machine m;
+    memset(&m, 0, sizeof m);
+    snprintf(m.configuration.machine, sizeof m.configuration.machine, "%s", name);
+    m.section_id = 1;
+    return m;
+}
+
+static struct rmig_mapped_writer *start_writer(int fd, const struct rmig_mapped_options *opt, const struct ram *ram,
+                                               uint32_t n) {
+    struct rmig_mapped_writer *w = open_writer(fd, opt);
+    struct rmig_mapped_machine machine = machine_of("test-1.0");
+    for (uint32_t i = 0; i < n; i++) {
+        struct rmig_block_desc desc = describe(&ram[i], i);
+        uint32_t index;
+        OK(w, rmig_mapped_writer_add_block(w, &desc, &index));
+        cr_assert_eq(index, i);
+    }
+    OK(w, rmig_mapped_writer_start(w, &machine));
+    return w;
+}
+
+static void save_all(struct rmig_mapped_writer *w, const struct ram *ram, uint32_t n) {
+    OK(w, rmig_mapped_writer_begin_round(w));
+    for (uint32_t i = 0; i < n; i++)
+        OK(w, rmig_mapped_writer_save_range(w, i, 0, ram[i].length));
+    OK(w, rmig_mapped_writer_end_round(w));
+}
+
+static void finish(struct rmig_mapped_writer *w) {
+    OK(w, rmig_mapped_writer_put(w, STATE, STATE_SIZE));
+    OK(w, rmig_mapped_writer_finish(w));
+    rmig_mapped_writer_close(w);
+}
+
+static void save_file(int fd, const struct rmig_mapped_options *opt, const struct ram *ram, uint32_t n) {
+    struct rmig_mapped_writer *w = start_writer(fd, opt, ram, n);
+    save_all(w, ram, n);
+    finish(w);
+}
+
+static struct rmig_mapped_reader *open_reader(int fd, const struct rmig_mapped_options *opt) {
+    struct rmig_mapped_reader *r;
+    struct rmig_error err;
+    int status = rmig_mapped_reader_open(fd, opt, &r, &err);
+    cr_assert_eq(status, RMIG_OK, "%s", status == RMIG_OK ? "" : err.text);
+    return r;
+}
+
+static int refused(int fd, const struct rmig_mapped_options *opt, struct rmig_error *err) {
+    struct rmig_mapped_reader *r = (struct rmig_mapped_reader *)&r;
+    memset(err, 0, sizeof *err);
+    int status = rmig_mapped_reader_open(fd, opt, &r, err);
+    cr_assert_lt(status, 0, "a file that must be refused was opened");
+    cr_assert_null(r);
+    cr_assert_eq(err->status, status);
+    return status;
+}
+
+static void expect_refused(int fd, const struct rmig_mapped_options *opt, const char *text) {
+    struct rmig_error err;
+    refused(fd, opt, &err);
+    cr_assert(strstr(err.text, text) != NULL, "wanted \"%s\" in: %s", text, err.text);
+}
+
+static uint64_t size_of(int fd) {
+    struct stat st;
+    cr_assert_eq(fstat(fd, &st), 0);
+    return (uint64_t)st.st_size;
+}
+
+static uint64_t big(const uint8_t *p, unsigned n) {
+    uint64_t v = 0;
+    for (unsigned i = 0; i < n; i++)
+        v = v << 8 | p[i];
+    return v;
+}
+
+static void read_at(int fd, void *p, size_t n, uint64_t at) {
+    cr_assert_eq(pread(fd, p, n, (off_t)at), (ssize_t)n, "%zu bytes at %" PRIu64, n, at);
+}
+
+static void write_at(int fd, const void *p, size_t n, uint64_t at) {
+    cr_assert_eq(pwrite(fd, p, n, (off_t)at), (ssize_t)n);
+}
+
+// The second reader: by the tables of the format alone. `at`: where the first block's entry begins. Returns where the
+// last one's pages end.
+static uint64_t check_by_hand(int fd, uint64_t at, const struct ram *ram, uint32_t n, uint64_t page) {
+    for (uint32_t i = 0; i < n; i++) {
+        uint8_t entry[1 + 255 + 8 + 28], *content = (uint8_t *)malloc(page);
+        size_t name = strlen(ram[i].name);
+        read_at(fd, entry, 1 + name + 36, at);
+        const uint8_t *p = entry + 1 + name;
+        cr_assert_eq(entry[0], name);
+        cr_assert_eq(memcmp(entry + 1, ram[i].name, name), 0);
+        cr_assert_eq(big(p, 8), ram[i].length);
+        cr_assert_eq(big(p + 8, 4), 1);
+        cr_assert_eq(big(p + 12, 8), page);
+        uint64_t bitmap = big(p + 20, 8), pages = big(p + 28, 8);
+        cr_assert_eq(bitmap, at + 1 + name + 36);
+        for (uint64_t k = 0; k < ram[i].length / page; k++) {
+            uint8_t byte;
+            read_at(fd, &byte, 1, bitmap + k / 8);
+            if ((byte >> (k % 8) & 1) != 0)
+                read_at(fd, content, page, pages + k * page);
+            else
+                memset(content, 0, page);
+            cr_assert_eq(memcmp(content, ram[i].mem + k * page, page), 0, "page %" PRIu64 " of block %u", k, i);
+        }
+        at = pages + ram[i].length;
+        free(content);
+    }
+    return at;
+}
+
+static void check_loaded(int fd, const struct rmig_mapped_options *opt, const struct ram *ram, uint32_t n,
+                         uint64_t misalign) {
+    struct rmig_mapped_reader *r = open_reader(fd, opt);
+    struct ram copy[8];
+    uint8_t state[STATE_SIZE + 1];
+    for (uint32_t i = 0; i < n; i++) {
+        copy[i] = ram[i];
+        copy[i].mem = new_memory(ram[i].length + 8192) + misalign;
+        if (!opt->memory_is_zero)
+            memset(copy[i].mem, 0xa5, ram[i].length);
+        struct rmig_block_desc desc = describe(&copy[i], i);
+        cr_assert_eq(rmig_mapped_reader_add_block(r, &desc), RMIG_OK, "%s", rmig_mapped_reader_error(r)->text);
+    }
+    cr_assert_eq(rmig_mapped_reader_load(r), RMIG_OK, "%s", rmig_mapped_reader_error(r)->text);
+    for (uint32_t i = 0; i < n; i++) {
+        cr_assert_eq(memcmp(copy[i].mem, ram[i].mem, ram[i].length), 0, "block %u", i);
+        munmap(copy[i].mem - misalign, ram[i].length + 8192);
+    }
+    cr_assert_eq(rmig_mapped_reader_state_size(r), STATE_SIZE);
+    cr_assert_eq(rmig_mapped_reader_get(r, state, 5), 5);
+    cr_assert_eq(rmig_mapped_reader_get(r, state + 5, sizeof state - 5), STATE_SIZE - 5);
+    cr_assert_eq(memcmp(state, STATE, STATE_SIZE), 0);
+    cr_assert_eq(rmig_mapped_reader_get(r, state, sizeof state), 0);
+    rmig_mapped_reader_close(r);
+}
+
+static void fill(uint8_t *p, uint64_t n) {
+    for (uint64_t i = 0; i < n; i++)
+        p[i] = (uint8_t)rng();
+}
+
+// >>layout
+
+Test(mapped_layout, a_file_has_the_bytes_that_qemu_writes) {
+    static const uint8_t head[] = {
+        0x51, 0x45, 0x56, 0x4d, 0x00, 0x00, 0x00, 0x03, 0x07, 0x00, 0x00, 0x00, 0x0b, 0x70, 0x63, 0x2d, 0x71, 0x33,
+        0x35, 0x2d, 0x31, 0x30, 0x2e, 0x30, 0x05, 0x1a, 0x63, 0x6f, 0x6e, 0x66, 0x69, 0x67, 0x75, 0x72, 0x61, 0x74,
+        0x69, 0x6f, 0x6e, 0x2f, 0x63, 0x61, 0x70, 0x61, 0x62, 0x69, 0x6c, 0x69, 0x74, 0x69, 0x65, 0x73, 0x00, 0x00,
+        0x00, 0x01, 0x00, 0x00, 0x00, 0x01, 0x0a, 0x6d, 0x61, 0x70, 0x70, 0x65, 0x64, 0x2d, 0x72, 0x61, 0x6d, 0x01,
+        0x00, 0x00, 0x00, 0x01, 0x03, 0x72, 0x61, 0x6d, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x04, 0x00, 0x00,
+        0x00, 0x00, 0x04, 0x08, 0x20, 0x04, 0x06, 0x70, 0x63, 0x2e, 0x72, 0x61, 0x6d, 0x00, 0x00, 0x00, 0x00, 0x04,
+        0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x01, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x10, 0x00, 0x00, 0x00, 0x00,
+        0x00, 0x00, 0x00, 0x00, 0x8b, 0x00, 0x00, 0x00, 0x00, 0x00, 0x10, 0x00, 0x00, 0x41, 0x00};
+    static const char second[] = "\24/rom@etc/acpi/tables\0\0\0\0\0\2\0\0\0\0\0\1\0\0\0\0\0\0\20\0"
+                                 "\0\0\0\0\4\20\0\71\0\0\0\0\4\40\0";
+    static const uint8_t end[] = {0, 0, 0, 0, 0, 0, 0, 0x10, 0x7e, 0, 0, 0, 1,    8,    0, 11, 0, 0,
+                                  3, 0, 0, 0, 1, 0, 0, 0,    0,    0, 0, 0, 0x10, 0x7e, 0, 0,  0, 1};
+    struct ram ram[] = {
+        {"pc.ram", NULL, 0x4000000}, {"/rom@etc/acpi/tables", NULL, 0x20000}, {"pc.bios", NULL, 0x40000},
+        {"pc.rom", NULL, 0x20000},   {"/rom@etc/table-loader", NULL, 0x1000}, {"/rom@etc/acpi/rsdp", NULL, 0x1000}};
+    struct rmig_mapped_machine machine = machine_of("pc-q35-10.0");
+    uint8_t got[sizeof head];
+    int fd = new_file();
+    struct rmig_mapped_writer *w = open_writer(fd, NULL);
+    for (uint32_t i = 0; i < 6; i++) {
+        ram[i].mem = new_memory(ram[i].length);
+        struct rmig_block_desc desc = describe(&ram[i], i);
+        OK(w, rmig_mapped_writer_add_block(w, &desc, NULL));
+    }
+    ram[0].mem[0] = 1;
+    ram[0].mem[6 * 4096 + 4095] = 1;
+    machine.switchover_start = true;
+    OK(w, rmig_mapped_writer_start(w, &machine));
+    save_all(w, ram, 6);
+    finish(w);
+    read_at(fd, got, sizeof head, 0);
+    for (size_t i = 0; i < sizeof head; i++)
+        cr_assert_eq(got[i], head[i], "byte %zu is %02x, wanted %02x", i, got[i], head[i]);
+    read_at(fd, got, sizeof second - 1, 0x4100000);
+    cr_assert_eq(memcmp(got, second, sizeof second - 1), 0);
+    cr_assert_eq(check_by_hand(fd, 0x60, ram, 6, 4096), 0x4601000);
+    read_at(fd, got, sizeof end, 0x4601000);
+    cr_assert_eq(memcmp(got, end, sizeof end), 0);
+    cr_assert_eq(size_of(fd), 0x4601000 + sizeof end + STATE_SIZE);
+    close(fd);
+}
+
+Test(mapped_layout, a_stream_at_an_offset_has_absolute_offsets_and_keeps_what_is_before) {
+    struct ram ram = {"ram", new_memory(8192), 8192};
+    struct rmig_mapped_options opt = {.offset = 0x1200, .memory_is_zero = true};
+    uint8_t got[0x1200];
+    int fd = new_file();
+    for (unsigned i = 0; i < 8192; i += 4) // more than before the offset: the rest is cut off
+        write_at(fd, "keep", 4, i);
+    ram.mem[4096] = 7;
+    save_file(fd, &opt, &ram, 1);
+    read_at(fd, got, sizeof got, 0);
+    for (unsigned i = 0; i < sizeof got; i++)
+        cr_assert_eq(got[i], (uint8_t) "keep"[i % 4]);
+    read_at(fd, got, 4, 0x1200);
+    cr_assert_eq(memcmp(got, "QEVM", 4), 0);
+    check_by_hand(fd, 0x1200 + 0x60 - 3, &ram, 1, 4096); // the machine's name is three bytes shorter
+    check_loaded(fd, &opt, &ram, 1, 0);
+    opt.offset = 0;
+    expect_refused(fd, &opt, "not a migration stream");
+    close(fd);
+}
+
+// >>rounds
+
+static void change_some(const struct ram *ram, uint64_t page, uint64_t *dirty, uint64_t pages) {
+    memset(dirty, 0, (pages + 63) / 64 * 8);
+    for (uint64_t n = 1 + below(pages); n > 0; n--) {
+        uint64_t k = below(pages);
+        dirty[k / 64] |= (uint64_t)1 << k % 64;
+        if (below(3) == 0)
+            memset(ram->mem + k * page, 0, page);
+        else
+            fill(ram->mem + k * page + below(page / 2), 16);
+    }
+}
+
+// Rounds of pages, ranges and bitmaps, over random blocks and options, read by hand and by the reader.
+static void random_snapshot(void) {
+    static const uint64_t aligns[] = {0, 4096, 65536, RMIG_MIB, 4 * RMIG_MIB};
+    uint64_t page = (uint64_t)1024 << below(4), misalign = below(3) == 0 ? 512 : 0, dirty[64];
+    uint32_t n = 1 + (uint32_t)below(4);
+    struct rmig_mapped_options opt = {.page_size = page, .threads = (uint32_t)below(5)};
+    static const char *const names[] = {"ram", "a", "/rom@etc/x", "\xc3\xa9 with space"};
+    struct ram ram[4];
+    opt.file_align = aligns[below(5)] < page ? 0 : aligns[below(5)];
+    opt.file_align = opt.file_align != 0 && opt.file_align < page ? page : opt.file_align;
+    opt.offset = below(2) * below(100000);
+    opt.direct = below(2) == 0;
+    opt.no_sync = true;
+    opt.no_zero_detect = below(4) == 0;
+    for (uint32_t i = 0; i < n; i++) {
+        ram[i].name = names[i];
+        ram[i].length = page * (1 + below(4000));
+        ram[i].mem = new_memory(ram[i].length + 4096) + misalign;
+        if (below(2) == 0)
+            fill(ram[i].mem, below(ram[i].length));
+    }
+    int fd = new_file();
+    struct rmig_mapped_writer *w = start_writer(fd, &opt, ram, n);
+    save_all(w, ram, n);
+    for (uint64_t round = below(4); round > 0; round--) {
+        OK(w, rmig_mapped_writer_begin_round(w));
+        for (uint32_t i = 0; i < n; i++) {
+            uint64_t pages = ram[i].length / page;
+            uint64_t first = below(pages), some = 1 + below(pages - first);
+            some = some > 4000 ? 4000 : some;
+            struct ram part = {ram[i].name, ram[i].mem + first * page, some * page};
+            change_some(&part, page, dirty, some);
+            OK(w, rmig_mapped_writer_save_bitmap(w, i, dirty, first, some));
+            uint64_t at = below(ram[i].length);
+            ram[i].mem[at] = (uint8_t)rng();
+            OK(w, rmig_mapped_writer_save_page(w, i, at));
+        }
+        OK(w, rmig_mapped_writer_end_round(w));
+    }
+    struct rmig_stats st;
+    rmig_mapped_writer_stats(w, &st);
+    cr_assert_eq(st.bytes_pending, 0);
+    cr_assert_eq(st.bytes_written, st.pages_written * page);
+    finish(w);
+    check_by_hand(fd, opt.offset + 0x5d, ram, n, page);
+    opt.memory_is_zero = misalign == 0 && below(2) == 0;
+    check_loaded(fd, &opt, ram, n, below(2) * 8);
+    for (uint32_t i = 0; i < n; i++)
+        munmap(ram[i].mem - misalign, ram[i].length + 4096);
+    close(fd);
+}
+
+Test(mapped_rounds, random_snapshots_come_back, .timeout = 120) {
+    for (unsigned i = 0; i < 40; i++)
+        random_snapshot();
+}
+
+Test(mapped_rounds, a_page_that_becomes_zero_loses_its_bit_and_its_place) {
+    struct ram ram = {"ram", new_memory(RMIG_MIB), RMIG_MIB};
+    struct rmig_mapped_options opt = {.no_sync = true};
+    uint64_t bits[4];
+    int fd = new_file();
+    memset(ram.mem, 1, ram.length);
+    struct rmig_mapped_writer *w = start_writer(fd, &opt, &ram, 1);
+    save_all(w, &ram, 1);
+    memset(ram.mem + 16 * 4096, 0, 64 * 4096);
+    OK(w, rmig_mapped_writer_begin_round(w));
+    OK(w, rmig_mapped_writer_save_range(w, 0, 0, 100 * 4096));
+    OK(w, rmig_mapped_writer_end_round(w));
+    finish(w);
+    check_by_hand(fd, 0x5d, &ram, 1, 4096);
+    struct rmig_mapped_reader *r = open_reader(fd, &opt);
+    const struct rmig_mapped_block *b;
+    cr_assert_eq(rmig_mapped_reader_blocks(r, &b), 1);
+    cr_assert_eq(b->pages_set, 256 - 64);
+    cr_assert_eq(rmig_mapped_reader_bitmap(r, 0, 0, 256, bits), RMIG_OK);
+    cr_assert_eq(bits[0], 0xffff);
+    cr_assert_eq(bits[1], ~(uint64_t)0xffff);
+    off_t hole = lseek(fd, (off_t)b->pages_offset, SEEK_HOLE);
+    cr_assert_eq(hole, (off_t)b->pages_offset + 16 * 4096, "the first hole is at %lld", (long long)hole);
+    rmig_mapped_reader_close(r);
+    close(fd);
+}
+
+Test(mapped_rounds, memory_that_was_never_touched_is_not_read) {
+    struct ram ram = {"ram", new_memory(64 * RMIG_MIB), 64 * RMIG_MIB};
+    struct rmig_mapped_options opt = {.no_sync = true, .threads = 4};
+    unsigned char resident[64];
+    int fd = new_file();
+    ram.mem[40 * RMIG_MIB] = 1;
+    save_file(fd, &opt, &ram, 1);
+    check_by_hand(fd, 0x5d, &ram, 1, 4096);
+    save_file(fd, &opt, &ram, 1);
+    munmap(ram.mem, ram.length);
+    ram.mem = new_memory(ram.length);
+    save_file(fd, &opt, &ram, 1);
+    cr_assert_eq(mincore(ram.mem, sizeof resident * 4096, resident), 0);
+    for (unsigned i = 0; i < sizeof resident; i++)
+        cr_assert_eq(resident[i] & 1, 0);
+    close(fd);
+}
+
+// >>reading parts
+
+Test(mapped_read, any_pages_of_a_block_can_be_read) {
+    struct ram ram = {"ram", new_memory(9 * RMIG_MIB), 9 * RMIG_MIB};
+    struct rmig_mapped_options opt = {.no_sync = true, .page_size = 1024};
+    uint8_t *out = (uint8_t *)malloc(ram.length);
+    int fd = new_file();
+    for (uint64_t i = 0; i < ram.length; i += 1 + below(20000))
+        ram.mem[i] = (uint8_t)rng();
+    save_file(fd, &opt, &ram, 1);
+    struct rmig_mapped_reader *r = open_reader(fd, &opt);
+    for (unsigned i = 0; i < 100; i++) {
+        uint64_t from = below(9 * 1024), n = 1 + below(9 * 1024 - from);
+        cr_assert_eq(rmig_mapped_reader_read(r, 0, from * 1024, out, n * 1024), RMIG_OK);
+        cr_assert_eq(memcmp(out, ram.mem + from * 1024, n * 1024), 0);
+    }
+    cr_assert_eq(rmig_mapped_reader_read(r, 0, 512, out, 1024), RMIG_ERR_ARGUMENT);
+    cr_assert_eq(rmig_mapped_reader_read(r, 0, 0, out, ram.length + 1024), RMIG_ERR_ARGUMENT);
+    cr_assert_eq(rmig_mapped_reader_read(r, 1, 0, out, 1024), RMIG_ERR_ARGUMENT);
+    cr_assert_eq(rmig_mapped_reader_bitmap(r, 0, 1, 1, (uint64_t *)(void *)out), RMIG_ERR_ARGUMENT);
+    cr_assert_eq(rmig_mapped_reader_bitmap(r, 0, 0, 9 * 1024 + 1, (uint64_t *)(void *)out), RMIG_ERR_ARGUMENT);
+    rmig_mapped_reader_close(r);
+    free(out);
+    close(fd);
+}
+
+// >>lazy loading
+
+struct lazy_case {
+    struct ram ram, copy;
+    int fd, memory; // memory -1: anonymous
+    struct rmig_mapped_reader *reader;
+    struct rmig_block_desc desc;
+};
+
+// A guest of 64 MiB, most of it random, about to be loaded.
+static bool lazy_open(struct lazy_case *c, bool shared, uint64_t page) {
+    struct rmig_mapped_options opt = {.no_sync = true, .page_size = page};
+    c->ram.name = c->copy.name = "ram";
+    c->ram.length = c->copy.length = 64 * RMIG_MIB;
+    c->ram.mem = new_memory(c->ram.length);
+    for (uint64_t i = 0; i < c->ram.length; i += 1024 + below(9000))
+        c->ram.mem[i] = (uint8_t)rng();
+    memset(c->ram.mem + 20 * RMIG_MIB, 0, 10 * RMIG_MIB);
+    c->fd = new_file();
+    save_file(c->fd, &opt, &c->ram, 1);
+    c->memory = shared ? memfd_create("lazy", MFD_CLOEXEC) : -1;
+    cr_assert(!shared || ftruncate(c->memory, (off_t)c->ram.length) == 0);
+    c->copy.mem = (uint8_t *)mmap(NULL, c->ram.length, PROT_READ | PROT_WRITE,
+                                  shared ? MAP_SHARED : MAP_PRIVATE | MAP_ANONYMOUS, c->memory, 0);
+    cr_assert_neq(c->copy.mem, MAP_FAILED);
+    memset(c->copy.mem, 0xa5, c->copy.length);
+    c->desc = describe(&c->copy, 0);
+    c->desc.backing = shared ? RMIG_BACKING_SHARED_FD : RMIG_BACKING_ANONYMOUS;
+    c->desc.fd = c->memory;
+    c->reader = open_reader(c->fd, &opt);
+    cr_assert_eq(rmig_mapped_reader_add_block(c->reader, &c->desc), RMIG_OK);
+    int status = rmig_mapped_reader_load_start(c->reader);
+    const struct rmig_error *error = rmig_mapped_reader_error(c->reader);
+    if (status == RMIG_ERR_FABRIC && (error->provider_code == EPERM || error->provider_code == ENOSYS))
+        return false;
+    cr_assert_eq(status, RMIG_OK, "%s", error->text);
+    return true;
+}
+
+static void lazy_close(struct lazy_case *c) {
+    rmig_mapped_reader_close(c->reader);
+    munmap(c->copy.mem, c->copy.length);
+    munmap(c->ram.mem, c->ram.length);
+    if (c->memory >= 0)
+        close(c->memory);
+    close(c->fd);
+}
+
+// The guest reads and writes at once, from the end on, against the loader.
+static void lazy_run(bool shared, uint64_t page) {
+    struct lazy_case c;
+    if (!lazy_open(&c, shared, page)) {
+        rmig_mapped_reader_close(c.reader);
+        cr_skip("no userfaultfd here");
+    }
+    for (uint64_t i = 0; i < 2000; i++) {
+        uint64_t at = c.ram.length - 1 - below(i * 32768 + 4096) % c.ram.length;
+        cr_assert_eq(c.copy.mem[at], c.ram.mem[at], "byte %" PRIu64, at);
+        c.copy.mem[at] = c.ram.mem[at] = (uint8_t)i;
+    }
+    cr_assert_eq(rmig_mapped_reader_load(c.reader), RMIG_ERR_STATE);
+    cr_assert_eq(rmig_mapped_reader_load_wait(c.reader, 60000000000u), RMIG_OK, "%s",
+                 rmig_mapped_reader_error(c.reader)->text);
+    cr_assert_eq(memcmp(c.copy.mem, c.ram.mem, c.ram.length), 0);
+    lazy_close(&c);
+}
+
+Test(mapped_lazy, anonymous_memory_is_there_when_it_is_touched, .timeout = 60) { lazy_run(false, 4096); }
+Test(mapped_lazy, shared_memory_is_there_when_it_is_touched, .timeout = 60) { lazy_run(true, 4096); }
+Test(mapped_lazy, pages_smaller_than_the_hosts, .timeout = 60) { lazy_run(false, 1024); }
+Test(mapped_lazy, pages_larger_than_the_hosts, .timeout = 60) { lazy_run(true, 4 * RMIG_MIB); }
+
+static struct lazy_case *touched;
+static void on_fault(int number) {
+    (void)number;
+    _exit(touched == NULL ? 3 : 77);
+}
+
+// Memory that could not be loaded is out of reach, and not zero.
+static void lazy_fails(bool cut, const char *text) {
+    struct lazy_case c;
+    if (!lazy_open(&c, false, 4096))
+        _exit(77);
+    if (cut)
+        cr_assert_eq(ftruncate(c.fd, 2 * RMIG_MIB), 0);
+    if (cut) {
+        cr_assert_eq(rmig_mapped_reader_load_wait(c.reader, 60000000000u), RMIG_ERR_FABRIC);
+        cr_assert(strstr(rmig_mapped_reader_error(c.reader)->text, text) != NULL);
+    }
+    rmig_mapped_reader_close(c.reader);
+    touched = &c;
+    signal(SIGSEGV, on_fault);
+    if (!cut && c.copy.mem[63 * RMIG_MIB] == c.ram.mem[63 * RMIG_MIB])
+        _exit(77); // it was loaded before it was closed
+    _exit(c.copy.mem[63 * RMIG_MIB]);
+}
+
+Test(mapped_lazy, memory_of_a_file_that_was_cut_cannot_be_accessed, .exit_code = 77, .timeout = 60) {
+    lazy_fails(true, "was c");
+}
+Test(mapped_lazy, memory_of_a_reader_that_was_closed_too_early_cannot_be_accessed, .exit_code = 77, .timeout = 60) {
+    lazy_fails(false, NULL);
+}
+
+Test(mapped_lazy, memory_that_does_not_suit_is_refused) {
+    struct rmig_mapped_options opt = {.no_sync = true, .page_size = 1024};
+    struct ram ram = {"ram", new_memory(8192) + 1024, 4096};
+    struct rmig_block_desc desc = describe(&ram, 0);
+    int fd = new_file();
+    save_file(fd, &opt, &ram, 1);
+    struct rmig_mapped_reader *r = open_reader(fd, &opt);
+    cr_assert_eq(rmig_mapped_reader_load_wait(r, 0), RMIG_ERR_STATE);
+    cr_assert_eq(rmig_mapped_reader_load_start(r), RMIG_ERR_STATE);
+    cr_assert_eq(rmig_mapped_reader_add_block(r, &desc), RMIG_OK);
+    cr_assert_eq(rmig_mapped_reader_load_start(r), RMIG_ERR_ARGUMENT);
+    cr_assert(strstr(rmig_mapped_reader_error(r)->text, "wants whole host pages") != NULL);
+    cr_assert_eq(rmig_mapped_reader_load(r), RMIG_OK);
+    rmig_mapped_reader_close(r);
+    close(fd);
+}
+
+// >>refusals: files
+
+static const struct rmig_mapped_options small_opt = {.file_align = 4096, .no_sync = true};
+
+// Blocks "ram" of 5 pages and "rom" of 2: entry of the first at 0x5d, of the second at 0x1000 + 5 pages.
+static int small_file(void) {
+    static struct ram ram[] = {{"ram", NULL, 5 * 4096}, {"rom", NULL, 2 * 4096}};
+    int fd = new_file();
+    for (unsigned i = 0; i < 2; i++) {
+        ram[i].mem = new_memory(ram[i].length);
+        ram[i].mem[0] = ram[i].mem[ram[i].length - 1] = 1;
+    }
+    save_file(fd, &small_opt, ram, 2);
+    return fd;
+}
+enum { ENTRY_1 = 0x5d, HEADER_1 = ENTRY_1 + 12, BITMAP_1 = HEADER_1 + 28, ENTRY_2 = 0x6000, HEADER_2 = ENTRY_2 + 12 };
+
+Test(mapped_refuses, each_field_that_is_wrong_by_its_name) {
+    static const struct {
+        uint64_t at;
+        unsigned n;
+        uint8_t bytes[8];
+        const char *text;
+    } change[] = {
+        {0, 8, {0}, "no magic at file offset 0"},
+        {0, 1, {'X'}, "not a migration stream"},
+        {7, 1, {2}, "version 2; must be 3"},
+        {0x3a, 6, {'f', 'i', 'x', 'e', 'd', '-'}, "fixed--ram"},
+        {0x59, 4, {0, 2, 0x80, 4}, "ram: block 2 has no name"},
+        {0x59, 4, {0, 0, 0x40, 4}, "1 to 16384 are left of the total of 16384"},
+        {HEADER_1 + 3, 1, {0}, "block \"ram\": mapped-ram header of version 0; must be 1"},
+        {HEADER_1 + 3, 1, {2}, "block \"ram\": mapped-ram header of version 2; must be 1"},
+        {HEADER_1 + 4, 8, {0, 0, 0, 0, 0, 0, 0, 0}, "block \"ram\": page size 0; must be a power of two"},
+        {HEADER_1 + 4, 8, {0, 0, 0, 0, 0, 0, 0x30, 0}, "page size 12288; must be a power of two"},
+        {HEADER_1 + 4, 8, {0, 0, 0, 0, 0, 0, 0x20, 0}, "block \"ram\" of 20480 bytes: must be a multiple of the page"},
+        {HEADER_2 + 4, 8, {0, 0, 0, 0, 0, 0, 0x20, 0}, "block \"rom\": page size 8192; other blocks have 4096"},
+        {HEADER_1 + 12, 8, {0, 0, 0, 0, 0, 1, 0, 0}, "its bitmap, 8 bytes at file offset 65536, lies outside"},
+        {HEADER_1 + 12, 8, {255, 255, 255, 255, 255, 255, 255, 255}, "its bitmap, 8 bytes at file offset 1844"},
+        {HEADER_1 + 20, 8, {0, 0, 0, 0, 0, 1, 0, 0}, "its pages, 20480 bytes at file offset 65536, lie outside"},
+        {HEADER_1 + 20, 8, {255, 255, 255, 255, 255, 255, 0xf0, 0}, "lie outside the file"},
+        {HEADER_1 + 20, 8, {0, 0, 0, 0, 0, 0, 0x12, 0}, "file offset 4608; must be a multiple of the page size, 4096"},
+        {HEADER_2 + 12,
+         8,
+         {0, 0, 0, 0, 0, 0, 0x10, 0},
+         "the pages of block \"ram\" and the bitmap of block \"rom\" over"},
+        {HEADER_2 + 12, 8, {0, 0, 0, 0, 0, 0, 0x70, 0}, "block \"rom\" overlap at file offset 28672"},
+        {BITMAP_1, 1, {0x3f}, "block \"ram\": its bitmap, at file offset 133, has bits behind its last page"},
+        {BITMAP_1 + 7, 1, {0x80}, "damaged, or of a host of another byte order"},
+        {ENTRY_2 + 2, 2, {'a', 'm'}, "block \"ram\" comes twice"},
+        {0x9000 + 7, 1, {0x08}, "PAGE"},
+        {0x9000 + 8, 1, {0x7d}, "byte 7d where a section"},
+        {0x9000 + 13, 1, {0}, "before the END of ram"},
+        {0x9000 + 31 + 13, 1, {1}, "does not end in a description"},
+    };
+    for (size_t i = 0; i < sizeof change / sizeof change[0]; i++) {
+        int fd = small_file();
+        write_at(fd, change[i].bytes, change[i].n, change[i].at);
+        expect_refused(fd, NULL, change[i].text);
+        close(fd);
+    }
+}
+
+Test(mapped_refuses, other_page_sizes_than_wanted) {
+    int fd = small_file();
+    struct rmig_mapped_options opt = {.page_size = 16384};
+    expect_refused(fd, &opt, "block \"ram\": page size 4096; wanted are pages of 16384 bytes");
+    close(fd);
+}
+
+// A head of a stream, by hand, of so many bytes and then holes.
+static int file_of(const void *head, size_t n, uint64_t size) {
+    int fd = new_file();
+    write_at(fd, head, n, 0);
+    cr_assert_eq(ftruncate(fd, (off_t)size), 0);
+    return fd;
+}
+
+#define START "QEVM\0\0\0\3\7\0\0\0\4test"
+#define CAPABILITIES "\5\32configuration/capabilities\0\0\0\1\0\0\0"
+#define RAM "\1\0\0\0\1\3ram\0\0\0\0\0\0\0\4"
+
+Test(mapped_refuses, page_sizes_that_the_configuration_denies) {
+    static const char head[] = START "\5\36configuration/target-page-bits\0\0\0\1\0\0\0\16" CAPABILITIES
+                                     "\1\12mapped-ram" RAM "\0\0\0\0\0\0\20\4\1a\0\0\0\0\0\0\20\0"
+                                     "\0\0\0\1\0\0\0\0\0\0\20\0\0\0\0\0\0\0\1\0\0\0\0\0\0\0\20\0";
+    int fd = file_of(head, sizeof head - 1, 16384);
+    expect_refused(fd, NULL, "page size 4096; the configuration of the machine says pages of 14 bits");
+    close(fd);
+}
+
+Test(mapped_refuses, streams_that_are_not_mapped_ram) {
+    static const char plain[] = START RAM "\0\0\0\0\0\0\20\4", fixed[] = START CAPABILITIES "\1\11fixed-ram" RAM;
+    int fd = file_of(plain, sizeof plain - 1, 16384);
+    expect_refused(fd, NULL, "does not list the capability mapped-ram");
+    close(fd);
+    fd = file_of(fixed, sizeof fixed - 1, 16384);
+    expect_refused(fd, NULL, "\"fixed-ram\" is an early form of mapped-ram");
+    close(fd);
+}
+
+Test(mapped_refuses, every_beginning_of_a_file) {
+    int fd = small_file(), part = new_file();
+    uint64_t size = size_of(fd);
+    uint8_t *bytes = (uint8_t *)malloc(size);
+    struct rmig_error err;
+    read_at(fd, bytes, size, 0);
+    write_at(part, bytes, size, 0);
+    rmig_mapped_reader_close(open_reader(part, NULL));
+    for (uint64_t n = size; n > 0; n -= n > 0x9000 || n < 0x200 ? 1 : 61) {
+        cr_assert_eq(ftruncate(part, (off_t)n - 1), 0);
+        cr_assert_eq(refused(part, NULL, &err), RMIG_ERR_WIRE, "%s", err.text);
+    }
+    free(bytes);
+    close(fd);
+    close(part);
+}
+
+Test(mapped_refuses, bytes_behind_the_end) {
+    int fd = small_file();
+    write_at(fd, "x", 1, size_of(fd));
+    expect_refused(fd, NULL, "or something was appended");
+    close(fd);
+}
+
+Test(mapped_refuses, huge_blocks_of_holes_without_reading_them, .timeout = 20) {
+    static const char head[] = START CAPABILITIES "\1\12mapped-ram" RAM "\0\0\010\0\0\0\0\4\1a\0\0\010\0\0\0\0\0"
+                                                  "\0\0\0\1\0\0\0\0\0\0\20\0\0\0\0\0\0\0\20\0\0\0\0\1\0\0\0\0";
+    int fd = file_of(head, sizeof head - 1, (uint64_t)0x8000000 << 16 | 0x200000000); // 8 TiB of RAM
+    expect_refused(fd, NULL, "word 0x0: must be MEM_SIZE");
+    close(fd);
+}
+
+Test(mapped_read, an_incomplete_file_can_be_looked_at_and_not_loaded) {
+    struct rmig_mapped_options opt = {.incomplete = true};
+    int fd = small_file();
+    cr_assert_eq(ftruncate(fd, 0x9000), 0);
+    struct rmig_mapped_reader *r = open_reader(fd, &opt);
+    cr_assert(!rmig_mapped_reader_whole(r));
+    cr_assert(strstr(rmig_mapped_reader_error(r)->text, "before the END of ram") != NULL);
+    cr_assert_eq(rmig_mapped_reader_blocks(r, NULL), 2);
+    cr_assert_eq(rmig_mapped_reader_load(r), RMIG_ERR_WIRE);
+    uint8_t state[10];
+    cr_assert_eq(rmig_mapped_reader_get(r, state, sizeof state), RMIG_ERR_WIRE);
+    rmig_mapped_reader_close(r);
+    close(fd);
+}
+
+Test(mapped_read, shared_blocks_have_an_address_and_no_pages) {
+    static const char head[] = START CAPABILITIES "\2\17x-ignore-shared\12mapped-ram" RAM "\0\0\0\0\0\0\60\4"
+                                                  "\1s\0\0\0\0\0\0\40\0\0\0\0\1\0\0\0\0"
+                                                  "\0\0\0\1\0\0\0\0\0\0\20\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0"
+                                                  "\1a\0\0\0\0\0\0\20\0\0\0\0\0\0\0\60\0"
+                                                  "\0\0\0\1\0\0\0\0\0\0\20\0\0\0\0\0\0\0\1\54\0\0\0\0\0\0\20\0";
+    static const char tail[] = "\0\0\0\0\0\0\0\20\176\0\0\0\1\3\0\0\0\1\0\0\0\0\0\0\0\20\176\0\0\0\1" STATE;
+    int fd = file_of(head, sizeof head - 1, 8192);
+    write_at(fd, tail, sizeof tail - 1, 8192);
+    struct rmig_mapped_reader *r = open_reader(fd, NULL);
+    const struct rmig_mapped_block *b;
+    uint8_t page[4096];
+    cr_assert_eq(rmig_mapped_reader_blocks(r, &b), 2);
+    cr_assert(b[0].ignored && b[0].guest_address == 0x100000000 && !b[1].ignored && b[1].guest_address == 0x3000);
+    cr_assert_eq(rmig_mapped_reader_read(r, 0, 0, page, 4096), RMIG_ERR_ARGUMENT);
+    cr_assert_eq(rmig_mapped_reader_read(r, 1, 0, page, 4096), RMIG_OK);
+    rmig_mapped_reader_close(r);
+    close(fd);
+}
+
+// >>refusals: blocks, calls, descriptors
+
+Test(mapped_refuses, blocks_that_do_not_fit_the_file) {
+    int fd = small_file();
+    struct rmig_mapped_reader *r = open_reader(fd, NULL);
+    struct ram ram = {"ram", new_memory(5 * 4096), 5 * 4096}, shorter = {"rom", new_memory(8192), 4096};
+    struct ram other = {"other", ram.mem, 4096};
+    struct rmig_block_desc desc = describe(&shorter, 0);
+    cr_assert_eq(rmig_mapped_reader_add_block(r, &desc), RMIG_ERR_ARGUMENT);
+    cr_assert_str_eq(rmig_mapped_reader_error(r)->text, "block \"rom\" has 4096 bytes here, and 8192 in the file");
+    desc = describe(&other, 0);
+    cr_assert_eq(rmig_mapped_reader_add_block(r, &desc), RMIG_ERR_ARGUMENT);
+    cr_assert_str_eq(rmig_mapped_reader_error(r)->text, "block \"other\": there is none in the file");
+    desc = describe(&ram, 0);
+    cr_assert_eq(rmig_mapped_reader_add_block(r, &desc), RMIG_OK);
+    cr_assert_eq(rmig_mapped_reader_add_block(r, &desc), RMIG_ERR_ARGUMENT);
+    cr_assert_eq(rmig_mapped_reader_load(r), RMIG_ERR_STATE);
+    cr_assert(strstr(rmig_mapped_reader_error(r)->text, "block \"rom\" of the file was not added") != NULL);
+    rmig_mapped_reader_close(r);
+    close(fd);
+}
+
+Test(mapped_refuses, calls_out_of_order_and_bad_arguments) {
+    struct ram ram = {"ram", new_memory(8192), 8192}, odd = {"odd", ram.mem, 5000};
+    struct rmig_block_desc desc = describe(&ram, 0);
+    struct rmig_mapped_machine machine = machine_of("");
+    uint64_t bits[1] = {1};
+    int fd = new_file();
+    struct rmig_mapped_writer *w = open_writer(fd, NULL);
+    cr_assert_eq(rmig_mapped_writer_begin_round(w), RMIG_ERR_STATE);
+    cr_assert_eq(rmig_mapped_writer_put(w, "x", 1), RMIG_ERR_STATE);
+    cr_assert_eq(rmig_mapped_writer_finish(w), RMIG_ERR_STATE);
+    cr_assert_eq(rmig_mapped_writer_start(w, &machine), RMIG_ERR_ARGUMENT);
+    machine = machine_of("test");
+    cr_assert_eq(rmig_mapped_writer_start(w, &machine), RMIG_ERR_STATE);
+    OK(w, rmig_mapped_writer_add_block(w, &desc, NULL));
+    machine.configuration.capabilities = RMIG_QEMU_CAPABILITY_IGNORE_SHARED;
+    cr_assert_eq(rmig_mapped_writer_start(w, &machine), RMIG_ERR_ARGUMENT);
+    machine = machine_of("test");
+    machine.configuration.page_bits = 14;
+    cr_assert_eq(rmig_mapped_writer_start(w, &machine), RMIG_ERR_ARGUMENT); // 8192 bytes are no multiple
+    machine.configuration.page_bits = 31;
+    cr_assert_eq(rmig_mapped_writer_start(w, &machine), RMIG_ERR_ARGUMENT);
+    machine = machine_of("test");
+    OK(w, rmig_mapped_writer_start(w, &machine));
+    cr_assert_eq(rmig_mapped_writer_add_block(w, &desc, NULL), RMIG_ERR_STATE);
+    cr_assert_eq(rmig_mapped_writer_save_page(w, 0, 0), RMIG_ERR_STATE);
+    cr_assert_eq(rmig_mapped_writer_end_round(w), RMIG_ERR_STATE);
+    cr_assert_eq(rmig_mapped_writer_finish(w), RMIG_ERR_STATE);
+    cr_assert(strstr(rmig_mapped_writer_error(w)->text, "does not end in a description") != NULL);
+    OK(w, rmig_mapped_writer_begin_round(w));
+    cr_assert_eq(rmig_mapped_writer_save_page(w, 1, 0), RMIG_ERR_ARGUMENT);
+    cr_assert_eq(rmig_mapped_writer_save_page(w, 0, 8192), RMIG_ERR_ARGUMENT);
+    cr_assert_eq(rmig_mapped_writer_save_range(w, 0, 4096, UINT64_MAX), RMIG_ERR_ARGUMENT);
+    cr_assert_eq(rmig_mapped_writer_save_bitmap(w, 0, bits, 1, 2), RMIG_ERR_ARGUMENT);
+    cr_assert_eq(rmig_mapped_writer_save_bitmap(w, 0, NULL, 0, 1), RMIG_ERR_ARGUMENT);
+    cr_assert_eq(rmig_mapped_writer_finish(w), RMIG_ERR_STATE);
+    OK(w, rmig_mapped_writer_end_round(w));
+    finish(w);
+    rmig_mapped_reader_close(open_reader(fd, NULL));
+    w = open_writer(fd, NULL);
+    desc = describe(&odd, 0);
+    OK(w, rmig_mapped_writer_add_block(w, &desc, NULL));
+    cr_assert_eq(rmig_mapped_writer_start(w, &machine), RMIG_ERR_ARGUMENT);
+    cr_assert_str_eq(rmig_mapped_writer_error(w)->text,
+                     "block \"odd\" of 5000 bytes: must be a multiple of the page size, 4096");
+    rmig_mapped_writer_close(w);
+    close(fd);
+}
+
+static void expect_open(int fd, bool out, const struct rmig_mapped_options *opt, int status, const char *text) {
+    struct rmig_mapped_writer *w;
+    struct rmig_mapped_reader *r;
+    struct rmig_error err;
+    int got = out ? rmig_mapped_writer_open(fd, opt, &w, &err) : rmig_mapped_reader_open(fd, opt, &r, &err);
+    cr_assert_eq(got, status);
+    cr_assert(strstr(err.text, text) != NULL, "wanted \"%s\" in: %s", text, err.text);
+}
+
+Test(mapped_refuses, descriptors_that_cannot_do_it) {
+    int ends[2], dir = open("/tmp", O_RDONLY | O_DIRECTORY), null = open("/dev/null", O_RDWR), fd = new_file();
+    char path[64];
+    cr_assert_eq(pipe(ends), 0);
+    expect_open(ends[1], true, NULL, RMIG_ERR_ARGUMENT, "is a pipe");
+    expect_open(ends[0], false, NULL, RMIG_ERR_ARGUMENT, "is a pipe");
+    expect_open(dir, false, NULL, RMIG_ERR_ARGUMENT, "is a directory");
+    expect_open(null, true, NULL, RMIG_ERR_ARGUMENT, "is a device");
+    expect_open(-1, true, NULL, RMIG_ERR_ARGUMENT, "Bad file descriptor");
+    snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
+    int read_only = open(path, O_RDONLY), write_only = open(path, O_WRONLY), append = open(path, O_RDWR | O_APPEND);
+    int direct = open(path, O_RDWR | O_DIRECT);
+    expect_open(read_only, true, NULL, RMIG_ERR_ARGUMENT, "open for reading only");
+    expect_open(write_only, false, NULL, RMIG_ERR_ARGUMENT, "open for writing only");
+    expect_open(append, true, NULL, RMIG_ERR_ARGUMENT, "O_APPEND");
+    if (direct >= 0)
+        expect_open(direct, true, NULL, RMIG_ERR_ARGUMENT, "O_DIRECT");
+    expect_open(fd, false, NULL, RMIG_ERR_WIRE, "its writer did not finish");
+}
+
+Test(mapped_refuses, options_out_of_range) {
+    int fd = new_file();
+    struct rmig_mapped_options page = {.page_size = 3000}, small = {.page_size = 512}, align = {.file_align = 5000};
+    struct rmig_mapped_options below_page = {.page_size = 4096, .file_align = 2048}, threads = {.threads = 65};
+    struct rmig_mapped_options offset = {.offset = UINT64_MAX};
+    expect_open(fd, true, &page, RMIG_ERR_PARAM, "page_size 3000: must be a power of two from 1024");
+    expect_open(fd, false, &small, RMIG_ERR_PARAM, "page_size 512");
+    expect_open(fd, true, &align, RMIG_ERR_PARAM, "file_align 5000: must be a power of two");
+    expect_open(fd, true, &below_page, RMIG_ERR_PARAM,
+                "file_align 2048: must be a power of two from the page size, 4096");
+    expect_open(fd, true, &threads, RMIG_ERR_PARAM, "threads 65: must be 1 to 64");
+    expect_open(fd, false, &offset, RMIG_ERR_PARAM, "offset 18446744073709551615: must be at most");
+    close(fd);
+}
+
+// >>failures in the middle
+
+static int stop_at_once(void *user, const struct rmig_stats *stats) {
+    cr_assert_gt(stats->bytes_pending + stats->round_bytes + stats->bytes_written + stats->bytes_zero, 0);
+    ++*(int *)user;
+    return 1;
+}
+
+Test(mapped_fails, progress_can_cancel_and_nothing_whole_is_left) {
+    int calls = 0;
+    struct ram ram = {"ram", new_memory(8 * RMIG_MIB), 8 * RMIG_MIB};
+    struct rmig_mapped_options opt = {.progress = stop_at_once, .progress_user = &calls, .threads = 2};
+    int fd = new_file();
+    memset(ram.mem, 3, ram.length);
+    struct rmig_mapped_writer *w = start_writer(fd, &opt, &ram, 1);
+    OK(w, rmig_mapped_writer_begin_round(w));
+    OK(w, rmig_mapped_writer_save_range(w, 0, 0, ram.length));
+    cr_assert_eq(rmig_mapped_writer_end_round(w), RMIG_ERR_CANCELLED);
+    cr_assert_eq(rmig_mapped_writer_finish(w), RMIG_ERR_CANCELLED);
+    cr_assert_geq(calls, 1);
+    rmig_mapped_writer_close(w);
+    expect_refused(fd, NULL, "the writer of this file did not finish");
+    opt.progress = NULL;
+    save_file(fd, &opt, &ram, 1);
+    opt.progress = stop_at_once;
+    struct rmig_mapped_reader *r = open_reader(fd, &opt);
+    struct rmig_block_desc desc = describe(&ram, 0);
+    cr_assert_eq(rmig_mapped_reader_add_block(r, &desc), RMIG_OK);
+    cr_assert_eq(rmig_mapped_reader_load(r), RMIG_ERR_CANCELLED);
+    rmig_mapped_reader_close(r);
+    close(fd);
+}
+
+Test(mapped_fails, a_limit_of_the_file_size_is_an_error_with_its_reason) {
+    struct ram ram = {"ram", new_memory(8 * RMIG_MIB), 8 * RMIG_MIB};
+    struct rlimit limit = {3 * RMIG_MIB, 3 * RMIG_MIB};
+    for (uint32_t threads = 1; threads < 4; threads++) {
+        struct rmig_mapped_options opt = {.threads = threads};
+        int fd = new_file();
+        memset(ram.mem, 3, ram.length);
+        signal(SIGXFSZ, SIG_IGN);
+        cr_assert_eq(setrlimit(RLIMIT_FSIZE, &limit), 0);
+        struct rmig_mapped_writer *w = start_writer(fd, &opt, &ram, 1);
+        OK(w, rmig_mapped_writer_begin_round(w));
+        OK(w, rmig_mapped_writer_save_range(w, 0, 0, ram.length));
+        cr_assert_eq(rmig_mapped_writer_end_round(w), RMIG_ERR_FABRIC);
+        const struct rmig_error *error = rmig_mapped_writer_error(w);
+        cr_assert_eq(error->provider_code, EFBIG);
+        cr_assert(strstr(error->text, "block \"ram\": cannot write") != NULL, "%s", error->text);
+        cr_assert(strstr(error->text, strerror(EFBIG)) != NULL, "%s", error->text);
+        cr_assert_eq(rmig_mapped_writer_put(w, "x", 1), RMIG_ERR_FABRIC);
+        rmig_mapped_writer_close(w);
+        expect_refused(fd, NULL, "did not finish");
+        close(fd);
+    }
+}
+
+struct meddler {
+    int fd;
+    bool cuts;
+};
+
+static int meddle(void *user, const struct rmig_stats *stats) {
+    struct meddler *m = (struct meddler *)user;
+    (void)stats;
+    if (m->cuts)
+        cr_assert_eq(ftruncate(m->fd, 4096), 0);
+    else
+        write_at(m->fd, "x", 1, size_of(m->fd) - 2);
+    return 0;
+}
+
+static void load_meddled(bool cuts, const char *text) {
+    struct ram ram = {"ram", new_memory(64 * RMIG_MIB), 64 * RMIG_MIB};
+    int fd = new_file();
+    struct meddler m = {fd, cuts};
+    struct rmig_mapped_options opt = {.no_sync = true}, load = {.progress = meddle, .progress_user = &m};
+    memset(ram.mem, 3, ram.length);
+    save_file(fd, &opt, &ram, 1);
+    struct timespec pause = {0, 20000000};
+    nanosleep(&pause, NULL); // longer than the file system's clock ticks
+    struct rmig_mapped_reader *r = open_reader(fd, &load);
+    struct rmig_block_desc desc = describe(&ram, 0);
+    cr_assert_eq(rmig_mapped_reader_add_block(r, &desc), RMIG_OK);
+    cr_assert_eq(rmig_mapped_reader_load(r), RMIG_ERR_FABRIC);
+    cr_assert(strstr(rmig_mapped_reader_error(r)->text, text) != NULL, "%s", rmig_mapped_reader_error(r)->text);
+    rmig_mapped_reader_close(r);
+    close(fd);
+}
+
+Test(mapped_fails, a_file_that_is_cut_while_it_is_read) { load_meddled(true, "it was cut while it was read"); }
+Test(mapped_fails, a_file_that_is_changed_while_it_is_read) { load_meddled(false, "was changed while it was read"); }
+
+#ifndef WITHOUT_COUNTED_HEAP
+static bool whole_run(int fd) {
+    static const struct rmig_mapped_options opt = {.direct = true, .no_sync = true, .threads = 1};
+    struct rmig_mapped_machine machine = machine_of("test-1.0");
+    struct ram ram = {"ram", new_memory(5 * 4096) + 8, 4 * 4096};
+    struct rmig_block_desc desc = describe(&ram, 0);
+    struct rmig_mapped_writer *w = NULL;
+    struct rmig_mapped_reader *r = NULL;
+    struct rmig_error err;
+    ram.mem[0] = 1;
+    bool ok = rmig_mapped_writer_open(fd, &opt, &w, &err) == RMIG_OK &&
+              rmig_mapped_writer_add_block(w, &desc, NULL) == RMIG_OK &&
+              rmig_mapped_writer_start(w, &machine) == RMIG_OK && rmig_mapped_writer_begin_round(w) == RMIG_OK &&
+              rmig_mapped_writer_save_range(w, 0, 0, ram.length) == RMIG_OK &&
+              rmig_mapped_writer_end_round(w) == RMIG_OK && rmig_mapped_writer_put(w, STATE, STATE_SIZE) == RMIG_OK &&
+              rmig_mapped_writer_finish(w) == RMIG_OK && rmig_mapped_reader_open(fd, &opt, &r, &err) == RMIG_OK &&
+              rmig_mapped_reader_add_block(r, &desc) == RMIG_OK && rmig_mapped_reader_load(r) == RMIG_OK;
+    rmig_mapped_writer_close(w);
+    rmig_mapped_reader_close(r);
+    munmap(ram.mem - 8, 5 * 4096);
+    return ok;
+}
+
+Test(mapped_fails, every_allocation_that_fails_is_survived_and_nothing_leaks) {
+    int fd = new_file();
+    heap.count = 0;
+    cr_assert(whole_run(fd));
+    size_t all = heap.count;
+    cr_assert_geq(all, 10);
+    for (size_t i = 1; i <= all; i++) {
+        ptrdiff_t live = heap.live;
+        heap.count = 0;
+        heap.fail_at = i;
+        cr_assert(!whole_run(fd), "allocation %zu of %zu failed, and nobody noticed", i, all);
+        cr_assert_eq(heap.live, live, "allocation %zu: %td blocks are left", i, heap.live - live);
+    }
+    close(fd);
+}
+#endif
