@@ -275,7 +275,8 @@ extern "C" {
     X(ERR_CANCELLED, -107, "cancelled", "")                                                                            \
     X(ERR_SETUP, -108, "the session could not be set up", "see the text")                                              \
     X(ERR_HANDOVER, -109, "the link broke during the handover",                                                        \
-      "the peer may or may not own the guest now: ask it before running the guest here")
+      "the peer may or may not own the guest now: ask it before running the guest here")                               \
+    X(ERR_FILE, -110, "a file failed", "see the text for the place in the file and the words of the system")
 
 enum rmig_status {
 #define RMIG__X(name, value, text, hint) RMIG_##name = value,

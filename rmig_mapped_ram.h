@@ -72,7 +72,7 @@ MEMORY
 
 ERRORS
 
-    As in rmig.h. A file that cannot be read or written is RMIG_ERR_FABRIC with errno in provider_code, what a file
+    As in rmig.h. A file that cannot be read or written is RMIG_ERR_FILE with errno in provider_code, what a file
 holds and must not hold is RMIG_ERR_WIRE; after both only close is of use. Statuses of refused calls change nothing.
 
 LICENCE
@@ -162,7 +162,7 @@ struct rmig_mapped_writer;
 
 /* Opens a writer to fd: a regular file, open for writing, neither O_APPEND nor O_DIRECT. fd stays the
    caller's and must stay open until close. options NULL: all defaults. RMIG_OK and *out, or RMIG_ERR_ARGUMENT,
-   RMIG_ERR_PARAM, RMIG_ERR_NO_MEMORY, RMIG_ERR_FABRIC (no direct I/O there) with *err (may be NULL). */
+   RMIG_ERR_PARAM, RMIG_ERR_NO_MEMORY, RMIG_ERR_FILE (no direct I/O there) with *err (may be NULL). */
 RMIG_API int rmig_mapped_writer_open(int fd, const struct rmig_mapped_options *options, struct rmig_mapped_writer **out,
                                      struct rmig_error *err);
 /* Frees everything; NULL is allowed. Unless finish succeeded, the file is not a snapshot, and is the caller's to
@@ -212,7 +212,7 @@ struct rmig_mapped_block {
 
 /* Reads and checks all but the pages. fd: a regular file, open for reading, not O_DIRECT; stays the caller's and must
    stay open until close; its position is moved. RMIG_OK and *out, or RMIG_ERR_ARGUMENT, RMIG_ERR_PARAM,
-   RMIG_ERR_NO_MEMORY, RMIG_ERR_FABRIC, or RMIG_ERR_WIRE: the file is not whole or not right, *err (may be NULL) says
+   RMIG_ERR_NO_MEMORY, RMIG_ERR_FILE, or RMIG_ERR_WIRE: the file is not whole or not right, *err (may be NULL) says
    where. */
 RMIG_API int rmig_mapped_reader_open(int fd, const struct rmig_mapped_options *options, struct rmig_mapped_reader **out,
                                      struct rmig_error *err);
@@ -240,7 +240,7 @@ RMIG_API int rmig_mapped_reader_load(struct rmig_mapped_reader *r);
    the memory held before is given up, so each block must be on whole host pages, private anonymous memory
    (RMIG_BACKING_ANONYMOUS) or a shared mapping of tmpfs or a memfd (RMIG_BACKING_SHARED_FD); the guest must not discard
    pages (balloon) until all is loaded. Needs userfaultfd, also for faults in the kernel: root, or the sysctl
-   vm.unprivileged_userfaultfd. Errors as load; RMIG_ERR_FABRIC with errno: userfaultfd cannot do it. Device state can
+   vm.unprivileged_userfaultfd. Errors as load; RMIG_ERR_SETUP with errno: userfaultfd cannot do it. Device state can
    be had meanwhile. */
 RMIG_API int rmig_mapped_reader_load_start(struct rmig_mapped_reader *r);
 /* Waits until all is loaded, at most timeout_ns: RMIG_OK; RMIG_PENDING; or why it failed: the memory of all blocks
@@ -332,7 +332,7 @@ static struct rmig__qemu_text rmig__mapped_name(const char *name) { return rmig_
 static int rmig__mapped_io_failed(struct rmig__mapped_io *io, bool out, uint64_t n, uint64_t at, bool direct) {
     struct rmig__qemu_text name = rmig__mapped_name(io->block == NULL ? "" : io->block);
     int code = errno;
-    return rmig_fail(&io->error, RMIG_ERR_FABRIC, code, "%s%s%scannot %s %llu bytes at file offset %llu: %s%s",
+    return rmig_fail(&io->error, RMIG_ERR_FILE, code, "%s%s%scannot %s %llu bytes at file offset %llu: %s%s",
                      io->block == NULL ? "" : "block \"", name.s,
                      io->block == NULL ? "" : "\": ", out ? "write" : "read", (unsigned long long)n,
                      (unsigned long long)at, strerror(code),
@@ -389,7 +389,7 @@ static int rmig__mapped_transfer(struct rmig__mapped_io *io, bool out, void *mem
             return rmig__mapped_io_failed(io, out, n, at, false);
         }
         if (done == 0)
-            return rmig_fail(&io->error, RMIG_ERR_FABRIC, 0,
+            return rmig_fail(&io->error, RMIG_ERR_FILE, 0,
                              "the file ends at offset %llu or before: it was cut while it was read",
                              (unsigned long long)at);
         p += done;
@@ -457,7 +457,7 @@ static int rmig__mapped_open_direct(int fd, bool out, int *direct_fd, struct rmi
     snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
     *direct_fd = RMIG__O_DIRECT == 0 ? -1 : open(path, (out ? O_WRONLY : O_RDONLY) | RMIG__O_DIRECT | O_CLOEXEC);
     if (*direct_fd < 0)
-        return rmig_fail(err, RMIG_ERR_FABRIC, errno,
+        return rmig_fail(err, RMIG_ERR_FILE, errno,
                          "no direct I/O: the file cannot be opened again by way of %s: %s; switch direct off", path,
                          strerror(errno));
     return RMIG_OK;
@@ -855,7 +855,7 @@ RMIG__DEF int rmig_mapped_writer_start(struct rmig_mapped_writer *w, const struc
     if (status != RMIG_OK)
         return w->failed = status;
     if (ftruncate(w->fd, (off_t)w->opt.offset) < 0)
-        status = rmig_fail(&w->error, RMIG_ERR_FABRIC, errno, "the file cannot be cut off at offset %llu: %s",
+        status = rmig_fail(&w->error, RMIG_ERR_FILE, errno, "the file cannot be cut off at offset %llu: %s",
                            (unsigned long long)w->opt.offset, strerror(errno));
     w->end = walk.at;
     w->state = RMIG__MAPPED_BETWEEN;
@@ -1111,7 +1111,7 @@ static int rmig__writer_sync(struct rmig_mapped_writer *w) {
     while (done < 0 && errno == EINTR);
     if (done == 0)
         return RMIG_OK;
-    return rmig_fail(&w->error, RMIG_ERR_FABRIC, errno, "the file cannot be brought to the disk: %s", strerror(errno));
+    return rmig_fail(&w->error, RMIG_ERR_FILE, errno, "the file cannot be brought to the disk: %s", strerror(errno));
 }
 
 static int rmig__writer_bitmaps(struct rmig_mapped_writer *w) {
@@ -1235,11 +1235,11 @@ static int rmig__reader_read(struct rmig_mapped_reader *r, void *p, uint64_t n, 
 static int rmig__mapped_unchanged(int fd, const struct stat *before, struct rmig_error *err) {
     struct stat st;
     if (fstat(fd, &st) < 0)
-        return rmig_fail(err, RMIG_ERR_FABRIC, errno, "the file: %s", strerror(errno));
+        return rmig_fail(err, RMIG_ERR_FILE, errno, "the file: %s", strerror(errno));
     if (st.st_size == before->st_size && st.st_mtim.tv_sec == before->st_mtim.tv_sec &&
         st.st_mtim.tv_nsec == before->st_mtim.tv_nsec)
         return RMIG_OK;
-    return rmig_fail(err, RMIG_ERR_FABRIC, 0,
+    return rmig_fail(err, RMIG_ERR_FILE, 0,
                      "the file was changed while it was read: it had %lld bytes and has %lld now",
                      (long long)before->st_size, (long long)st.st_size);
 }
@@ -1981,7 +1981,7 @@ static int rmig__lazy_place(struct rmig__lazy *l, struct rmig__mapped_io *io, ui
             ioctl(l->uffd, UFFDIO_WAKE, &range);
             done += l->page;
         } else if (code != 0 && code != EAGAIN) {
-            return rmig_fail(&io->error, RMIG_ERR_FABRIC, code, "block \"%s\": userfaultfd cannot place a page: %s",
+            return rmig_fail(&io->error, RMIG_ERR_SETUP, code, "block \"%s\": userfaultfd cannot place a page: %s",
                              rmig__mapped_name(io->block).s, strerror(code));
         }
         at += done;
@@ -2126,12 +2126,12 @@ static int rmig__lazy_open(struct rmig__lazy *l, struct rmig_error *err) {
     api.api = UFFD_API;
     l->uffd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
     if (l->uffd < 0)
-        return rmig_fail(err, RMIG_ERR_FABRIC, errno,
+        return rmig_fail(err, RMIG_ERR_SETUP, errno,
                          "no userfaultfd: %s (it needs root, or the sysctl vm.unprivileged_userfaultfd)",
                          strerror(errno));
     if (ioctl(l->uffd, UFFDIO_API, &api) == 0)
         return RMIG_OK;
-    return rmig_fail(err, RMIG_ERR_FABRIC, errno, "userfaultfd: %s", strerror(errno));
+    return rmig_fail(err, RMIG_ERR_SETUP, errno, "userfaultfd: %s", strerror(errno));
 }
 
 static int rmig__lazy_check(const struct rmig__lazy *l, struct rmig_error *err) {
@@ -2159,7 +2159,7 @@ static int rmig__lazy_register(struct rmig__lazy *l, struct rmig_error *err) {
         wanted.mode = UFFDIO_REGISTER_MODE_MISSING;
         int advice = b->backing == RMIG_BACKING_ANONYMOUS ? MADV_DONTNEED : MADV_REMOVE;
         if (madvise(b->host, (size_t)b->length, advice) < 0 || ioctl(l->uffd, UFFDIO_REGISTER, &wanted) < 0)
-            return rmig_fail(err, RMIG_ERR_FABRIC, errno, "block \"%s\": its memory cannot be loaded lazily: %s",
+            return rmig_fail(err, RMIG_ERR_SETUP, errno, "block \"%s\": its memory cannot be loaded lazily: %s",
                              rmig__mapped_name(b->name).s, strerror(errno));
     }
     return RMIG_OK;
@@ -2175,7 +2175,7 @@ static int rmig__lazy_threads(struct rmig__lazy *l, struct rmig_error *err) {
         code = pthread_create(&l->loader, NULL, rmig__lazy_loader, l);
     l->loaded = l->served && code == 0;
     pthread_sigmask(SIG_SETMASK, &before, NULL);
-    return code == 0 ? RMIG_OK : rmig_fail(err, RMIG_ERR_FABRIC, code, "no thread can be started: %s", strerror(code));
+    return code == 0 ? RMIG_OK : rmig_fail(err, RMIG_ERR_SETUP, code, "no thread can be started: %s", strerror(code));
 }
 
 static bool rmig__lazy_init(struct rmig__lazy *l) {

@@ -45,7 +45,7 @@ static struct run *bus_error_run; // for the handler of SIGBUS
 // >>errors
 
 static int fail_file(struct run *r, const struct rmig_error *err) {
-    enum exit_code code = err->status == RMIG_ERR_FABRIC ? EXIT_FILES : EXIT_MIGRATION;
+    enum exit_code code = err->status == RMIG_ERR_FILE ? EXIT_FILES : EXIT_MIGRATION;
     if (r->c.code == EXIT_OK)
         r->c.status = err->status;
     if (err->status == RMIG_ERR_PARAM)
