@@ -16,9 +16,8 @@ NAME.part.
 #define PROGRAM "mapped_ram"
 #define RMIG_IMPLEMENTATION
 #include "qemu_common.h"
+#include "whole_file.h"
 #include "../rmig_mapped_ram.h"
-
-#include <sys/file.h>
 
 #define PIECE RMIG_MIB
 enum { EXIT_DIFFERENT = 1 };
@@ -33,9 +32,8 @@ struct run {
     int fd, other_fd;
     struct rmig_mapped_reader *reader, *other; // diff: of the second file
     struct rmig_mapped_writer *writer;
-    char *part; // what is being written, until it has its name
-    int part_fd, state_fd;
-    bool is_dir; // part is a directory
+    struct whole_file out; // what is being written
+    int state_fd;
     bool different;
     json_t *result;
 };
@@ -64,18 +62,17 @@ static int fail_other(struct run *r) {
 static int fail_writer(struct run *r) { return fail_file(r, rmig_mapped_writer_error(r->writer)); }
 
 static void remove_part(struct run *r) {
-    if (r->part == NULL || r->part_fd < 0)
+    struct stat st;
+    if (r->out.fd < 0)
         return;
-    for (uint32_t i = 0; r->is_dir && i < r->c.machine.image_count; i++)
-        unlinkat(r->part_fd, r->c.machine.image[i].file, 0);
-    if (!r->is_dir) {
-        unlink(r->part);
-        return;
+    if (fstat(r->out.fd, &st) == 0 && S_ISDIR(st.st_mode)) {
+        for (uint32_t i = 0; i < r->c.machine.image_count; i++)
+            unlinkat(r->out.fd, r->c.machine.image[i].file, 0);
+        unlinkat(r->out.fd, RAM_DIR, AT_REMOVEDIR);
+        unlinkat(r->out.fd, STATE_FILE, 0);
+        unlinkat(r->out.fd, MACHINE_FILE, 0);
     }
-    unlinkat(r->part_fd, RAM_DIR, AT_REMOVEDIR);
-    unlinkat(r->part_fd, STATE_FILE, 0);
-    unlinkat(r->part_fd, MACHINE_FILE, 0);
-    rmdir(r->part);
+    whole_file_remove(&r->out);
 }
 
 static void on_bus_error(int number) {
@@ -94,50 +91,14 @@ static int on_progress(void *user, const struct rmig_stats *stats) {
 
 // >>names: what is written gets its own when it is whole
 
-static int sync_parent(struct run *r, const char *path) {
-    char *copy = checked(strdup(path)), *slash = strrchr(copy, '/');
-    if (slash != NULL)
-        slash[slash == copy] = '\0';
-    int fd = open(slash == NULL ? "." : copy, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-    int rc = fd < 0 ? -1 : fsync(fd);
-    if (fd >= 0)
-        close(fd);
-    free(copy);
-    return rc < 0
-               ? fail(&r->c, EXIT_FILES, "%s is there, but may be lost if the power fails: %s", path, strerror(errno))
-               : 0;
-}
-
-static void name_part(struct run *r, const char *path) {
-    if (asprintf(&r->part, "%s.part", path) < 0)
-        checked(NULL);
-}
-
-/* A file that was left by a killed process is taken over; one that another process writes is not. */
 static int open_part(struct run *r, const char *path) {
-    struct stat mine, named;
-    name_part(r, path);
-    int fd = open(r->part, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0600);
-    if (fd < 0)
-        return fail(&r->c, EXIT_FILES, "cannot create %s: %s", r->part, strerror(errno));
-    bool locked = flock(fd, LOCK_EX | LOCK_NB) == 0;
-    if (!locked || fstat(fd, &mine) < 0 || stat(r->part, &named) < 0 || mine.st_ino != named.st_ino ||
-        mine.st_dev != named.st_dev) {
-        close(fd);
-        return fail(&r->c, EXIT_FILES, "%s is being written by another process", r->part);
-    }
-    r->part_fd = fd;
-    if (ftruncate(fd, 0) < 0)
-        return fail(&r->c, EXIT_FILES, "cannot empty %s: %s", r->part, strerror(errno));
-    return 0;
+    struct rmig_error err;
+    return whole_file_open(&r->out, path, &err) < 0 ? fail_rmig(&r->c, EXIT_FILES, &err) : 0;
 }
 
-static int commit(struct run *r, const char *path) {
-    if (rename(r->part, path) < 0)
-        return fail(&r->c, EXIT_FILES, "%s cannot become %s: %s", r->part, path, strerror(errno));
-    close(r->part_fd);
-    r->part_fd = -1; // nothing to remove any more
-    return r->opt.no_sync ? 0 : sync_parent(r, path);
+static int commit(struct run *r) {
+    struct rmig_error err;
+    return whole_file_commit(&r->out, !r->opt.no_sync, &err) < 0 ? fail_rmig(&r->c, EXIT_FILES, &err) : 0;
 }
 
 // >>reading
@@ -271,7 +232,7 @@ static int read_state(struct run *r, int out) {
     int64_t got;
     while ((got = rmig_mapped_reader_get(r->reader, piece, sizeof piece)) > 0)
         if (out >= 0 && write(out, piece, (size_t)got) != got)
-            return fail(&r->c, EXIT_FILES, "cannot write %s/" STATE_FILE ": %s", r->part, strerror(errno));
+            return fail(&r->c, EXIT_FILES, "cannot write %s/" STATE_FILE ": %s", r->out.part, strerror(errno));
     return got < 0 ? fail_reader(r) : 0;
 }
 
@@ -316,11 +277,11 @@ static int write_piece(struct run *r, void *user, uint64_t offset, const uint8_t
         for (run = page; at + run < n && rmig_is_zero(p + at + run, page) == zero;)
             run += page;
         for (uint64_t done = 0; !zero && done < run;) {
-            ssize_t got = pwrite(r->part_fd, p + at + done, run - done, (off_t)(offset + at + done));
+            ssize_t got = pwrite(r->out.fd, p + at + done, run - done, (off_t)(offset + at + done));
             if (got < 0 && errno == EINTR)
                 continue;
             if (got <= 0)
-                return fail(&r->c, EXIT_FILES, "cannot write %s: %s", r->part, strerror(got < 0 ? errno : ENOSPC));
+                return fail(&r->c, EXIT_FILES, "cannot write %s: %s", r->out.part, strerror(got < 0 ? errno : ENOSPC));
             done += (uint64_t)got;
         }
     }
@@ -335,14 +296,14 @@ static int do_extract(struct run *r) {
         return -1;
     rmig_mapped_reader_blocks(r->reader, &b);
     uint64_t page = b[block].page_size;
-    if (ftruncate(r->part_fd, (off_t)b[block].length) < 0)
-        return fail(&r->c, EXIT_FILES, "cannot make %s of %" PRIu64 " bytes: %s", r->part, b[block].length,
+    if (ftruncate(r->out.fd, (off_t)b[block].length) < 0)
+        return fail(&r->c, EXIT_FILES, "cannot make %s of %" PRIu64 " bytes: %s", r->out.part, b[block].length,
                     strerror(errno));
     if (each_piece(r, block, write_piece, &page) < 0)
         return -1;
-    if (!r->opt.no_sync && fsync(r->part_fd) < 0)
-        return fail(&r->c, EXIT_FILES, "cannot bring %s to the disk: %s", r->part, strerror(errno));
-    return commit(r, r->arg[2]);
+    if (!r->opt.no_sync && fsync(r->out.fd) < 0)
+        return fail(&r->c, EXIT_FILES, "cannot bring %s to the disk: %s", r->out.part, strerror(errno));
+    return commit(r);
 }
 
 // >>diff
@@ -467,24 +428,19 @@ static int do_diff(struct run *r) {
 // >>load
 
 static int create(struct run *r, const char *file) {
-    int fd = openat(r->part_fd, file, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC | O_NOFOLLOW, 0600);
+    int fd = openat(r->out.fd, file, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC | O_NOFOLLOW, 0600);
     if (fd < 0)
-        fail(&r->c, EXIT_FILES, "cannot create %s/%s: %s", r->part, file, strerror(errno));
+        fail(&r->c, EXIT_FILES, "cannot create %s/%s: %s", r->out.part, file, strerror(errno));
     return fd;
 }
 
 static int make_dir(struct run *r, const char *path) {
-    struct stat st;
-    if (lstat(path, &st) == 0)
-        return fail(&r->c, EXIT_FILES, "%s exists: name a directory that does not", path);
-    name_part(r, path);
-    if (mkdir(r->part, 0700) < 0)
-        return fail(&r->c, EXIT_FILES, "cannot create %s: %s", r->part, strerror(errno));
-    r->is_dir = true;
-    r->part_fd = open(r->part, O_RDONLY | O_DIRECTORY | O_CLOEXEC | O_NOFOLLOW);
-    if (r->part_fd < 0 || mkdirat(r->part_fd, RAM_DIR, 0700) < 0)
-        return fail(&r->c, EXIT_FILES, "cannot create %s/" RAM_DIR ": %s", r->part, strerror(errno));
-    return 0;
+    struct rmig_error err;
+    if (whole_file_open_dir(&r->out, path, &err) < 0)
+        return fail_rmig(&r->c, EXIT_FILES, &err);
+    return mkdirat(r->out.fd, RAM_DIR, 0700) == 0
+               ? 0
+               : fail(&r->c, EXIT_FILES, "cannot create %s/" RAM_DIR ": %s", r->out.part, strerror(errno));
 }
 
 static int map_new_image(struct run *r, struct image *image) {
@@ -494,7 +450,7 @@ static int map_new_image(struct run *r, struct image *image) {
     if (ftruncate(image->fd, (off_t)image->block.length) == 0)
         image->map = mmap(NULL, image->block.length, PROT_READ | PROT_WRITE, MAP_SHARED, image->fd, 0);
     if (image->map == MAP_FAILED)
-        return fail(&r->c, EXIT_FILES, "%s/%s: cannot make and map %" PRIu64 " bytes: %s", r->part, image->file,
+        return fail(&r->c, EXIT_FILES, "%s/%s: cannot make and map %" PRIu64 " bytes: %s", r->out.part, image->file,
                     image->block.length, strerror(errno));
     return 0;
 }
@@ -533,19 +489,19 @@ static int write_machine(struct run *r) {
     int error = errno;
     json_decref(object);
     close(fd);
-    return rc < 0 ? fail(&r->c, EXIT_FILES, "cannot write %s/" MACHINE_FILE ": %s", r->part, strerror(error)) : 0;
+    return rc < 0 ? fail(&r->c, EXIT_FILES, "cannot write %s/" MACHINE_FILE ": %s", r->out.part, strerror(error)) : 0;
 }
 
 static int sync_dir(struct run *r) {
     bool ok = fsync(r->state_fd) == 0;
     for (uint32_t i = 0; i < r->c.machine.image_count && ok; i++)
         ok = fsync(r->c.machine.image[i].fd) == 0;
-    int ram = ok ? openat(r->part_fd, RAM_DIR, O_RDONLY | O_DIRECTORY | O_CLOEXEC) : -1;
-    ok = ram >= 0 && fsync(ram) == 0 && fsync(r->part_fd) == 0;
+    int ram = ok ? openat(r->out.fd, RAM_DIR, O_RDONLY | O_DIRECTORY | O_CLOEXEC) : -1;
+    ok = ram >= 0 && fsync(ram) == 0 && fsync(r->out.fd) == 0;
     int error = errno;
     if (ram >= 0)
         close(ram);
-    return ok ? 0 : fail(&r->c, EXIT_FILES, "cannot bring %s to the disk: %s", r->part, strerror(error));
+    return ok ? 0 : fail(&r->c, EXIT_FILES, "cannot bring %s to the disk: %s", r->out.part, strerror(error));
 }
 
 static int do_load(struct run *r) {
@@ -557,7 +513,7 @@ static int do_load(struct run *r) {
         return -1;
     if (!r->opt.no_sync && sync_dir(r) < 0)
         return -1;
-    return commit(r, r->arg[1]);
+    return commit(r);
 }
 
 // >>save
@@ -681,8 +637,8 @@ static int do_save(struct run *r) {
     struct rmig_error err;
     if (read_machine(r, &machine) < 0 || open_part(r, r->arg[1]) < 0)
         return -1;
-    r->file = r->part;
-    if (rmig_mapped_writer_open(r->part_fd, &r->opt, &r->writer, &err) < 0)
+    r->file = r->out.part;
+    if (rmig_mapped_writer_open(r->out.fd, &r->opt, &r->writer, &err) < 0)
         return fail_file(r, &err);
     if (add_images(r) < 0)
         return -1;
@@ -692,7 +648,7 @@ static int do_save(struct run *r) {
         return -1;
     if (rmig_mapped_writer_finish(r->writer) < 0)
         return fail_writer(r);
-    return commit(r, r->arg[1]);
+    return commit(r);
 }
 
 // >>result
@@ -842,18 +798,18 @@ static void clean_up(struct run *r) {
     rmig_mapped_reader_close(r->reader);
     rmig_mapped_reader_close(r->other);
     machine_free(&r->c.machine);
-    int fds[] = {r->fd, r->other_fd, r->part_fd, r->state_fd};
+    int fds[] = {r->fd, r->other_fd, r->state_fd};
     for (size_t i = 0; i < sizeof fds / sizeof fds[0]; i++)
         if (fds[i] >= 0)
             close(fds[i]);
-    free(r->part);
+    whole_file_free(&r->out);
     json_decref(r->result);
 }
 
 int main(int argc, char **argv) {
     static struct run run;
     static const struct argp argp = {option_table, parse_option, "COMMAND ARGUMENT...", doc, NULL, NULL, NULL};
-    run.fd = run.other_fd = run.part_fd = run.state_fd = -1;
+    run.fd = run.other_fd = run.out.fd = run.state_fd = -1;
     run.opt.progress = on_progress;
     parse_arguments(&run.c, &argp, &run, argc, argv);
     run.result = checked(json_object());

@@ -1,0 +1,114 @@
+/*
+whole_file.h - a file or directory that has its name only when all of it is there
+
+    Until then it is called PATH.part. One process at a time writes a PATH.part: a file is locked, a directory is new.
+*/
+#ifndef WHOLE_FILE_H
+#define WHOLE_FILE_H
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/file.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "../rmig.h"
+
+struct whole_file {
+    const char *path; // the caller's, and must stay
+    char *part;
+    int fd; // of part; -1: nothing is being written
+};
+
+static inline int whole_file_name(struct whole_file *f, const char *path, struct rmig_error *err) {
+    f->path = path;
+    f->fd = -1;
+    if (asprintf(&f->part, "%s.part", path) >= 0)
+        return RMIG_OK;
+    f->part = NULL;
+    return rmig_fail(err, RMIG_ERR_NO_MEMORY, 0, "out of memory for the name of %s.part", path);
+}
+
+/* A new file, for reading and writing. One that a killed process left is taken over. What is at PATH must be a regular
+   file, or nothing. RMIG_OK; RMIG_ERR_FILE, RMIG_ERR_NO_MEMORY. */
+static inline int whole_file_open(struct whole_file *f, const char *path, struct rmig_error *err) {
+    struct stat mine, named;
+    if (whole_file_name(f, path, err) != RMIG_OK)
+        return err->status;
+    if (stat(path, &named) == 0 && !S_ISREG(named.st_mode))
+        return rmig_fail(err, RMIG_ERR_FILE, 0, "%s is not a regular file, and will not be replaced", path);
+    int fd = open(f->part, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK, 0600);
+    if (fd < 0)
+        return rmig_fail(err, RMIG_ERR_FILE, errno, "cannot create %s: %s", f->part, strerror(errno));
+    // Whoever had the lock before may have given the file its name, or removed it, since it was opened.
+    bool mine_alone = flock(fd, LOCK_EX | LOCK_NB) == 0 && fstat(fd, &mine) == 0 && stat(f->part, &named) == 0 &&
+                      mine.st_ino == named.st_ino && mine.st_dev == named.st_dev;
+    if (!mine_alone || !S_ISREG(mine.st_mode)) {
+        close(fd);
+        return rmig_fail(err, RMIG_ERR_FILE, 0, "%s is %s", f->part,
+                         mine_alone ? "not a regular file" : "being written by another process");
+    }
+    f->fd = fd;
+    return ftruncate(fd, 0) == 0
+               ? RMIG_OK
+               : rmig_fail(err, RMIG_ERR_FILE, errno, "cannot empty %s: %s", f->part, strerror(errno));
+}
+
+/* A new, empty directory; PATH must not exist. Errors as whole_file_open. */
+static inline int whole_file_open_dir(struct whole_file *f, const char *path, struct rmig_error *err) {
+    struct stat st;
+    if (whole_file_name(f, path, err) != RMIG_OK)
+        return err->status;
+    if (lstat(path, &st) == 0)
+        return rmig_fail(err, RMIG_ERR_FILE, EEXIST, "%s exists: name a directory that does not", path);
+    if (mkdir(f->part, 0700) < 0)
+        return rmig_fail(err, RMIG_ERR_FILE, errno, "cannot create %s: %s", f->part, strerror(errno));
+    f->fd = open(f->part, O_RDONLY | O_DIRECTORY | O_CLOEXEC | O_NOFOLLOW);
+    return f->fd >= 0 ? RMIG_OK : rmig_fail(err, RMIG_ERR_FILE, errno, "cannot open %s: %s", f->part, strerror(errno));
+}
+
+static inline int whole_file_sync_parent(const char *path, struct rmig_error *err) {
+    char *copy = strdup(path), *slash = copy == NULL ? NULL : strrchr(copy, '/');
+    if (copy == NULL)
+        return rmig_fail(err, RMIG_ERR_NO_MEMORY, 0, "out of memory for the directory of %s", path);
+    if (slash != NULL)
+        slash[slash == copy] = '\0';
+    int fd = open(slash == NULL ? "." : copy, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    int rc = fd < 0 ? -1 : fsync(fd), error = errno;
+    if (fd >= 0)
+        close(fd);
+    free(copy);
+    return rc == 0 ? RMIG_OK
+                   : rmig_fail(err, RMIG_ERR_FILE, error, "%s is there, but may be lost if the power fails: %s", path,
+                               strerror(error));
+}
+
+/* Gives it its name: what is written must be on the disk already. sync: waits until the name is, too. */
+static inline int whole_file_commit(struct whole_file *f, bool sync, struct rmig_error *err) {
+    if (rename(f->part, f->path) < 0)
+        return rmig_fail(err, RMIG_ERR_FILE, errno, "%s cannot become %s: %s", f->part, f->path, strerror(errno));
+    close(f->fd);
+    f->fd = -1; // nothing to remove any more
+    return sync ? whole_file_sync_parent(f->path, err) : RMIG_OK;
+}
+
+/* Removes what has not got its name; the content of a directory must be removed before. Of what a handler of signals
+   may call. */
+static inline void whole_file_remove(struct whole_file *f) {
+    struct stat st;
+    if (f->fd >= 0 && fstat(f->fd, &st) == 0)
+        unlinkat(AT_FDCWD, f->part, S_ISDIR(st.st_mode) ? AT_REMOVEDIR : 0);
+}
+
+static inline void whole_file_free(struct whole_file *f) {
+    if (f->fd >= 0)
+        close(f->fd);
+    free(f->part);
+    f->part = NULL;
+    f->fd = -1;
+}
+
+#endif // WHOLE_FILE_H
