@@ -26,26 +26,27 @@ UNIT := $(filter unit_%,$(SUITES))
 # not run; the unit suites also once for each macro that rmig.h takes, and with clang.
 TSAN_SUITES := $(filter threads,$(SUITES))
 SWITCHES := static namespace chunk64 override ndebug clang
-FLAGS_plain := -O1 -g
-FLAGS_asan := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
+URING := -DRMIG_MAPPED_URING
+FLAGS_plain := -O1 -g $(URING)
+FLAGS_asan := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all $(URING)
 FLAGS_tsan := -O1 -g -fsanitize=thread
 FLAGS_verbs := -O1 -g -DRMIG_TEST_VERBS
 FLAGS_static := -O1 -DRMIG_STATIC
 FLAGS_namespace := -O1 -DRMIG_NAMESPACE=acme_
 FLAGS_chunk64 := -O1 -DRMIG_CHUNK_SIZE=67108864
 FLAGS_override := -O1 -include tests/override.h
-FLAGS_ndebug := -O3 -DNDEBUG
+FLAGS_ndebug := -O3 -DNDEBUG $(URING)
 FLAGS_clang := -O2
 CC_clang := $(CLANG)
 
 # What each kind of program links with; asked for in recipes, since `make deps` may install it in the same run.
 RDMA_LIBS := libfabric libibverbs librdmacm
-EXAMPLE_LIBS := $$(pkg-config --cflags --libs $(RDMA_LIBS) jansson) -pthread
-TEST_LIBS := $$(pkg-config --cflags --libs criterion $(RDMA_LIBS) jansson) -pthread
+EXAMPLE_LIBS := $(URING) $$(pkg-config --cflags --libs $(RDMA_LIBS) jansson liburing) -pthread
+TEST_LIBS := $$(pkg-config --cflags --libs criterion $(RDMA_LIBS) jansson liburing) -pthread
 
 # Packages of Debian and its kin.
 PACKAGES := gcc g++ libc6-dev pkg-config perl procps libfabric-dev libibverbs-dev librdmacm-dev libjansson-dev \
-	libcriterion-dev clang libclang-rt-dev clang-tidy cppcheck valgrind \
+	liburing-dev libcriterion-dev clang libclang-rt-dev clang-tidy cppcheck valgrind \
 	qemu-system-x86 ibverbs-providers rdmacm-utils perftest iproute2 xz-utils binutils
 BENCH_PACKAGES := gnuplot-nox
 
@@ -205,6 +206,6 @@ uninstall:
 clean:
 	rm -rf $(B)
 
-.PHONY: all examples help deps deps-bench demo check quick check-rdma lint fuzz check-binaries quick-binaries bench bench-rdma install \
-	uninstall clean
+.PHONY: all examples help deps deps-bench demo check quick check-rdma lint fuzz check-binaries quick-binaries bench \
+	bench-rdma install uninstall clean
 .DELETE_ON_ERROR:

@@ -36,6 +36,7 @@ RAM, by offset
 #include <linux/userfaultfd.h>
 #include <poll.h>
 #include <pthread.h>
+#include <setjmp.h>
 #include <signal.h>
 #include <stdatomic.h>
 #include <stdio.h>
@@ -479,7 +480,7 @@ struct guest {
 
     pthread_t uffd_thread;
     pthread_mutex_t uffd_lock; // a page is logged and opened, or taken and closed, never half of each
-    uint64_t *uffd_bitmap;
+    struct rmig_merge uffd_log; // pages written since they were taken
     int uffd, uffd_stop; // -1: not open
 };
 
@@ -732,13 +733,45 @@ static void guest_pace(struct guest *g) {
             break;
 }
 
-static bool thread_run_batch(struct guest *g) {
+static bool thread_steps(struct guest *g) {
     for (uint64_t i = 0; i < g->layout.batch; i++) {
         if (atomic_load_explicit(&g->kick, memory_order_relaxed))
             return false;
         rule_step(g->ram, &g->layout, &g->registers);
     }
     return true;
+}
+
+/* RAM that is loaded lazily becomes inaccessible when that fails. KVM_RUN returns an error then; a thread guest has to
+   fail as well, and not this whole program. */
+static _Thread_local sigjmp_buf *thread_on_fault;
+static struct sigaction thread_fault_before;
+
+static void thread_fault(int number) {
+    if (thread_on_fault != NULL)
+        siglongjmp(*thread_on_fault, 1);
+    sigaction(number, &thread_fault_before, NULL); // of nobody's: on return it happens again
+}
+
+static void thread_catch_faults(void) {
+    static bool caught;
+    struct sigaction action = {.sa_handler = thread_fault, .sa_flags = (int)SA_NODEFER};
+    if (!caught)
+        sigaction(SIGSEGV, &action, &thread_fault_before);
+    caught = true;
+}
+
+static bool thread_run_batch(struct guest *g) {
+    sigjmp_buf jump;
+    if (sigsetjmp(jump, 0) != 0) {
+        thread_on_fault = NULL;
+        guest_set_failed(g, "the guest's RAM cannot be accessed", 0);
+        return false;
+    }
+    thread_on_fault = &jump;
+    bool whole = thread_steps(g);
+    thread_on_fault = NULL;
+    return whole;
 }
 
 static bool guest_run_batch(struct guest *g) {
@@ -789,6 +822,8 @@ static int guest_start_thread(struct guest *g, struct rmig_error *err) {
     struct sigaction action = {.sa_handler = kvm_signal}; // without SA_RESTART: KVM_RUN shall return
     sigaction(SIGUSR1, &action, NULL);
 #endif
+    if (g->kind == GUEST_THREAD)
+        thread_catch_faults();
     errno = pthread_create(&g->thread, NULL, guest_main, g);
     if (errno != 0)
         return fail_errno(err, "the guest's thread");
@@ -880,7 +915,7 @@ static void uffd_handle(struct guest *g, const struct uffd_msg *msg) {
     }
     uint64_t page = (msg->arg.pagefault.address - (uint64_t)(uintptr_t)g->ram) / GUEST_PAGE;
     pthread_mutex_lock(&g->uffd_lock);
-    g->uffd_bitmap[page / 64] |= (uint64_t)1 << (page % 64);
+    rmig_merge_add_page(&g->uffd_log, page);
     int rc = uffd_protect(g, page, 1, false);
     pthread_mutex_unlock(&g->uffd_lock);
     if (rc != 0)
@@ -926,14 +961,15 @@ static void uffd_close(struct guest *g) {
     }
     if (g->uffd >= 0) // closing it removes the protection and lets waiting stores go on
         close(g->uffd);
-    free(g->uffd_bitmap);
+    free(g->uffd_log.bits);
     g->uffd = g->uffd_stop = -1;
-    g->uffd_bitmap = NULL;
+    memset(&g->uffd_log, 0, sizeof g->uffd_log);
 }
 
 static int uffd_start(struct guest *g, struct rmig_error *err) {
-    g->uffd_bitmap = calloc((layout_pages(&g->layout) + 63) / 64, 8);
-    if (g->uffd_bitmap == NULL)
+    g->uffd_log.pages = layout_pages(&g->layout);
+    g->uffd_log.bits = calloc((g->uffd_log.pages + 63) / 64, 8);
+    if (g->uffd_log.bits == NULL)
         return rmig_fail(err, RMIG_ERR_NO_MEMORY, 0, "no memory for the dirty log");
     int rc = uffd_open(g, err);
     if (rc != RMIG_OK)
@@ -954,14 +990,15 @@ static int uffd_start(struct guest *g, struct rmig_error *err) {
 }
 
 static int uffd_fetch_log(struct guest *g, uint64_t *bitmap, struct rmig_error *err) {
-    struct rmig_merge set = {.bits = bitmap, .pages = layout_pages(&g->layout)};
-    uint64_t first, n, at = 0;
+    struct rmig_merge *log = &g->uffd_log;
+    uint64_t first, n;
     int rc = 0;
     pthread_mutex_lock(&g->uffd_lock);
-    memcpy(bitmap, g->uffd_bitmap, (set.pages + 63) / 64 * 8);
-    memset(g->uffd_bitmap, 0, (set.pages + 63) / 64 * 8);
-    for (; rc == 0 && rmig_merge_next(&set, at, set.pages, UINT64_MAX, &first, &n); at = first + n)
+    memcpy(bitmap, log->bits, (log->pages + 63) / 64 * 8);
+    while (rc == 0 && rmig_merge_next(log, 0, log->pages, UINT64_MAX, &first, &n)) {
+        rmig_merge_take(log, first, n);
         rc = uffd_protect(g, first, n, true);
+    }
     pthread_mutex_unlock(&g->uffd_lock);
     return rc == 0 ? RMIG_OK : fail_errno(err, "userfaultfd: write protection");
 }

@@ -1,23 +1,30 @@
 /*
-kvm_live.c - a small hypervisor that live-migrates a running guest with rmig, over libfabric or verbs
+kvm_live.c - a small hypervisor that live-migrates a running guest with rmig, over libfabric or verbs, or into a file
 
     kvm_live demo                                  both ends on this machine: progress, a table, JSON
     kvm_live dest --listen 0.0.0.0:4444            on one host
     kvm_live source --connect 10.0.0.2:4444        on the other: the guest moves
     kvm_live local                                 no network: tries the guest, the dirty log and the verifier here
+    kvm_live save FILE                             runs a guest and snapshots it live; it runs on here
+    kvm_live load FILE [--lazy]                    runs the guest of a snapshot
+
+    "local --save FILE" and "local --load FILE" are the last two in other words.
 
     The guest (kvm_guest.h) changes its memory by a rule from which every byte of RAM can be computed, so it can be
     checked that no update was lost and none invented: in memory as it arrived, and again after the guest has run on.
 
     What to read for your own hypervisor: source_migrate (the convergence loop), source_drive (waiting on descriptors,
-    progress, giving up), source_main (who owns the guest after which error), dest_event (blocks, state, handover).
+    progress, giving up), source_main (who owns the guest after which error), dest_event (blocks, state, handover). For
+    snapshots: save_guest, load_guest and kvm_snapshot.h.
 
 EXIT STATUS
 
-    0   the guest moved and is verified (source: the guest moved)
+    0   the guest moved and is verified (source: the guest moved; save: the file is whole, and the guest ran on and
+        was verified; load: the guest ran and was verified)
     1   memory is not what the rule says
     2   wrong usage
-    3   the migration failed: at the source the guest runs on, and was verified after --run-after
+    3   the migration or the snapshot failed: at the source the guest runs on, and was verified after --run-after; what
+        the FILE of save was before, it still is
     4   the link broke during the handover: nobody can know who owns the guest, so it stays stopped here
 */
 #define _GNU_SOURCE
@@ -33,10 +40,11 @@ EXIT STATUS
 #include "../rmig.h"
 
 #include "kvm_guest.h"
+#include "kvm_snapshot.h"
 #include "open_fabric.h"
 
 enum exit_status { EXIT_OK, EXIT_NOT_VERIFIED, EXIT_USAGE, EXIT_FAILED, EXIT_HANDOVER };
-enum mode { MODE_NONE, MODE_SOURCE, MODE_DEST, MODE_DEMO, MODE_LOCAL };
+enum mode { MODE_NONE, MODE_SOURCE, MODE_DEST, MODE_DEMO, MODE_LOCAL, MODE_SAVE, MODE_LOAD };
 enum sabotage { SABOTAGE_NONE, SABOTAGE_LOSE_PAGE, SABOTAGE_INVENT_WORD };
 
 #define MS ((uint64_t)1000000)
@@ -52,6 +60,9 @@ struct options {
     enum sabotage sabotage;
     bool strict, no_progress;
     struct rmig_config cfg;
+    const char *save, *load; // snapshot files
+    bool lazy;
+    struct rmig_mapped_options file;
     int address_fd, report_fd; // of a demo: where the destination tells its address, where an end reports; -1: none
 };
 
@@ -214,6 +225,10 @@ static int run_for(struct guest *g, uint64_t ns, struct rmig_error *err) {
     return RMIG_OK;
 }
 
+static uint64_t deadline_of(const struct options *o) {
+    return o->timeout_ns == 0 ? UINT64_MAX : guest_now() + o->timeout_ns;
+}
+
 static int choose_guest(const struct options *o, enum guest_kind *kind, struct progress *p, struct rmig_error *err) {
     *kind = o->guest == GUEST_THREAD ? GUEST_THREAD : GUEST_KVM;
     if (*kind == GUEST_THREAD)
@@ -224,6 +239,14 @@ static int choose_guest(const struct options *o, enum guest_kind *kind, struct p
     progress_line(p, "KVM cannot be used (%s): the guest is a thread, its dirty log userfaultfd", err->text);
     *kind = GUEST_THREAD;
     return RMIG_OK;
+}
+
+/* Of a guest that comes from elsewhere. */
+static int check_kind(const struct options *o, const struct guest_state *state, struct rmig_error *err) {
+    if (o->guest == 0 || state->kind == (uint32_t)o->guest)
+        return RMIG_OK;
+    return rmig_fail(err, RMIG_ERR_SETUP, 0, "the guest that comes is a %s guest, --guest here says %s",
+                     guest_kind_name((enum guest_kind)state->kind), guest_kind_name((enum guest_kind)o->guest));
 }
 
 /* To the file of --json and, in a demo, to the process that makes one report of two. */
@@ -250,14 +273,20 @@ struct source {
     struct progress progress;
     struct ram ram;
     struct guest guest;
-    struct rmig_fabric *fabric;
+    int (*round)(struct source *s, const uint64_t *dirty, uint64_t bytes, struct rmig_error *err); // fills in stats
+    struct rmig_fabric *fabric; // a migration
     struct rmig_source *rmig;
     uint32_t block;
+    struct snapshot file; // a snapshot
     uint64_t *dirty, *dirty_last; // dirty logs: since the last round; since then, once the guest is stopped
     uint64_t pages, deadline, begin_ns, stop_ns, end_ns, expected_ns;
     uint64_t fetch_ns, dirty_rate; // when the dirty log was fetched last, and what it said, bytes per second
-    struct rmig_stats stats; // as they are when the session ends
+    struct rmig_stats stats; // after the last round; when the session ends
     bool finishing;
+    uint64_t first_step_ns; // of a guest that was snapshotted, when it runs on
+    uint64_t round_total; // save: bytes of the round under way
+    struct rmig_error gave_up; // save: why
+    struct guest_verdict verdict; // of a guest that ran on here
 };
 
 static uint64_t count_bits(const uint64_t *bitmap, uint64_t pages) {
@@ -345,7 +374,10 @@ static int source_round(struct source *s, const uint64_t *dirty, uint64_t bytes,
     if (rc == RMIG_OK)
         rc = rmig_source_end_round_start(s->rmig);
     rc = source_check(s, rc, err);
-    return rc == RMIG_OK ? source_drive(s, bytes, err) : rc;
+    if (rc == RMIG_OK)
+        rc = source_drive(s, bytes, err);
+    rmig_source_stats(s->rmig, &s->stats);
+    return rc;
 }
 
 /* After a round: what the guest dirtied meanwhile, and how long the rest would take with the guest stopped. */
@@ -357,7 +389,6 @@ static int source_look(struct source *s, uint64_t *dirty_bytes, struct rmig_erro
     *dirty_bytes = count_bits(s->dirty, s->pages) * GUEST_PAGE;
     s->dirty_rate = per_second(*dirty_bytes, now - s->fetch_ns);
     s->fetch_ns = now;
-    rmig_source_stats(s->rmig, &s->stats);
     s->expected_ns = rmig_expected_downtime_ns(&s->stats, *dirty_bytes);
     char a[16], b[16], c[16], d[16], e[16];
     progress_line(&s->progress, "round %" PRIu64 ": %s in %s (%s/s); dirty since: %s; downtime if stopped now: %s",
@@ -372,7 +403,7 @@ static int source_converge(struct source *s, struct rmig_error *err) {
     uint64_t bytes = s->ram.size;
     const uint64_t *dirty = NULL;
     for (;;) {
-        int rc = source_round(s, dirty, bytes, err);
+        int rc = s->round(s, dirty, bytes, err);
         if (rc == RMIG_OK)
             rc = source_look(s, &bytes, err);
         if (rc != RMIG_OK)
@@ -441,20 +472,27 @@ static int source_stop_guest(struct source *s, struct rmig_error *err) {
     return s->o->sabotage == SABOTAGE_INVENT_WORD ? sabotage_invent_word(s, err) : RMIG_OK;
 }
 
-/* The guest stands still from here on; any error hands it back to source_main. */
-static int source_hand_over(struct source *s, struct rmig_error *err) {
-    struct guest_state state;
+/* The guest stands still from here on: the last round, and its state. */
+static int source_stop(struct source *s, struct guest_state *state, struct rmig_error *err) {
     int rc = source_stop_guest(s, err);
     if (rc == RMIG_OK)
-        rc = source_round(s, s->dirty, count_bits(s->dirty, s->pages) * GUEST_PAGE, err);
+        rc = s->round(s, s->dirty, count_bits(s->dirty, s->pages) * GUEST_PAGE, err);
     if (rc == RMIG_OK)
-        rc = guest_save_state(&s->guest, &state, err);
+        rc = guest_save_state(&s->guest, state, err);
     if (rc != RMIG_OK)
         return rc;
-    rmig_source_stats(s->rmig, &s->stats);
-    state.begin_ns = s->begin_ns;
-    state.stop_ns = s->stop_ns;
-    state.rounds = (uint32_t)s->stats.rounds;
+    state->begin_ns = s->begin_ns;
+    state->stop_ns = s->stop_ns;
+    state->rounds = (uint32_t)s->stats.rounds;
+    return RMIG_OK;
+}
+
+/* Any error hands the guest back to source_main. */
+static int source_hand_over(struct source *s, struct rmig_error *err) {
+    struct guest_state state;
+    int rc = source_stop(s, &state, err);
+    if (rc != RMIG_OK)
+        return rc;
     // From here on the sink may own the guest before we hear of it: only rmig, by its own deadlines, says how it ended.
     s->finishing = true;
     rc = rmig_source_put(s->rmig, &state, sizeof state);
@@ -465,7 +503,8 @@ static int source_hand_over(struct source *s, struct rmig_error *err) {
 }
 
 static int source_migrate(struct source *s, const char *address, struct rmig_error *err) {
-    s->deadline = s->o->timeout_ns == 0 ? UINT64_MAX : guest_now() + s->o->timeout_ns;
+    s->deadline = deadline_of(s->o);
+    s->round = source_round;
     int rc = source_connect(s, address, err);
     if (rc == RMIG_OK)
         rc = guest_log_start(&s->guest, err); // before the first page is read
@@ -508,6 +547,7 @@ static int source_open(struct source *s, const struct options *o, struct rmig_er
 }
 
 static void source_close(struct source *s) {
+    snapshot_close(&s->file);
     rmig_fabric_close(s->fabric);
     guest_close(&s->guest);
     ram_close(&s->ram);
@@ -515,14 +555,31 @@ static void source_close(struct source *s) {
     free(s->dirty_last);
 }
 
+static void save_report(const struct source *s, json_t *r) {
+    json_object_set_new(r, "file", json_string(s->o->save));
+    set_number(r, "file_bytes", s->file.bytes);
+    set_number(r, "file_allocated_bytes", s->file.allocated);
+    json_object_set_new(r, "verified", json_boolean(s->verdict.ok));
+    json_object_set_new(r, "after_running", json_string(s->verdict.text));
+    if (s->end_ns != 0)
+        set_number(r, "total_ns", s->end_ns - s->begin_ns);
+    if (s->first_step_ns != 0)
+        set_number(r, "downtime_ns", s->first_step_ns - s->stop_ns);
+}
+
 static void source_report(struct source *s, const char *outcome, const struct rmig_error *err) {
     const struct rmig_stats *st = &s->stats;
+    bool save = s->o->mode == MODE_SAVE;
     json_t *r = json_object();
-    json_object_set_new(r, "role", json_string("source"));
+    json_object_set_new(r, "role", json_string(save ? "save" : "source"));
     json_object_set_new(r, "outcome", json_string(outcome));
     json_object_set_new(r, "guest", json_string(guest_kind_name(s->guest.kind)));
-    json_object_set_new(r, "fabric", json_string(s->fabric != NULL ? s->fabric->ops->name : "none"));
-    json_object_set_new(r, "provider", json_string(fabric_provider(s->fabric)));
+    if (save) {
+        save_report(s, r);
+    } else {
+        json_object_set_new(r, "fabric", json_string(s->fabric != NULL ? s->fabric->ops->name : "none"));
+        json_object_set_new(r, "provider", json_string(fabric_provider(s->fabric)));
+    }
     set_number(r, "ram_bytes", s->ram.size);
     set_number(r, "rounds", st->rounds);
     set_number(r, "bytes_written", st->bytes_written);
@@ -537,34 +594,46 @@ static void source_report(struct source *s, const char *outcome, const struct rm
     write_report(s->o, r);
 }
 
-/* The migration failed and the guest is still ours: it runs on, and is verified. */
-static int source_run_on(struct source *s, const struct rmig_error *why) {
-    struct rmig_error err = {0};
+/* The guest is still ours, or again: it runs on, and is verified. */
+static int source_verify(struct source *s, struct rmig_error *err) {
     guest_log_stop(&s->guest);
     guest_resume(&s->guest);
-    progress_line(&s->progress, "the migration failed: %s (%s)", why->text, rmig_status_name(why->status));
+    int rc = guest_wait_step(&s->guest, guest_steps(s->ram.shared), err);
+    if (rc == RMIG_OK)
+        rc = run_for(&s->guest, s->o->run_after_ns, err);
+    if (rc == RMIG_OK)
+        rc = guest_pause(&s->guest, err);
+    if (rc != RMIG_OK)
+        return rc;
+    uint64_t steps = guest_steps(s->ram.shared);
+    s->verdict = guest_verify(&s->guest.layout, s->ram.shared, steps);
+    guest_registers_fit(&s->guest, steps, &s->verdict);
+    progress_line(&s->progress, "verified after running on: %s: %s", s->verdict.ok ? "yes" : "NO", s->verdict.text);
+    return RMIG_OK;
+}
+
+/* why: of a migration or a snapshot that failed; NULL: a snapshot that is whole. */
+static int source_run_on(struct source *s, const struct rmig_error *why) {
+    struct rmig_error err = {0};
+    if (why != NULL)
+        progress_line(&s->progress, "the %s failed: %s (%s)", s->o->mode == MODE_SAVE ? "snapshot" : "migration",
+                      why->text, rmig_status_name(why->status));
     progress_line(&s->progress, "the guest runs on here");
-    int rc = guest_wait_step(&s->guest, guest_steps(s->ram.shared), &err);
-    if (rc == RMIG_OK)
-        rc = run_for(&s->guest, s->o->run_after_ns, &err);
-    if (rc == RMIG_OK)
-        rc = guest_pause(&s->guest, &err);
-    if (rc != RMIG_OK) {
+    if (source_verify(s, &err) != RMIG_OK) {
         progress_line(&s->progress, "the guest is lost: %s", err.text);
         source_report(s, "guest lost", &err);
         return EXIT_FAILED;
     }
-    uint64_t steps = guest_steps(s->ram.shared);
-    struct guest_verdict v = guest_verify(&s->guest.layout, s->ram.shared, steps);
-    guest_registers_fit(&s->guest, steps, &v);
-    progress_line(&s->progress, "verified after running on: %s: %s", v.ok ? "yes" : "NO", v.text);
-    source_report(s, "failed, guest runs on", why);
-    return v.ok ? EXIT_FAILED : EXIT_NOT_VERIFIED;
+    source_report(s, why != NULL ? "failed, guest runs on" : "saved", why);
+    if (!s->verdict.ok)
+        return EXIT_NOT_VERIFIED;
+    return why != NULL ? EXIT_FAILED : EXIT_OK;
 }
 
 static int source_main(const struct options *o, const char *address) {
-    struct source s = {.o = o, .ram = {.fd = -1}, .progress = {.bar = isatty(2) && !o->no_progress}};
+    struct source s = {.o = o, .ram = {.fd = -1}, .file = SNAPSHOT_NONE};
     struct rmig_error err = {0};
+    s.progress.bar = isatty(2) && !o->no_progress;
     guest_init(&s.guest, GUEST_THREAD, NULL, NULL);
     int status = EXIT_FAILED, rc = source_open(&s, o, &err);
     if (rc != RMIG_OK) {
@@ -656,9 +725,8 @@ static int dest_blocks(struct dest *d, const struct rmig_sink_event *ev, struct 
 /* The whole state is there: makes the guest of it, paused. An error now leaves the guest with the source. */
 static int dest_make_guest(struct dest *d, struct rmig_error *err) {
     int rc = state_check(&d->state, d->ram.size, err);
-    if (rc == RMIG_OK && d->o->guest != 0 && d->state.kind != (uint32_t)d->o->guest)
-        rc = rmig_fail(err, RMIG_ERR_SETUP, 0, "the source's guest is a %s guest, --guest here says %s",
-                       guest_kind_name((enum guest_kind)d->state.kind), guest_kind_name((enum guest_kind)d->o->guest));
+    if (rc == RMIG_OK)
+        rc = check_kind(d->o, &d->state, err);
     if (rc == RMIG_OK)
         rc = ram_open_private(&d->ram, err);
     if (rc != RMIG_OK)
@@ -860,7 +928,7 @@ static int local_move(struct source *s, struct dest *d, struct rmig_error *err) 
 }
 
 static int local_main(const struct options *o) {
-    struct source s = {.o = o, .ram = {.fd = -1}};
+    struct source s = {.o = o, .ram = {.fd = -1}, .file = SNAPSHOT_NONE};
     struct dest d = {.o = o, .ram = {.fd = -1}};
     struct rmig_error err = {0};
     int status = EXIT_FAILED;
@@ -883,6 +951,284 @@ static int local_main(const struct options *o) {
     guest_close(&d.guest);
     ram_close(&d.ram);
     source_close(&s);
+    return status;
+}
+
+// >>save: a snapshot of the guest, while it runs
+
+/* Between two pieces of a round. */
+static int save_progress(void *user, const struct rmig_stats *stats) {
+    struct source *s = user;
+    progress_bar(&s->progress, stats, s->round_total);
+    return source_may_go_on(s, &s->gave_up);
+}
+
+static int save_round(struct source *s, const uint64_t *dirty, uint64_t bytes, struct rmig_error *err) {
+    s->round_total = bytes;
+    int rc = snapshot_round(&s->file, dirty, s->ram.size, err);
+    rmig_mapped_writer_stats(s->file.writer, &s->stats);
+    if (rc != RMIG_ERR_CANCELLED)
+        return rc;
+    *err = s->gave_up;
+    return err->status;
+}
+
+static int save_open(struct source *s, struct rmig_error *err) {
+    struct rmig_mapped_options opt = s->o->file;
+    opt.progress = save_progress;
+    opt.progress_user = s;
+    int rc = ram_open_pinnable(&s->ram, err);
+    return rc == RMIG_OK ? snapshot_create(&s->file, s->o->save, &opt, s->ram.pinnable, s->ram.size, s->ram.fd, err)
+                         : rc;
+}
+
+/* It runs as soon as the file has its RAM and this process its state; the disk is waited for meanwhile. */
+static int save_resume(struct source *s, struct rmig_error *err) {
+    uint64_t steps = guest_steps(s->ram.shared);
+    guest_resume(&s->guest);
+    int rc = guest_wait_step(&s->guest, steps, err);
+    s->first_step_ns = guest_now();
+    guest_log_stop(&s->guest);
+    return rc;
+}
+
+static int save_guest(struct source *s, struct rmig_error *err) {
+    struct guest_state state;
+    char size[16], held[16], time[24];
+    s->deadline = deadline_of(s->o);
+    s->round = save_round;
+    int rc = save_open(s, err);
+    if (rc == RMIG_OK)
+        rc = guest_log_start(&s->guest, err); // before the first page is read
+    s->begin_ns = s->fetch_ns = guest_now();
+    if (rc == RMIG_OK)
+        rc = source_converge(s, err);
+    if (rc == RMIG_OK)
+        rc = source_stop(s, &state, err);
+    if (rc == RMIG_OK)
+        rc = save_resume(s, err);
+    if (rc == RMIG_OK)
+        rc = snapshot_finish(&s->file, &state, err);
+    if (rc != RMIG_OK)
+        return rc;
+    s->end_ns = guest_now();
+    progress_line(&s->progress, "%s is whole: %s, %s of it on the disk; the guest stood still for %s", s->o->save,
+                  human(s->file.bytes, size, sizeof size), human(s->file.allocated, held, sizeof held),
+                  human_ns(s->first_step_ns - s->stop_ns, time, sizeof time));
+    return RMIG_OK;
+}
+
+static int save_main(const struct options *o) {
+    struct source s = {.o = o, .ram = {.fd = -1}, .file = SNAPSHOT_NONE};
+    struct rmig_error err = {0};
+    s.progress.bar = isatty(2) && !o->no_progress;
+    guest_init(&s.guest, GUEST_THREAD, NULL, NULL);
+    int status = EXIT_FAILED, rc = source_open(&s, o, &err);
+    if (rc != RMIG_OK) {
+        progress_line(&s.progress, "the guest cannot be started: %s", err.text);
+    } else {
+        guest_resume(&s.guest);
+        rc = run_for(&s.guest, o->run_before_ns, &err);
+        if (rc == RMIG_OK)
+            rc = save_guest(&s, &err);
+        status = source_run_on(&s, rc == RMIG_OK ? NULL : &err);
+    }
+    source_close(&s);
+    return status;
+}
+
+// >>load: the guest of a snapshot
+
+struct load {
+    const struct options *o;
+    struct progress progress;
+    struct ram ram;
+    struct guest guest;
+    struct guest_state state;
+    struct snapshot file;
+    struct rmig_error gave_up; // why loading was
+    uint64_t deadline, begin_ns, resume_ns, first_step_ns, loaded_ns;
+    struct guest_verdict verdict;
+};
+
+static int load_may_go_on(const struct load *l, struct rmig_error *err) {
+    char text[24];
+    if (interrupted)
+        return rmig_fail(err, RMIG_ERR_CANCELLED, 0, "cancelled by a signal");
+    if (guest_now() > l->deadline)
+        return rmig_fail(err, RMIG_ERR_TIMEOUT, 0, "not loaded within the --timeout of %s",
+                         human_ns(l->o->timeout_ns, text, sizeof text));
+    return RMIG_OK;
+}
+
+/* Between two pieces. */
+static int load_progress(void *user, const struct rmig_stats *stats) {
+    struct load *l = user;
+    (void)stats;
+    return load_may_go_on(l, &l->gave_up);
+}
+
+/* Everything that can be refused is, before there is a guest. */
+static int load_open(struct load *l, struct rmig_error *err) {
+    char is[32], max[32];
+    struct rmig_mapped_options opt = l->o->file;
+    opt.memory_is_zero = true;
+    opt.progress = load_progress;
+    opt.progress_user = l;
+    int rc = snapshot_open(&l->file, l->o->load, &opt, &l->state, err);
+    if (rc == RMIG_OK && l->state.layout.ram > l->o->ram_max)
+        rc = rmig_fail(err, RMIG_ERR_SETUP, 0, "%s: RAM is %s: must be at most --ram-max, %s", l->o->load,
+                       rmig_size_format(l->state.layout.ram, is, sizeof is),
+                       rmig_size_format(l->o->ram_max, max, sizeof max));
+    if (rc == RMIG_OK)
+        rc = check_kind(l->o, &l->state, err);
+    return rc == RMIG_OK ? ram_open(&l->ram, l->state.layout.ram, err) : rc;
+}
+
+static int load_ram(struct load *l, struct rmig_error *err) {
+    if (l->o->lazy)
+        return snapshot_load_start(&l->file, l->ram.shared, l->ram.size, l->ram.fd, err);
+    int rc = snapshot_load(&l->file, l->ram.shared, l->ram.size, l->ram.fd, err);
+    if (rc == RMIG_OK)
+        l->loaded_ns = guest_now();
+    if (rc != RMIG_ERR_CANCELLED)
+        return rc;
+    *err = l->gave_up;
+    return err->status;
+}
+
+/* The guest fails too when its RAM cannot be loaded: then that is the reason. */
+static int load_guest_failed(struct load *l, struct rmig_error *err) {
+    struct rmig_error why = {0};
+    if (!guest_has_failed(&l->guest, err))
+        return RMIG_OK;
+    if (l->o->lazy && snapshot_load_wait(&l->file, SECOND, &why) < RMIG_OK)
+        *err = why;
+    return err->status;
+}
+
+/* Waits for a step that was made here. RAM is looked at by way of its file: there a page that is not loaded reads as
+   zero, and nothing happens to it. */
+static int load_wait_step(struct load *l, struct rmig_error *err) {
+    uint64_t steps = 0;
+    while (steps <= l->state.steps) {
+        struct timespec nap = guest_timespec(20000);
+        int rc = load_guest_failed(l, err);
+        if (rc == RMIG_OK)
+            rc = load_may_go_on(l, err);
+        if (rc == RMIG_OK && guest_now() > l->resume_ns + GUEST_PAUSE_NS)
+            rc = rmig_fail(err, RMIG_ERR_SETUP, 0, "the guest made no step after step %" PRIu64 " within %llu ms",
+                           l->state.steps, GUEST_PAUSE_NS / 1000000);
+        if (rc != RMIG_OK)
+            return rc;
+        if (pread(l->ram.fd, &steps, sizeof steps, (off_t)sizeof steps * GUEST_STEPS_WORD) != (ssize_t)sizeof steps)
+            return fail_errno(err, "reading the guest's RAM");
+        if (steps <= l->state.steps)
+            nanosleep(&nap, NULL);
+    }
+    l->first_step_ns = guest_now();
+    return RMIG_OK;
+}
+
+/* While the guest runs. */
+static int load_wait_all(struct load *l, struct rmig_error *err) {
+    for (;;) {
+        int rc = snapshot_load_wait(&l->file, SLICE, err);
+        if (rc == RMIG_OK)
+            l->loaded_ns = guest_now();
+        if (rc != RMIG_PENDING)
+            return rc;
+        rc = load_guest_failed(l, err);
+        if (rc == RMIG_OK)
+            rc = load_may_go_on(l, err);
+        if (rc != RMIG_OK)
+            return rc;
+    }
+}
+
+static int load_start(struct load *l, struct rmig_error *err) {
+    char a[24], b[24];
+    l->begin_ns = guest_now();
+    int rc = load_open(l, err);
+    if (rc == RMIG_OK)
+        rc = load_ram(l, err);
+    l->guest.ram = l->ram.shared;
+    if (rc == RMIG_OK)
+        rc = guest_load_state(&l->guest, &l->state, err);
+    l->resume_ns = guest_now();
+    if (rc == RMIG_OK) {
+        guest_resume(&l->guest);
+        rc = load_wait_step(l, err);
+    }
+    if (rc == RMIG_OK && l->o->lazy)
+        rc = load_wait_all(l, err);
+    if (rc == RMIG_OK)
+        progress_line(&l->progress, "the guest's first step came after %s, all was loaded after %s",
+                      human_ns(l->first_step_ns - l->begin_ns, a, sizeof a),
+                      human_ns(l->loaded_ns - l->begin_ns, b, sizeof b));
+    return rc;
+}
+
+static int load_guest(struct load *l, struct rmig_error *err) {
+    int rc = load_start(l, err);
+    if (rc != RMIG_OK)
+        return rc;
+    uint64_t ran = guest_now() - l->resume_ns;
+    rc = run_for(&l->guest, ran < l->o->run_after_ns ? l->o->run_after_ns - ran : 0, err);
+    if (rc == RMIG_OK)
+        rc = guest_pause(&l->guest, err);
+    if (rc != RMIG_OK)
+        return rc;
+    uint64_t steps = guest_steps(l->ram.shared);
+    l->verdict = guest_verify(&l->state.layout, l->ram.shared, steps);
+    guest_registers_fit(&l->guest, steps, &l->verdict);
+    progress_line(&l->progress, "memory after running on: %s: %s", l->verdict.ok ? "right" : "WRONG", l->verdict.text);
+    return RMIG_OK;
+}
+
+static void load_report(const struct load *l, const struct rmig_error *err) {
+    json_t *r = json_object();
+    json_object_set_new(r, "role", json_string("load"));
+    json_object_set_new(r, "outcome", json_string(err->status == RMIG_OK ? "loaded" : "failed"));
+    json_object_set_new(r, "file", json_string(l->o->load));
+    json_object_set_new(r, "lazy", json_boolean(l->o->lazy));
+    json_object_set_new(r, "verified", json_boolean(l->verdict.ok));
+    if (l->ram.size != 0) {
+        json_object_set_new(r, "guest", json_string(guest_kind_name((enum guest_kind)l->state.kind)));
+        set_number(r, "ram_bytes", l->ram.size);
+        set_number(r, "file_bytes", l->file.bytes);
+        set_number(r, "file_allocated_bytes", l->file.allocated);
+        set_number(r, "ram_in_file_bytes", l->file.bytes_set);
+        set_number(r, "rounds", l->state.rounds);
+        set_number(r, "steps_at_stop", l->state.steps);
+    }
+    if (l->first_step_ns != 0)
+        set_number(r, "first_step_ns", l->first_step_ns - l->begin_ns);
+    if (l->loaded_ns != 0)
+        set_number(r, "loaded_ns", l->loaded_ns - l->begin_ns);
+    if (err->status == RMIG_OK) {
+        set_number(r, "steps_at_end", guest_steps(l->ram.shared));
+        json_object_set_new(r, "after_running", json_string(l->verdict.text));
+    } else {
+        json_object_set_new(r, "error", json_string(err->text));
+    }
+    write_report(l->o, r);
+}
+
+static int load_main(const struct options *o) {
+    struct load l = {.o = o, .ram = {.fd = -1}, .file = SNAPSHOT_NONE};
+    struct rmig_error err = {0};
+    int status = EXIT_FAILED;
+    l.deadline = deadline_of(o);
+    guest_init(&l.guest, GUEST_THREAD, NULL, NULL);
+    if (load_guest(&l, &err) != RMIG_OK)
+        progress_line(&l.progress, "loading failed: %s (%s)", err.text, rmig_status_name(err.status));
+    else
+        status = l.verdict.ok ? EXIT_OK : EXIT_NOT_VERIFIED;
+    load_report(&l, &err);
+    guest_close(&l.guest); // first: it may wait for a page
+    snapshot_close(&l.file);
+    ram_close(&l.ram);
     return status;
 }
 
@@ -1063,7 +1409,13 @@ enum option_key {
     KEY_JSON,
     KEY_TIMEOUT,
     KEY_SABOTAGE,
-    KEY_NO_PROGRESS
+    KEY_NO_PROGRESS,
+    KEY_SAVE,
+    KEY_LOAD,
+    KEY_LAZY,
+    KEY_THREADS,
+    KEY_DIRECT,
+    KEY_NO_SYNC
 };
 
 static const struct argp_option option_list[] = {
@@ -1082,17 +1434,24 @@ static const struct argp_option option_list[] = {
     {"max-rounds", KEY_MAX_ROUNDS, "N", 0, "rounds at most, at least 2; then the guest is stopped anyway (30)", 2},
     {"strict", KEY_STRICT, 0, 0, "after --max-rounds give up instead: the guest runs on at the source", 2},
     {"timeout", KEY_TIMEOUT, "TIME", 0, "give up when it is not done by then, 0: never (120s)", 2},
-    {"ram-max", KEY_RAM_MAX, "SIZE", 0, "dest: largest RAM to accept (64G)", 2},
+    {"ram-max", KEY_RAM_MAX, "SIZE", 0, "dest, load: largest RAM to accept (64G)", 2},
     {"fabric", KEY_FABRIC, "NAME", 0, "ofi (libfabric) or verbs (libibverbs, librdmacm) (ofi)", 2},
     {"provider", KEY_PROVIDER, "NAME", 0, "ofi: libfabric's provider; verbs: the device", 2},
     {"set", KEY_SET, "NAME=VALUE", 0, "set a parameter of rmig; may be repeated", 2},
-    {0, 0, 0, 0, "Results:", 3},
-    {"json", KEY_JSON, "FILE", 0, "write the result there", 3},
-    {"no-progress", KEY_NO_PROGRESS, 0, 0, "a line a round even on a terminal", 3},
+    {0, 0, 0, 0, "Snapshot files (--downtime, --max-rounds, --strict and --timeout hold there too):", 3},
+    {"save", KEY_SAVE, "FILE", 0, "local: as save FILE", 3},
+    {"load", KEY_LOAD, "FILE", 0, "local: as load FILE", 3},
+    {"lazy", KEY_LAZY, 0, 0, "load: the guest runs at once, pages come when it touches them", 3},
+    {"threads", KEY_THREADS, "N", 0, "save, load: move pages by N threads, 1 to 64 (1)", 3},
+    {"direct", KEY_DIRECT, 0, 0, "save, load: direct I/O, past the page cache", 3},
+    {"no-sync", KEY_NO_SYNC, 0, 0, "save: do not wait until the file is on the disk", 3},
+    {0, 0, 0, 0, "Results:", 4},
+    {"json", KEY_JSON, "FILE", 0, "write the result there", 4},
+    {"no-progress", KEY_NO_PROGRESS, 0, 0, "a line a round even on a terminal", 4},
     {"sabotage", KEY_SABOTAGE, "WHAT", 0,
      "spoil the migration, to see that the verifier notices: lose-page (a dirty page is not sent), invent-word "
      "(a word is changed)",
-     3},
+     4},
     {0}};
 
 static void option_size(const char *name, const char *text, uint64_t *out, struct argp_state *state) {
@@ -1133,32 +1492,64 @@ static int option_choice(const char *name, const char *text, const char *const *
     return 0;
 }
 
-static void option_rounds(const char *text, struct options *o, struct argp_state *state) {
-    char *end;
+static uint64_t option_number(const char *name, const char *text, uint64_t min, uint64_t max,
+                              struct argp_state *state) {
+    char *end, limit[32] = "on";
     errno = 0;
-    o->max_rounds = strtoull(text, &end, 10);
-    if (end == text || *end != '\0' || errno != 0 || *text == '-' || o->max_rounds < 2)
-        argp_error(state, "--max-rounds: \"%s\" must be a number from 2 on", text);
+    uint64_t value = strtoull(text, &end, 10);
+    if (max != UINT64_MAX)
+        snprintf(limit, sizeof limit, "to %" PRIu64, max);
+    if (end == text || *end != '\0' || errno != 0 || *text == '-' || value < min || value > max)
+        argp_error(state, "--%s: \"%s\" must be a number from %" PRIu64 " %s", name, text, min, limit);
+    return value;
 }
 
 static error_t option_argument(const char *text, struct options *o, struct argp_state *state) {
-    static const char *const modes[] = {"source", "dest", "demo", "local"};
-    if (o->mode != MODE_NONE)
-        argp_error(state, "\"%s\" is one word too many: one of source, dest, demo, local is enough", text);
-    o->mode = (enum mode)(MODE_SOURCE + option_choice("the command", text, modes, 4, state));
+    static const char *const modes[] = {"source", "dest", "demo", "local", "save", "load"};
+    const char **file = o->mode == MODE_SAVE ? &o->save : o->mode == MODE_LOAD ? &o->load : NULL;
+    if (o->mode == MODE_NONE)
+        o->mode = (enum mode)(MODE_SOURCE + option_choice("the command", text, modes, 6, state));
+    else if (file != NULL && *file == NULL)
+        *file = text;
+    else
+        argp_error(state, "\"%s\" is one word too many: one command is enough%s", text,
+                   file != NULL ? ", with one FILE" : "");
     return 0;
+}
+
+/* local with a file is save or load; what concerns files makes sense nowhere else. */
+static void option_end_files(struct options *o, struct argp_state *state) {
+    if (o->save != NULL && o->load != NULL)
+        argp_error(state, "--save and --load: only one of them at a time");
+    if (o->mode == MODE_LOCAL && o->save != NULL)
+        o->mode = MODE_SAVE;
+    if (o->mode == MODE_LOCAL && o->load != NULL)
+        o->mode = MODE_LOAD;
+    bool save = o->mode == MODE_SAVE, load = o->mode == MODE_LOAD;
+    if ((save && o->save == NULL) || (load && o->load == NULL))
+        argp_error(state, "%s needs a FILE", save ? "save" : "load");
+    if ((o->save != NULL && !save) || (o->load != NULL && !load))
+        argp_error(state, "--save and --load belong to local");
+    if (o->lazy && !load)
+        argp_error(state, "--lazy belongs to load");
+    if ((o->file.threads != 0 || o->file.direct) && !save && !load)
+        argp_error(state, "--threads and --direct belong to save and load");
+    if (o->file.no_sync && !save)
+        argp_error(state, "--no-sync belongs to save");
 }
 
 static error_t option_end(struct options *o, struct argp_state *state) {
     struct guest_layout layout;
     struct rmig_error err = {0};
+    option_end_files(o, state);
     if (o->mode == MODE_NONE)
-        argp_error(state, "a command is missing: one of source, dest, demo, local");
+        argp_error(state, "a command is missing: one of source, dest, demo, local, save, load");
     else if (o->mode == MODE_SOURCE && o->address == NULL)
         argp_error(state, "source needs --connect HOST:PORT");
     else if (o->mode == MODE_DEST && o->address == NULL)
         argp_error(state, "dest needs --listen HOST:PORT");
-    else if (o->mode != MODE_DEST && layout_make(&layout, o->ram, o->work, o->fill, o->dirty_rate, &err) != RMIG_OK)
+    else if (o->mode != MODE_DEST && o->mode != MODE_LOAD &&
+             layout_make(&layout, o->ram, o->work, o->fill, o->dirty_rate, &err) != RMIG_OK)
         argp_error(state, "%s", err.text);
     if (o->mode == MODE_DEMO && o->address == NULL)
         o->address = "127.0.0.1:0";
@@ -1202,7 +1593,7 @@ static error_t option_parse(int key, char *arg, struct argp_state *state) {
         option_time("timeout", arg, &o->timeout_ns, state);
         break;
     case KEY_MAX_ROUNDS:
-        option_rounds(arg, o, state);
+        o->max_rounds = option_number("max-rounds", arg, 2, UINT64_MAX, state);
         break;
     case KEY_STRICT:
         o->strict = true;
@@ -1228,6 +1619,24 @@ static error_t option_parse(int key, char *arg, struct argp_state *state) {
     case KEY_NO_PROGRESS:
         o->no_progress = true;
         break;
+    case KEY_SAVE:
+        o->save = arg;
+        break;
+    case KEY_LOAD:
+        o->load = arg;
+        break;
+    case KEY_LAZY:
+        o->lazy = true;
+        break;
+    case KEY_THREADS:
+        o->file.threads = (uint32_t)option_number("threads", arg, 1, RMIG_MAPPED_THREADS_MAX, state);
+        break;
+    case KEY_DIRECT:
+        o->file.direct = true;
+        break;
+    case KEY_NO_SYNC:
+        o->file.no_sync = true;
+        break;
     case ARGP_KEY_ARG:
         return option_argument(arg, o, state);
     case ARGP_KEY_END:
@@ -1249,11 +1658,11 @@ int main(int argc, char **argv) {
     o.address_fd = o.report_fd = -1;
     struct argp argp = {option_list,
                         option_parse,
-                        "source|dest|demo|local",
-                        "Migrates a running guest to another process by rmig, and verifies that its memory arrived "
-                        "exactly.\vSizes take K, M, G, T. Exit status: 0 moved and verified, 1 memory is wrong, "
-                        "2 usage, 3 the migration failed (the guest runs on at the source), 4 the link broke during "
-                        "the handover.",
+                        "source|dest|demo|local\nsave FILE\nload FILE",
+                        "Migrates a running guest to another process by rmig, or into a snapshot file and from there, "
+                        "and verifies that its memory arrived exactly.\vSizes take K, M, G, T. Exit status: 0 moved, "
+                        "saved or loaded, and verified, 1 memory is wrong, 2 usage, 3 the migration, the snapshot or "
+                        "the loading failed (the guest runs on at the source), 4 the link broke during the handover.",
                         0,
                         0,
                         0};
@@ -1272,6 +1681,10 @@ int main(int argc, char **argv) {
         return demo_main(&o);
     case MODE_LOCAL:
         return local_main(&o);
+    case MODE_SAVE:
+        return save_main(&o);
+    case MODE_LOAD:
+        return load_main(&o);
     case MODE_NONE:
     default:
         return EXIT_USAGE;

@@ -27,6 +27,7 @@ declare -A variants=(
     [overrides]='-DRMIG_IMPLEMENTATION -include tests/override.h'
     [no assertions]='-DRMIG_IMPLEMENTATION -DNDEBUG -O1'
     [position independent]='-DRMIG_IMPLEMENTATION -fPIC -O1'
+    [io_uring]='-DRMIG_IMPLEMENTATION -DRMIG_MAPPED_URING -D_GNU_SOURCE'
 )
 
 compile_matrix() {

@@ -306,6 +306,7 @@ static void random_snapshot(void) {
     opt.offset = below(2) * below(100000);
     opt.direct = below(2) == 0;
     opt.no_sync = true;
+    opt.no_uring = below(3) == 0;
     opt.no_zero_detect = below(4) == 0;
     for (uint32_t i = 0; i < n; i++) {
         ram[i].name = names[i];
@@ -377,6 +378,101 @@ Test(mapped_rounds, a_page_that_becomes_zero_loses_its_bit_and_its_place) {
     close(fd);
 }
 
+// What a file may have at most: RAM, a gap of the alignment and a bitmap for each block, the stream.
+static uint64_t longest(const struct rmig_mapped_options *opt, const struct ram *ram, uint32_t n) {
+    uint64_t align = opt->file_align == 0 ? RMIG_MIB : opt->file_align, sum = opt->offset + 1000 + STATE_SIZE;
+    for (uint32_t i = 0; i < n; i++)
+        sum += ram[i].length + align + ram[i].length / 4096 / 8 + 300;
+    return sum;
+}
+
+static void twenty_rounds(const struct rmig_mapped_options *opt) {
+    struct ram ram[2] = {{"ram", new_memory(8 * RMIG_MIB), 8 * RMIG_MIB}, {"rom", new_memory(65536), 65536}};
+    uint64_t dirty[32];
+    int fd = new_file();
+    fill(ram[0].mem, 4 * RMIG_MIB);
+    struct rmig_mapped_writer *w = start_writer(fd, opt, ram, 2);
+    save_all(w, ram, 2);
+    for (unsigned round = 1; round < 20; round++) {
+        OK(w, rmig_mapped_writer_begin_round(w));
+        for (uint32_t i = 0; i < 2; i++) {
+            uint64_t pages = ram[i].length / 4096;
+            change_some(&ram[i], 4096, dirty, pages);
+            OK(w, rmig_mapped_writer_save_bitmap(w, i, dirty, 0, pages));
+        }
+        OK(w, rmig_mapped_writer_end_round(w));
+        cr_assert_leq((uint64_t)size_of(fd), longest(opt, ram, 2), "after round %u", round);
+    }
+    finish(w);
+    cr_assert_leq((uint64_t)size_of(fd), longest(opt, ram, 2));
+    struct stat st;
+    cr_assert_eq(fstat(fd, &st), 0);
+    cr_assert_leq((uint64_t)st.st_blocks * 512, longest(opt, ram, 2) + 65536); // and its own tables
+    check_loaded(fd, opt, ram, 2, 0);
+    close(fd);
+    munmap(ram[0].mem, ram[0].length);
+    munmap(ram[1].mem, ram[1].length);
+}
+
+Test(mapped_rounds, twenty_rounds_make_no_longer_file_in_any_mode, .timeout = 300) {
+    for (unsigned mode = 0; mode < 64; mode++) {
+        struct rmig_mapped_options opt = {.no_sync = true,
+                                          .direct = (mode & 1) != 0,
+                                          .threads = (mode & 2) != 0 ? 3 : 1,
+                                          .no_uring = (mode & 4) != 0,
+                                          .no_zero_detect = (mode & 8) != 0,
+                                          .file_align = (mode & 16) != 0 ? 4096 : 0,
+                                          .offset = (mode & 32) != 0 ? 12345 : 0};
+        twenty_rounds(&opt);
+    }
+}
+
+#ifdef RMIG_MAPPED_URING
+static bool has_uring(void) {
+    struct io_uring uring;
+    if (io_uring_queue_init(4, &uring, 0) < 0)
+        return false;
+    io_uring_queue_exit(&uring);
+    return true;
+}
+
+static bool is_open_uring(void) {
+    char name[32], target[64];
+    for (int fd = 3; fd < 64; fd++) {
+        snprintf(name, sizeof name, "/proc/self/fd/%d", fd);
+        ssize_t n = readlink(name, target, sizeof target - 1);
+        target[n < 0 ? 0 : n] = '\0';
+        if (strcmp(target, "anon_inode:[io_uring]") == 0)
+            return true;
+    }
+    return false;
+}
+
+static int note_uring(void *user, const struct rmig_stats *stats) {
+    (void)stats;
+    *(bool *)user = *(bool *)user || is_open_uring();
+    return 0;
+}
+
+// It is used where it is wanted, for what is written and for what is read.
+Test(mapped_rounds, io_uring_is_used_unless_it_is_switched_off) {
+    struct ram ram = {"ram", new_memory(8 * RMIG_MIB), 8 * RMIG_MIB};
+    fill(ram.mem, ram.length);
+    for (unsigned off = 0; off < 2; off++) {
+        bool seen = false;
+        struct rmig_mapped_options opt = {
+            .no_sync = true, .no_uring = off == 1, .progress = note_uring, .progress_user = &seen};
+        int fd = new_file();
+        save_file(fd, &opt, &ram, 1);
+        cr_assert_eq(seen, off == 0 && has_uring(), "while it is written");
+        seen = false;
+        check_loaded(fd, &opt, &ram, 1, 0);
+        cr_assert_eq(seen, off == 0 && has_uring(), "while it is read");
+        close(fd);
+    }
+}
+#endif
+
 Test(mapped_rounds, memory_that_was_never_touched_is_not_read) {
     struct ram ram = {"ram", new_memory(64 * RMIG_MIB), 64 * RMIG_MIB};
     struct rmig_mapped_options opt = {.no_sync = true, .threads = 4};
@@ -426,12 +522,15 @@ Test(mapped_read, any_pages_of_a_block_can_be_read) {
 struct lazy_case {
     struct ram ram, copy;
     int fd, memory; // memory -1: anonymous
+    uint64_t zero_bytes; // in whole pages of the host
     struct rmig_mapped_reader *reader;
     struct rmig_block_desc desc;
 };
 
 // A guest of 64 MiB, most of it random, about to be loaded.
 static bool lazy_open(struct lazy_case *c, bool shared, uint64_t page) {
+    static const uint8_t zeros[4096];
+    uint64_t at;
     struct rmig_mapped_options opt = {.no_sync = true, .page_size = page};
     c->ram.name = c->copy.name = "ram";
     c->ram.length = c->copy.length = 64 * RMIG_MIB;
@@ -439,6 +538,8 @@ static bool lazy_open(struct lazy_case *c, bool shared, uint64_t page) {
     for (uint64_t i = 0; i < c->ram.length; i += 1024 + below(9000))
         c->ram.mem[i] = (uint8_t)rng();
     memset(c->ram.mem + 20 * RMIG_MIB, 0, 10 * RMIG_MIB);
+    for (c->zero_bytes = 0, at = 0; at < c->ram.length; at += 4096)
+        c->zero_bytes += memcmp(c->ram.mem + at, zeros, 4096) == 0 ? 4096 : 0;
     c->fd = new_file();
     save_file(c->fd, &opt, &c->ram, 1);
     c->memory = shared ? memfd_create("lazy", MFD_CLOEXEC) : -1;
@@ -485,6 +586,11 @@ static void lazy_run(bool shared, uint64_t page) {
     cr_assert_eq(rmig_mapped_reader_load_wait(c.reader, 240000000000u), RMIG_OK, "%s",
                  rmig_mapped_reader_error(c.reader)->text);
     cr_assert_eq(memcmp(c.copy.mem, c.ram.mem, c.ram.length), 0);
+    struct rmig_stats st;
+    rmig_mapped_reader_stats(c.reader, &st);
+    cr_assert_eq(st.bytes_pending, 0);
+    cr_assert_eq(st.bytes_written + st.bytes_zero, c.ram.length);
+    cr_assert_eq(st.bytes_zero, c.zero_bytes);
     lazy_close(&c);
 }
 
@@ -492,6 +598,69 @@ Test(mapped_lazy, anonymous_memory_is_there_when_it_is_touched, .timeout = 300) 
 Test(mapped_lazy, shared_memory_is_there_when_it_is_touched, .timeout = 300) { lazy_run(true, 4096); }
 Test(mapped_lazy, pages_smaller_than_the_hosts, .timeout = 300) { lazy_run(false, 1024); }
 Test(mapped_lazy, pages_larger_than_the_hosts, .timeout = 300) { lazy_run(true, 4 * RMIG_MIB); }
+
+// Threads that touch memory in the moment in which the loading ends: Linux 6.18 forgot some of them.
+struct toucher {
+    pthread_t thread;
+    const uint8_t *is, *wanted;
+    uint64_t length, seed, wrong;
+};
+
+static void *touch(void *user) {
+    struct toucher *t = (struct toucher *)user;
+    for (int i = 0; i < 2000; i++) {
+        t->seed = t->seed * 6364136223846793005u + 1442695040888963407u;
+        uint64_t at = (t->seed >> 20) % t->length;
+        t->wrong += t->is[at] != t->wanted[at];
+    }
+    return NULL;
+}
+
+static void end_among_touchers(const struct ram *ram, int fd, bool shared) {
+    struct toucher toucher[6];
+    int memory = shared ? memfd_create("lazy", MFD_CLOEXEC) : -1;
+    cr_assert(!shared || ftruncate(memory, (off_t)ram->length) == 0);
+    struct ram copy = {
+        ram->name,
+        mmap(NULL, ram->length, PROT_READ | PROT_WRITE, shared ? MAP_SHARED : MAP_PRIVATE | MAP_ANONYMOUS, memory, 0),
+        ram->length};
+    cr_assert_neq(copy.mem, MAP_FAILED);
+    struct rmig_block_desc desc = describe(&copy, 0);
+    desc.backing = shared ? RMIG_BACKING_SHARED_FD : RMIG_BACKING_ANONYMOUS;
+    desc.fd = memory;
+    struct rmig_mapped_reader *r = open_reader(fd, NULL);
+    cr_assert_eq(rmig_mapped_reader_add_block(r, &desc), RMIG_OK);
+    cr_assert_eq(rmig_mapped_reader_load_start(r), RMIG_OK);
+    for (unsigned i = 0; i < 6; i++) {
+        toucher[i] = (struct toucher){.is = copy.mem, .wanted = ram->mem, .length = ram->length, .seed = rng()};
+        cr_assert_eq(pthread_create(&toucher[i].thread, NULL, touch, &toucher[i]), 0);
+    }
+    for (unsigned i = 0; i < 6; i++) {
+        pthread_join(toucher[i].thread, NULL);
+        cr_assert_eq(toucher[i].wrong, 0);
+    }
+    cr_assert_eq(rmig_mapped_reader_load_wait(r, 240000000000u), RMIG_OK);
+    rmig_mapped_reader_close(r);
+    munmap(copy.mem, copy.length);
+    if (memory >= 0)
+        close(memory);
+}
+
+Test(mapped_lazy, nobody_waits_when_the_loading_has_ended, .timeout = 300) {
+    struct rmig_mapped_options opt = {.no_sync = true};
+    struct lazy_case c;
+    if (!lazy_open(&c, false, 4096))
+        cr_skip("no userfaultfd here");
+    lazy_close(&c);
+    struct ram ram = {"ram", new_memory(16 * RMIG_MIB), 16 * RMIG_MIB};
+    for (uint64_t at = 0; at < ram.length; at += 4096 * (1 + below(64)))
+        ram.mem[at] = 1;
+    int fd = new_file();
+    save_file(fd, &opt, &ram, 1);
+    for (unsigned i = 0; i < 150; i++)
+        end_among_touchers(&ram, fd, i % 2 == 1);
+    close(fd);
+}
 
 static struct lazy_case *touched;
 static void on_fault(int number) {
@@ -523,6 +692,32 @@ Test(mapped_lazy, memory_of_a_file_that_was_cut_cannot_be_accessed, .exit_code =
 }
 Test(mapped_lazy, memory_of_a_reader_that_was_closed_too_early_cannot_be_accessed, .exit_code = 77, .timeout = 300) {
     lazy_fails(false, NULL);
+}
+
+// Their pages could not be placed one by one.
+Test(mapped_lazy, huge_pages_are_refused_and_keep_what_they_hold) {
+    struct rmig_mapped_options opt = {.no_sync = true};
+    struct ram ram = {"ram", new_memory(2 * RMIG_MIB), 2 * RMIG_MIB};
+    int fd = new_file();
+    save_file(fd, &opt, &ram, 1);
+    void *huge = mmap(NULL, ram.length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_HUGETLB, -1, 0);
+    if (huge == MAP_FAILED)
+        cr_skip("no huge pages here (sysctl vm.nr_hugepages)");
+    memset(huge, 7, ram.length);
+    struct ram copy = {"ram", (uint8_t *)huge, ram.length};
+    struct rmig_block_desc desc = describe(&copy, 0);
+    struct rmig_mapped_reader *r = open_reader(fd, &opt);
+    cr_assert_eq(rmig_mapped_reader_add_block(r, &desc), RMIG_OK);
+    int status = rmig_mapped_reader_load_start(r);
+    const struct rmig_error *error = rmig_mapped_reader_error(r);
+    cr_assert_eq(status, RMIG_ERR_SETUP, "%s", error->text);
+    if (error->provider_code != EPERM && error->provider_code != ENOSYS)
+        cr_assert(strstr(error->text, "huge pages of hugetlbfs") != NULL, "%s", error->text);
+    cr_assert_eq(copy.mem[ram.length - 1], 7);
+    cr_assert_eq(rmig_mapped_reader_load(r), RMIG_OK);
+    cr_assert_eq(copy.mem[ram.length - 1], 0);
+    rmig_mapped_reader_close(r);
+    close(fd);
 }
 
 Test(mapped_lazy, memory_that_does_not_suit_is_refused) {
@@ -858,14 +1053,14 @@ Test(mapped_fails, progress_can_cancel_and_nothing_whole_is_left) {
 
 Test(mapped_fails, a_limit_of_the_file_size_is_an_error_with_its_reason) {
     struct ram ram = {"ram", new_memory(8 * RMIG_MIB), 8 * RMIG_MIB};
-    struct rlimit limit = {3 * RMIG_MIB, 3 * RMIG_MIB};
-    for (uint32_t threads = 1; threads < 4; threads++) {
-        struct rmig_mapped_options opt = {.threads = threads};
+    struct rlimit limit = {3 * RMIG_MIB, RLIM_INFINITY}, none = {RLIM_INFINITY, RLIM_INFINITY};
+    for (uint32_t threads = 1; threads < 7; threads++) {
+        struct rmig_mapped_options opt = {.threads = 1 + threads % 3, .no_uring = threads > 3};
         int fd = new_file();
         memset(ram.mem, 3, ram.length);
         signal(SIGXFSZ, SIG_IGN);
-        cr_assert_eq(setrlimit(RLIMIT_FSIZE, &limit), 0);
         struct rmig_mapped_writer *w = start_writer(fd, &opt, &ram, 1);
+        cr_assert_eq(setrlimit(RLIMIT_FSIZE, &limit), 0);
         OK(w, rmig_mapped_writer_begin_round(w));
         OK(w, rmig_mapped_writer_save_range(w, 0, 0, ram.length));
         cr_assert_eq(rmig_mapped_writer_end_round(w), RMIG_ERR_FILE);
@@ -875,10 +1070,35 @@ Test(mapped_fails, a_limit_of_the_file_size_is_an_error_with_its_reason) {
         cr_assert(strstr(error->text, strerror(EFBIG)) != NULL, "%s", error->text);
         cr_assert_eq(rmig_mapped_writer_put(w, "x", 1), RMIG_ERR_FILE);
         rmig_mapped_writer_close(w);
+        cr_assert_eq(setrlimit(RLIMIT_FSIZE, &none), 0);
         expect_refused(fd, NULL, "did not finish");
         close(fd);
     }
 }
+
+#ifdef RMIG_MAPPED_URING
+// The file has its whole length from the beginning.
+Test(mapped_fails, a_limit_of_the_file_size_is_noticed_at_the_start) {
+    struct rlimit limit = {2 * RMIG_MIB, 2 * RMIG_MIB};
+    struct rmig_mapped_machine machine = machine_of("test-1.0");
+    struct ram ram = {"ram", new_memory(8 * RMIG_MIB), 8 * RMIG_MIB};
+    struct rmig_block_desc desc = describe(&ram, 0);
+    struct rmig_mapped_writer *w;
+    int fd = new_file();
+    if (!has_uring())
+        cr_skip("no io_uring here");
+    signal(SIGXFSZ, SIG_IGN);
+    cr_assert_eq(setrlimit(RLIMIT_FSIZE, &limit), 0);
+    cr_assert_eq(rmig_mapped_writer_open(fd, NULL, &w, NULL), RMIG_OK);
+    OK(w, rmig_mapped_writer_add_block(w, &desc, NULL));
+    cr_assert_eq(rmig_mapped_writer_start(w, &machine), RMIG_ERR_FILE);
+    const struct rmig_error *error = rmig_mapped_writer_error(w);
+    cr_assert_eq(error->provider_code, EFBIG);
+    cr_assert(strstr(error->text, "cannot be given a length of") != NULL, "%s", error->text);
+    rmig_mapped_writer_close(w);
+    close(fd);
+}
+#endif
 
 struct meddler {
     int fd;
