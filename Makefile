@@ -24,12 +24,12 @@ UNIT := $(filter unit_%,$(SUITES))
 
 # Every suite is built plain, and with ASan and UBSan; those that have threads also with TSan, under which Criterion does
 # not run; the unit suites also once for each macro that rmig.h takes, and with clang.
-TSAN_SUITES := $(filter threads,$(SUITES))
+TSAN_SUITES := $(filter threads%,$(SUITES))
 SWITCHES := static namespace chunk64 override ndebug clang
 URING := -DRMIG_MAPPED_URING
 FLAGS_plain := -O1 -g $(URING)
 FLAGS_asan := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all $(URING)
-FLAGS_tsan := -O1 -g -fsanitize=thread
+FLAGS_tsan := -O1 -g -fsanitize=thread $(URING)
 FLAGS_verbs := -O1 -g -DRMIG_TEST_VERBS
 FLAGS_static := -O1 -DRMIG_STATIC
 FLAGS_namespace := -O1 -DRMIG_NAMESPACE=acme_
@@ -47,7 +47,7 @@ TEST_LIBS := $$(pkg-config --cflags --libs criterion $(RDMA_LIBS) jansson liburi
 # Packages of Debian and its kin.
 PACKAGES := gcc g++ libc6-dev pkg-config perl procps libfabric-dev libibverbs-dev librdmacm-dev libjansson-dev \
 	liburing-dev libcriterion-dev clang libclang-rt-dev clang-tidy cppcheck valgrind \
-	qemu-system-x86 ibverbs-providers rdmacm-utils perftest iproute2 xz-utils binutils
+	qemu-system-x86 ibverbs-providers rdmacm-utils perftest iproute2 xz-utils binutils strace
 BENCH_PACKAGES := gnuplot-nox
 
 # With `make deps demo` nothing may be compiled before the packages are there, with -j too.

@@ -141,6 +141,49 @@ read_only() {
         'mount -t tmpfs -o ro none "$1/ro" && timeout 60 "$2" save "$1/a" "$1/ro/s"' sh "$tmp" "$program"
 }
 
+can_inject() { strace -qq -o /dev/null -e trace=none true 2>/dev/null; }
+
+# With system calls that fail: the older file stays, and nothing else. Without io_uring, whose transfers are no calls.
+broken_save() { # MESSAGE CALL:error=CODE:when=N OPTION...
+    local text=$1 fault=$2
+    shift 2
+    echo old >"$tmp/broken"
+    ends 3 "$text" timeout 60 strace -f -qq -o "$tmp/calls" -e "trace=io_uring_setup,${fault%%:*}" \
+        -e inject=io_uring_setup:error=ENOSYS -e "inject=$fault" "$program" save "$@" "$tmp/a" "$tmp/broken" &&
+        [ "$(cat "$tmp/broken")" = old ] && [ ! -e "$tmp/broken.part" ]
+}
+
+broken_load() { # MESSAGE CALL:error=CODE:when=N OPTION...
+    local text=$1 fault=$2
+    shift 2
+    ends 3 "$text" timeout 60 strace -f -qq -o "$tmp/calls" -e "trace=io_uring_setup,${fault%%:*}" \
+        -e inject=io_uring_setup:error=ENOSYS -e "inject=$fault" "$program" load "$@" "$tmp/s" "$tmp/broken.d" &&
+        [ ! -e "$tmp/broken.d" ] && [ ! -e "$tmp/broken.d.part" ]
+}
+
+without_io_uring() { # [CALL:error=CODE:when=N]
+    rm -rf "$tmp/back"
+    timeout 60 strace -f -qq -o "$tmp/calls" -e trace=io_uring_setup,pwrite64 -e inject=io_uring_setup:error=ENOSYS \
+        ${1:+-e "inject=$1"} "$program" save --direct --threads 2 "$tmp/a" "$tmp/s" && grep -q ENOSYS "$tmp/calls" &&
+        mapped load "$tmp/s" "$tmp/back" && same_machine "$tmp/a" "$tmp/back"
+}
+
+broken_calls() {
+    check 'a kernel without io_uring' without_io_uring
+    check 'an I/O error while pages are written' \
+        broken_save 'block "pc.ram": cannot write' pwrite64:error=EIO:when=20+
+    check 'an I/O error while pages are written past the page cache by threads' \
+        broken_save 'Input/output error' pwrite64:error=EIO:when=20+ --direct --threads 3
+    check 'an I/O error when the file is brought to the disk' \
+        broken_save 'the file cannot be brought to the disk: Input/output error' fsync:error=EIO:when=1
+    check 'an I/O error at the last write' broken_save 'Input/output error' fsync:error=EIO:when=2
+    check 'interrupted calls are made again' without_io_uring pwrite64:error=EINTR:when=3+7
+    check 'an I/O error while pages are read' broken_load 'block "pc.ram": cannot read' pread64:error=EIO:when=30+
+    check 'an I/O error while pages are read past the page cache by threads' \
+        broken_load 'Input/output error' pread64:error=EIO:when=30+ --direct --threads 3
+    check 'a name that cannot be given' broken_save 'cannot become' rename:error=EIO
+}
+
 cancelled() { # SIGNAL
     local i status
     echo old >"$tmp/old"
@@ -228,6 +271,13 @@ alone() {
         check 'a read-only file system' read_only
     else
         skip 'no space left, a read-only file system' 'nothing can be mounted here'
+    fi
+    if can_inject; then
+        broken_calls
+    elif command -v strace >/dev/null; then
+        skip 'calls that fail' 'strace may not trace here'
+    else
+        skip 'calls that fail' 'not installed: strace'
     fi
     check 'killed 50 times' killed 50
     check 'killed 50 times, with threads and without waiting for the disk' killed 50 --threads 3 --no-sync
