@@ -67,6 +67,7 @@ help:
 	@echo 'make fuzz             fuzz the decoders, FUZZ_SECONDS=60 for each target'
 	@echo 'make bench            measure (make deps-bench installs what only that needs)'
 	@echo 'make bench-rdma       measure over RoCE and iWARP in software, in a VM'
+	@echo 'make bench-file       measure snapshot files, beside dd and QEMU (4 GiB; root, for a cold page cache)'
 	@echo 'make install          headers and rmig.pc, PREFIX=/usr/local DESTDIR='
 	@echo 'make uninstall        remove them'
 	@echo 'make clean            remove $(B)/'
@@ -128,7 +129,7 @@ PLAIN_LINES := $(call suite_lines,plain,$(SUITES)) \
 	'tap integration/minimal 120 tests/minimal.sh $(B)/minimal' \
 	'tap integration/migrate 600 tests/migrate.sh $(B)/rmig_migrate' \
 	'tap integration/kvm_live 300 tests/kvm_live.sh $(B)/kvm_live' \
-	'tap integration/qemu 300 tests/qemu_examples.sh $(B)/qemu_sink $(B)/qemu_source' \
+	'tap integration/qemu 600 tests/qemu_examples.sh $(B)/qemu_sink $(B)/qemu_source' \
 	'tap integration/mapped_ram 900 tests/mapped_ram.sh $(B)/mapped_ram $(B)' \
 	'tap readme 60 tests/readme.sh $(B)/rmig_migrate'
 # Over RDMA devices: in virtual machines, or on the adapter that is named. The longest come first.
@@ -137,6 +138,7 @@ RDMA_BINARIES := $(addprefix $(B)/,plain/fabric_conformance plain/rdma verbs/hos
 	qemu_sink qemu_source asan/qemu_sink asan/qemu_source)
 rdma_line = 'tap rdma/$(subst $() ,-,$(1)) 700 tests/rdma.sh $(B) $(1)'
 VM_LINES := 'tap rdma/qemu 700 tests/qemu_peer.sh $(B) moves runs refuses libfabric asan' \
+	'tap rdma/qemu-files 300 tests/qemu_peer.sh $(B) files' \
 	$(call rdma_line,rxe ofi) $(call rdma_line,siw migrate limits link) \
 	$(call rdma_line,rxe conformance session limits) $(call rdma_line,siw conformance session) \
 	$(call rdma_line,rxe hostile) $(call rdma_line,rxe migrate link)
@@ -186,6 +188,9 @@ quick-binaries: $(addprefix $(B)/plain/,$(SUITES)) $(addprefix $(B)/,$(EXAMPLES)
 bench-rdma: $(B)/bench/report $(B)/rmig_migrate | $(AFTER_DEPS)
 	bench/rdma.sh $(B)
 
+bench-file: $(addprefix $(B)/bench/,file report) $(B)/kvm_live | $(AFTER_DEPS)
+	bench/file.sh $(B)
+
 bench: $(addprefix $(B)/bench/,$(BENCHES)) examples | $(AFTER_DEPS)
 	bench/run.sh $(B)
 
@@ -207,5 +212,5 @@ clean:
 	rm -rf $(B)
 
 .PHONY: all examples help deps deps-bench demo check quick check-rdma lint fuzz check-binaries quick-binaries bench \
-	bench-rdma install uninstall clean
+	bench-rdma bench-file install uninstall clean
 .DELETE_ON_ERROR:

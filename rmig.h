@@ -1831,7 +1831,8 @@ static void rmig__holes_file(const struct rmig_holes *h, const struct rmig_block
     off_t base = (off_t)b->fd_offset;
     off_t at = lseek(b->fd, base + (off_t)from, RMIG__SEEK_DATA);
     if (at < 0) {
-        if (errno == ENXIO) // no data up to the end of the file
+        // No data up to the end of the file. Of a file that was cut the rest is no hole: it is lost, which must show.
+        if (errno == ENXIO && lseek(b->fd, 0, SEEK_END) >= base + (off_t)to)
             *data = to;
         return;
     }

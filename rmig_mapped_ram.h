@@ -55,10 +55,10 @@ takes them in the byte order of the host it runs on.
 THREADS
 
     A writer and a reader are each used by one thread at a time. end_round and load start opt.threads - 1 threads of
-their own, with all signals blocked, and have joined them when they return; the calling thread works too. load_start
-starts two, which end with the loading or with close. Waits are for the file alone, and last as long as the file system
-takes: there is no deadline to put on a read or a write of a file. opt.progress can end them between two pieces of at
-most some MiB.
+their own, with all signals blocked but those of their own faults (SIGBUS, SIGSEGV ...), and have joined them when they
+return; the calling thread works too. load_start starts two, which end with the loading or with close. Waits are for the
+file alone, and last as long as the file system takes: there is no deadline to put on a read or a write of a file.
+opt.progress can end them between two pieces of at most some MiB.
 
 DIRECT I/O
 
@@ -68,10 +68,10 @@ that is not aligned to 4096 goes through a buffer of 1 MiB a thread. The stream 
 
 IO_URING
 
-    Define RMIG_MAPPED_URING and _GNU_SOURCE before everything, and link with -luring (liburing 2.0 and later): then each
-thread keeps up to 16 transfers of at most 1 MiB under way, which pays with direct I/O most. Where the kernel has no
-io_uring, or forbids it, at run time, things go on without; opt.no_uring does without in any case. With it the file has
-its whole length from the start.
+    Define RMIG_MAPPED_URING and _GNU_SOURCE before everything, and link with -luring (liburing 2.0 and later): then
+each thread keeps up to 16 transfers of at most 1 MiB under way: those of direct I/O, and buffered reads. Where the
+kernel has no io_uring, or forbids it, at run time, things go on without; opt.no_uring does without in any case. A file
+that is written so has its whole length from the start.
 
 MEMORY
 
@@ -305,6 +305,12 @@ enum {
     RMIG__MAPPED_THREAD_BYTES = 4 << 20, // what makes one more thread worth its start
     RMIG__MAPPED_TAIL = 17 << 20 // of the device state, read to find its end: a description has less than 16 MiB
 };
+
+#if defined(MADV_POPULATE_WRITE)
+#define RMIG__MADV_POPULATE_WRITE MADV_POPULATE_WRITE
+#else
+#define RMIG__MADV_POPULATE_WRITE 23 // Linux 5.14 and later; an older one says EINVAL, which does no harm
+#endif
 
 #if defined(O_DIRECT) // which libc hides unless it is asked for by _GNU_SOURCE
 #define RMIG__O_DIRECT O_DIRECT
@@ -641,11 +647,22 @@ static int rmig__mapped_open_direct(int fd, bool out, int *direct_fd, struct rmi
 
 // >>mapped: threads
 
+/* For threads that are started next: signals are for the caller's own, but for those of what a thread does itself. */
+static void rmig__mapped_block_signals(sigset_t *before) {
+    static const int own[] = {SIGBUS, SIGSEGV, SIGFPE, SIGILL, SIGTRAP};
+    sigset_t all;
+    sigfillset(&all);
+    for (size_t i = 0; i < sizeof own / sizeof own[0]; i++)
+        sigdelset(&all, own[i]);
+    pthread_sigmask(SIG_SETMASK, &all, before);
+}
+
 /* Threads that do the steps of one job. */
 struct rmig__mapped_crew {
     /* RMIG_PENDING: go on. RMIG_OK: nothing is left. Else io->error says what failed. */
     int (*step)(struct rmig__mapped_crew *crew, struct rmig__mapped_io *io);
     void *job;
+    bool writes;
     int fd, direct_fd;
     const struct rmig_mapped_options *options;
     struct rmig_stats *stats;
@@ -677,7 +694,7 @@ static void rmig__mapped_do(struct rmig__mapped_crew *c, bool tells) {
     struct rmig__mapped_ring ring;
     int status = RMIG_PENDING;
     rmig__mapped_io_init(&io, c->fd, c->direct_fd);
-    if (!c->options->no_uring)
+    if (!c->options->no_uring && (!c->writes || c->direct_fd >= 0))
         rmig__mapped_ring_open(&io, &ring);
     while (status == RMIG_PENDING) {
         pthread_mutex_lock(&c->lock);
@@ -704,13 +721,12 @@ static void *rmig__mapped_thread(void *crew) {
 /* Runs the steps by as many threads as `bytes` are worth. A thread that cannot be started is done without. */
 static int rmig__mapped_run(struct rmig__mapped_crew *c, uint64_t bytes, struct rmig_error *err) {
     pthread_t thread[RMIG_MAPPED_THREADS_MAX];
-    sigset_t all, before;
+    sigset_t before;
     uint64_t wanted = rmig__min(c->options->threads, 1 + bytes / RMIG__MAPPED_THREAD_BYTES), started = 1;
     memset(&c->error, 0, sizeof c->error);
     if (pthread_mutex_init(&c->lock, NULL) != 0)
         return rmig_fail(err, RMIG_ERR_NO_MEMORY, 0, "out of memory for a mutex");
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before);
+    rmig__mapped_block_signals(&before);
     while (started < wanted && pthread_create(&thread[started], NULL, rmig__mapped_thread, c) == 0)
         started++;
     pthread_sigmask(SIG_SETMASK, &before, NULL);
@@ -1013,7 +1029,11 @@ static bool rmig__writer_allocate(struct rmig_mapped_writer *w) {
     return true;
 }
 
+/* Not when it has that length already: after it ext4 brings all to the disk at close. */
 static int rmig__writer_set_length(struct rmig_mapped_writer *w, uint64_t length) {
+    struct stat st;
+    if (fstat(w->fd, &st) == 0 && (uint64_t)st.st_size == length)
+        return RMIG_OK;
     if (ftruncate(w->fd, (off_t)length) == 0)
         return RMIG_OK;
     return rmig_fail(&w->error, RMIG_ERR_FILE, errno, "the file cannot be given a length of %llu bytes: %s",
@@ -1026,7 +1046,7 @@ static int rmig__writer_cut(struct rmig_mapped_writer *w, uint64_t end) {
     struct rmig__mapped_io io;
     struct rmig__mapped_ring ring;
     int status = rmig__writer_set_length(w, w->opt.offset);
-    if (status != RMIG_OK || w->opt.no_uring)
+    if (status != RMIG_OK || w->opt.no_uring || w->direct_fd < 0)
         return status;
     rmig__mapped_io_init(&io, w->fd, -1);
     rmig__mapped_ring_open(&io, &ring);
@@ -1266,6 +1286,7 @@ RMIG__DEF int rmig_mapped_writer_end_round(struct rmig_mapped_writer *w) {
     w->holes.block = UINT32_MAX;
     memset(&crew, 0, sizeof crew);
     crew.step = rmig__writer_step;
+    crew.writes = true;
     crew.job = w;
     crew.fd = w->fd;
     crew.direct_fd = w->direct_fd;
@@ -2028,6 +2049,23 @@ static int rmig__reader_fill(void *user, struct rmig__mapped_io *io, const struc
     return RMIG_OK;
 }
 
+/* What is about to be read: holes keep the kernel from reading ahead by itself, and pages of memory come cheaper many
+   at a time. */
+static int rmig__reader_announce(void *user, struct rmig__mapped_io *io, const struct rmig__mapped_span *s,
+                                 uint64_t first, uint64_t n, bool in_file) {
+    const struct rmig_mapped_reader *r = (const struct rmig_mapped_reader *)((struct rmig__mapped_crew *)user)->job;
+    const struct rmig_mapped_block *b = &s->source->info;
+    uint64_t at = first * b->page_size, bytes = n * b->page_size, host = (uint64_t)sysconf(_SC_PAGESIZE);
+    uint8_t *memory = r->targets.block[s->source->target].host + at;
+    if (!in_file)
+        return RMIG_OK;
+    if (io->direct_fd < 0)
+        posix_fadvise(io->fd, (off_t)(b->pages_offset + at), (off_t)bytes, POSIX_FADV_WILLNEED);
+    if ((uintptr_t)memory % host == 0)
+        madvise(memory, (size_t)bytes, RMIG__MADV_POPULATE_WRITE);
+    return RMIG_OK;
+}
+
 /* With the lock: the next span of a block that is to be loaded; false: nothing is left. */
 static bool rmig__reader_take(struct rmig_mapped_reader *r, struct rmig__mapped_span *s) {
     for (; r->at_block < r->count; r->at_block++, r->at_page = 0) {
@@ -2054,6 +2092,8 @@ static int rmig__reader_step(struct rmig__mapped_crew *c, struct rmig__mapped_io
         return RMIG_OK;
     io->block = span.source->name;
     int status = rmig__span_bits(&span, io);
+    if (status == RMIG_OK)
+        status = rmig__span_each(&span, io, rmig__reader_announce, c);
     if (status == RMIG_OK)
         status = rmig__span_each(&span, io, rmig__reader_fill, c);
     return status == RMIG_OK ? RMIG_PENDING : status;
@@ -2386,9 +2426,8 @@ static int rmig__lazy_register(struct rmig__lazy *l, struct rmig_error *err) {
 }
 
 static int rmig__lazy_threads(struct rmig__lazy *l, struct rmig_error *err) {
-    sigset_t all, before;
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before);
+    sigset_t before;
+    rmig__mapped_block_signals(&before);
     int code = pthread_create(&l->server, NULL, rmig__lazy_server, l);
     l->served = code == 0;
     if (code == 0)

@@ -8,22 +8,22 @@ mapped_ram - looks at snapshot files in QEMU's mapped-ram format, takes them apa
     mapped_ram load FILE DIR
     mapped_ram save DIR FILE
 
-DIR is laid out as qemu_sink does it, see qemu_common.h: so a machine that came by RDMA can be saved to a file, and one
+DIR is laid out as qemu_sink does it, see machine_dir.h: so a machine that came by RDMA can be saved to a file, and one
 from a file be sent by RDMA. What is written gets its name when all of it is on the disk; until then it is called
 NAME.part.
 */
 #define _GNU_SOURCE
 #define PROGRAM "mapped_ram"
 #define RMIG_IMPLEMENTATION
-#include "qemu_common.h"
-#include "whole_file.h"
+#include "machine_dir.h"
 #include "../rmig_mapped_ram.h"
 
 #define PIECE RMIG_MIB
 enum { EXIT_DIFFERENT = 1 };
 
 struct run {
-    struct common c;
+    struct program p;
+    struct machine machine;
     struct rmig_mapped_options opt;
     bool named; // command is known
     unsigned command, args;
@@ -34,6 +34,7 @@ struct run {
     struct rmig_mapped_writer *writer;
     struct whole_file out; // what is being written
     int state_fd;
+    char *state_path; // of what is being saved
     bool different;
     json_t *result;
 };
@@ -43,14 +44,7 @@ static struct run *bus_error_run; // for the handler of SIGBUS
 // >>errors
 
 static int fail_file(struct run *r, const struct rmig_error *err) {
-    enum exit_code code = err->status == RMIG_ERR_FILE ? EXIT_FILES : EXIT_MIGRATION;
-    if (r->c.code == EXIT_OK)
-        r->c.status = err->status;
-    if (err->status == RMIG_ERR_PARAM)
-        code = EXIT_USAGE;
-    if (err->status == RMIG_ERR_CANCELLED)
-        return fail(&r->c, EXIT_CANCELLED, "cancelled");
-    return fail(&r->c, code, "%s: %s", r->file, err->text);
+    return fail_snapshot(&r->p, EXIT_MIGRATION, r->file, err);
 }
 
 static int fail_reader(struct run *r) { return fail_file(r, rmig_mapped_reader_error(r->reader)); }
@@ -63,16 +57,10 @@ static int fail_writer(struct run *r) { return fail_file(r, rmig_mapped_writer_e
 
 static void remove_part(struct run *r) {
     struct stat st;
-    if (r->out.fd < 0)
-        return;
-    if (fstat(r->out.fd, &st) == 0 && S_ISDIR(st.st_mode)) {
-        for (uint32_t i = 0; i < r->c.machine.image_count; i++)
-            unlinkat(r->out.fd, r->c.machine.image[i].file, 0);
-        unlinkat(r->out.fd, RAM_DIR, AT_REMOVEDIR);
-        unlinkat(r->out.fd, STATE_FILE, 0);
-        unlinkat(r->out.fd, MACHINE_FILE, 0);
-    }
-    whole_file_remove(&r->out);
+    if (r->out.fd >= 0 && fstat(r->out.fd, &st) == 0 && S_ISDIR(st.st_mode))
+        remove_machine_dir(&r->out, &r->machine);
+    else
+        whole_file_remove(&r->out);
 }
 
 static void on_bus_error(int number) {
@@ -93,12 +81,12 @@ static int on_progress(void *user, const struct rmig_stats *stats) {
 
 static int open_part(struct run *r, const char *path) {
     struct rmig_error err;
-    return whole_file_open(&r->out, path, &err) < 0 ? fail_rmig(&r->c, EXIT_FILES, &err) : 0;
+    return whole_file_open(&r->out, path, &err) < 0 ? fail_rmig(&r->p, EXIT_FILES, &err) : 0;
 }
 
 static int commit(struct run *r) {
     struct rmig_error err;
-    return whole_file_commit(&r->out, !r->opt.no_sync, &err) < 0 ? fail_rmig(&r->c, EXIT_FILES, &err) : 0;
+    return whole_file_commit(&r->out, !r->opt.no_sync, &err) < 0 ? fail_rmig(&r->p, EXIT_FILES, &err) : 0;
 }
 
 // >>reading
@@ -108,7 +96,7 @@ static int open_reader(struct run *r, const char *path, int *fd, struct rmig_map
     r->file = path;
     *fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK); // a pipe is refused, not waited for
     if (*fd < 0)
-        return fail(&r->c, EXIT_FILES, "cannot read %s: %s", path, strerror(errno));
+        return fail(&r->p, EXIT_FILES, "cannot read %s: %s", path, strerror(errno));
     return rmig_mapped_reader_open(*fd, &r->opt, reader, &err) < 0 ? fail_file(r, &err) : 0;
 }
 
@@ -125,7 +113,7 @@ static int each_piece(struct run *r, uint32_t block, piece_fn f, void *user) {
     for (uint64_t at = 0, n; at < b->length && rc == 0; at += n) {
         n = b->length - at < most ? b->length - at : most;
         if (cancelled)
-            rc = fail(&r->c, EXIT_CANCELLED, "cancelled");
+            rc = fail(&r->p, EXIT_CANCELLED, "cancelled");
         else if (rmig_mapped_reader_read(r->reader, block, at, buf, n) < 0)
             rc = fail_reader(r);
         else if (!rmig_is_zero(buf, n))
@@ -209,8 +197,8 @@ static int do_info(struct run *r) {
     if (open_reader(r, r->arg[0], &r->fd, &r->reader) < 0)
         return -1;
     if (fstat(r->fd, &st) < 0)
-        return fail(&r->c, EXIT_FILES, "%s: %s", r->file, strerror(errno));
-    if (r->c.json)
+        return fail(&r->p, EXIT_FILES, "%s: %s", r->file, strerror(errno));
+    if (r->p.json)
         json_object_set_new(r->result, "info", info_json(r, &st));
     else
         print_info(r, &st);
@@ -231,8 +219,8 @@ static int read_state(struct run *r, int out) {
     uint8_t piece[65536];
     int64_t got;
     while ((got = rmig_mapped_reader_get(r->reader, piece, sizeof piece)) > 0)
-        if (out >= 0 && write(out, piece, (size_t)got) != got)
-            return fail(&r->c, EXIT_FILES, "cannot write %s/" STATE_FILE ": %s", r->out.part, strerror(errno));
+        if (out >= 0 && write_all(out, piece, (size_t)got) < 0)
+            return fail(&r->p, EXIT_FILES, "cannot write %s/" STATE_FILE ": %s", r->out.part, strerror(errno));
     return got < 0 ? fail_reader(r) : 0;
 }
 
@@ -247,7 +235,7 @@ static int do_verify(struct run *r) {
             return -1;
     if (read_state(r, -1) < 0)
         return -1;
-    if (!r->c.json && !r->c.quiet)
+    if (!r->p.json && !r->p.quiet)
         printf("%s is whole: %u blocks, %" PRIu64 " bytes of device state\n", r->file, n,
                rmig_mapped_reader_state_size(r->reader));
     return 0;
@@ -263,10 +251,10 @@ static int find_block(struct run *r, const char *name, uint32_t *block) {
             continue;
         *block = i;
         return b[i].ignored
-                   ? fail(&r->c, EXIT_MIGRATION, "%s: block %s is shared: it is not in the file", r->file, name)
+                   ? fail(&r->p, EXIT_MIGRATION, "%s: block %s is shared: it is not in the file", r->file, name)
                    : 0;
     }
-    return fail(&r->c, EXIT_USAGE, "%s has no block %s; info lists them", r->file, name);
+    return fail(&r->p, EXIT_USAGE, "%s has no block %s; info lists them", r->file, name);
 }
 
 /* Pages of zeros stay holes. */
@@ -281,7 +269,7 @@ static int write_piece(struct run *r, void *user, uint64_t offset, const uint8_t
             if (got < 0 && errno == EINTR)
                 continue;
             if (got <= 0)
-                return fail(&r->c, EXIT_FILES, "cannot write %s: %s", r->out.part, strerror(got < 0 ? errno : ENOSPC));
+                return fail(&r->p, EXIT_FILES, "cannot write %s: %s", r->out.part, strerror(got < 0 ? errno : ENOSPC));
             done += (uint64_t)got;
         }
     }
@@ -297,12 +285,12 @@ static int do_extract(struct run *r) {
     rmig_mapped_reader_blocks(r->reader, &b);
     uint64_t page = b[block].page_size;
     if (ftruncate(r->out.fd, (off_t)b[block].length) < 0)
-        return fail(&r->c, EXIT_FILES, "cannot make %s of %" PRIu64 " bytes: %s", r->out.part, b[block].length,
+        return fail(&r->p, EXIT_FILES, "cannot make %s of %" PRIu64 " bytes: %s", r->out.part, b[block].length,
                     strerror(errno));
     if (each_piece(r, block, write_piece, &page) < 0)
         return -1;
     if (!r->opt.no_sync && fsync(r->out.fd) < 0)
-        return fail(&r->c, EXIT_FILES, "cannot bring %s to the disk: %s", r->out.part, strerror(errno));
+        return fail(&r->p, EXIT_FILES, "cannot bring %s to the disk: %s", r->out.part, strerror(errno));
     return commit(r);
 }
 
@@ -314,13 +302,13 @@ static void tell(struct run *r, json_t *object) {
 }
 
 static void tell_range(struct run *r, const char *block, uint64_t from, uint64_t to) {
-    if (!r->c.json)
+    if (!r->p.json)
         printf("%s 0x%" PRIx64 "-0x%" PRIx64 "\n", block, from, to);
     tell(r, json_pack("{s:o, s:I, s:I}", "block", text_json(block), "from", (json_int_t)from, "to", (json_int_t)to));
 }
 
 static void tell_text(struct run *r, const char *what, const char *text) {
-    if (!r->c.json)
+    if (!r->p.json)
         printf("%s %s\n", what, text);
     tell(r, json_pack("{s:o, s:s}", "what", text_json(what), "text", text));
 }
@@ -355,7 +343,7 @@ static int compare_block(struct run *r, struct pair *p) {
     for (uint64_t at = 0, n; at < p->a->length && rc == 0; at += n) {
         n = p->a->length - at < most ? p->a->length - at : most;
         if (cancelled)
-            rc = fail(&r->c, EXIT_CANCELLED, "cancelled");
+            rc = fail(&r->p, EXIT_CANCELLED, "cancelled");
         else if (rmig_mapped_reader_read(r->reader, p->index_a, at, p->piece_a, n) < 0)
             rc = fail_reader(r);
         else if (rmig_mapped_reader_read(r->other, p->index_b, at, p->piece_b, n) < 0)
@@ -427,32 +415,11 @@ static int do_diff(struct run *r) {
 
 // >>load
 
-static int create(struct run *r, const char *file) {
-    int fd = openat(r->out.fd, file, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC | O_NOFOLLOW, 0600);
-    if (fd < 0)
-        fail(&r->c, EXIT_FILES, "cannot create %s/%s: %s", r->out.part, file, strerror(errno));
-    return fd;
-}
-
 static int make_dir(struct run *r, const char *path) {
     struct rmig_error err;
     if (whole_file_open_dir(&r->out, path, &err) < 0)
-        return fail_rmig(&r->c, EXIT_FILES, &err);
-    return mkdirat(r->out.fd, RAM_DIR, 0700) == 0
-               ? 0
-               : fail(&r->c, EXIT_FILES, "cannot create %s/" RAM_DIR ": %s", r->out.part, strerror(errno));
-}
-
-static int map_new_image(struct run *r, struct image *image) {
-    image->fd = create(r, image->file);
-    if (image->fd < 0)
-        return -1;
-    if (ftruncate(image->fd, (off_t)image->block.length) == 0)
-        image->map = mmap(NULL, image->block.length, PROT_READ | PROT_WRITE, MAP_SHARED, image->fd, 0);
-    if (image->map == MAP_FAILED)
-        return fail(&r->c, EXIT_FILES, "%s/%s: cannot make and map %" PRIu64 " bytes: %s", r->out.part, image->file,
-                    image->block.length, strerror(errno));
-    return 0;
+        return fail_rmig(&r->p, EXIT_FILES, &err);
+    return create_ram_dir(&r->p, &r->out);
 }
 
 static int load_images(struct run *r) {
@@ -463,9 +430,9 @@ static int load_images(struct run *r) {
         struct rmig_qemu_block block = {.length = b[i].length, .guest_address = b[i].guest_address};
         snprintf(block.name, sizeof block.name, "%s", b[i].name);
         if (b[i].ignored)
-            return fail(&r->c, EXIT_MIGRATION, "%s: block %s is shared: it is not in the file", r->file, b[i].name);
-        struct image *image = add_image(&r->c.machine, &block);
-        if (map_new_image(r, image) < 0)
+            return fail(&r->p, EXIT_MIGRATION, "%s: block %s is shared: it is not in the file", r->file, b[i].name);
+        struct image *image = add_image(&r->machine, &block);
+        if (create_image(&r->p, &r->out, image) < 0)
             return -1;
         struct rmig_block_desc desc = describe(image, &guest_offset);
         if (rmig_mapped_reader_add_block(r->reader, &desc) < 0)
@@ -475,132 +442,45 @@ static int load_images(struct run *r) {
 }
 
 static int write_machine(struct run *r) {
-    struct machine *m = &r->c.machine;
+    struct machine *m = &r->machine;
     const struct rmig_mapped_machine *from = rmig_mapped_reader_machine(r->reader);
     m->configuration = from->configuration;
     m->section_id = from->section_id;
+    m->switchover_start = from->switchover_start;
     m->state_bytes = rmig_mapped_reader_state_size(r->reader);
-    int fd = create(r, MACHINE_FILE);
-    if (fd < 0)
-        return -1;
-    json_t *object = machine_json(m);
-    json_object_set_new(object, "stream", json_pack("{s:b}", "switchover_start", (int)from->switchover_start));
-    int rc = json_dumpfd(object, fd, JSON_INDENT(4)) < 0 || write(fd, "\n", 1) != 1 || fsync(fd) < 0 ? -1 : 0;
-    int error = errno;
-    json_decref(object);
-    close(fd);
-    return rc < 0 ? fail(&r->c, EXIT_FILES, "cannot write %s/" MACHINE_FILE ": %s", r->out.part, strerror(error)) : 0;
-}
-
-static int sync_dir(struct run *r) {
-    bool ok = fsync(r->state_fd) == 0;
-    for (uint32_t i = 0; i < r->c.machine.image_count && ok; i++)
-        ok = fsync(r->c.machine.image[i].fd) == 0;
-    int ram = ok ? openat(r->out.fd, RAM_DIR, O_RDONLY | O_DIRECTORY | O_CLOEXEC) : -1;
-    ok = ram >= 0 && fsync(ram) == 0 && fsync(r->out.fd) == 0;
-    int error = errno;
-    if (ram >= 0)
-        close(ram);
-    return ok ? 0 : fail(&r->c, EXIT_FILES, "cannot bring %s to the disk: %s", r->out.part, strerror(error));
+    return write_machine_file(&r->p, &r->out, m, checked(json_object()));
 }
 
 static int do_load(struct run *r) {
     r->opt.memory_is_zero = true; // a file just made
     if (open_reader(r, r->arg[0], &r->fd, &r->reader) < 0 || make_dir(r, r->arg[1]) < 0 || load_images(r) < 0)
         return -1;
-    r->state_fd = create(r, STATE_FILE);
+    r->state_fd = create_in_dir(&r->p, &r->out, STATE_FILE);
     if (r->state_fd < 0 || read_state(r, r->state_fd) < 0 || write_machine(r) < 0)
         return -1;
-    if (!r->opt.no_sync && sync_dir(r) < 0)
+    if (!r->opt.no_sync && sync_machine_dir(&r->p, &r->out, &r->machine, r->state_fd) < 0)
         return -1;
     return commit(r);
 }
 
 // >>save
 
-/* What is wrong with machine.json. */
-static int bad(struct run *r, const char *what) {
-    return fail(&r->c, EXIT_FILES, "%s/" MACHINE_FILE ": %s", r->arg[0], what);
-}
-
-static int read_block(struct run *r, json_t *object) {
-    struct rmig_qemu_block block = {.name = ""};
-    const char *name, *file;
-    json_int_t length;
-    json_error_t error;
-    if (json_unpack_ex(object, &error, 0, "{s:s, s:s, s:I}", "name", &name, "file", &file, "length", &length) < 0)
-        return bad(r, error.text);
-    if (strlen(name) > RMIG_NAME_MAX || name[0] == '\0' || length <= 0)
-        return bad(r, "a block must have a name of 1 to 255 bytes and a length above 0");
-    snprintf(block.name, sizeof block.name, "%s", name);
-    block.length = (uint64_t)length;
-    struct image *image = add_image(&r->c.machine, &block);
-    free(image->file);
-    image->file = checked(strdup(file));
-    return 0;
-}
-
-static int read_configuration(struct run *r, json_t *root, struct rmig_mapped_machine *m) {
-    struct rmig_qemu_configuration *c = &m->configuration;
-    const char *machine, *format;
-    json_t *bits, *blocks, *uuid, *capabilities;
-    json_int_t version, id;
-    int switchover = 0;
-    json_error_t error;
-    if (json_unpack_ex(root, &error, 0, "{s:s, s:I, s:s, s:o, s:o, s:o, s:I, s:o, s?{s?b}}", "format", &format,
-                       "version", &version, "machine", &machine, "page_bits", &bits, "capabilities", &capabilities,
-                       "uuid", &uuid, "section_id", &id, "blocks", &blocks, "stream", "switchover_start",
-                       &switchover) < 0)
-        return bad(r, error.text);
-    if (strcmp(format, FORMAT) != 0 || version != FORMAT_VERSION)
-        return bad(r, "this is no directory of qemu_sink or of load");
-    if (json_array_size(capabilities) != 0)
-        return bad(r, "the machine has the capability x-ignore-shared, with which no QEMU before 11.0 loads a file");
-    if (strlen(machine) > RMIG_NAME_MAX || json_integer_value(bits) < 0 || json_integer_value(bits) > 30 || id < 0 ||
-        id > UINT32_MAX || (json_is_string(uuid) && !parse_uuid(json_string_value(uuid), c)))
-        return bad(r, "\"machine\", \"uuid\", \"page_bits\" or \"section_id\" is out of range");
-    snprintf(c->machine, sizeof c->machine, "%s", machine);
-    c->page_bits = (uint32_t)json_integer_value(bits);
-    m->section_id = (uint32_t)id;
-    m->switchover_start = switchover != 0;
-    int rc = 0;
-    for (size_t i = 0; i < json_array_size(blocks) && rc == 0; i++)
-        rc = read_block(r, json_array_get(blocks, i));
+static int read_dir(struct run *r) {
+    struct machine_dir dir = {.program = &r->p, .machine = &r->machine, .path = r->arg[0]};
+    int rc = open_machine_dir(&dir, false, &r->state_fd);
+    r->state_path = dir.state_path;
+    if (rc == 0 && is_ignore_shared(&r->machine.configuration))
+        return fail(&r->p, EXIT_FILES,
+                    "%s: the machine has the capability x-ignore-shared, with which no QEMU before 11.0 loads a file",
+                    r->arg[0]);
     return rc;
-}
-
-static int read_machine(struct run *r, struct rmig_mapped_machine *m) {
-    json_error_t error;
-    char *path = join(r->arg[0], MACHINE_FILE);
-    json_t *root = json_load_file(path, JSON_REJECT_DUPLICATES, &error);
-    free(path);
-    int rc = root == NULL ? bad(r, error.text) : read_configuration(r, root, m);
-    json_decref(root);
-    return rc;
-}
-
-static int map_image(struct run *r, struct image *image) {
-    struct stat st = {.st_size = 0};
-    char *path = join(r->arg[0], image->file);
-    image->fd = open(path, O_RDONLY | O_CLOEXEC);
-    if (image->fd < 0 || fstat(image->fd, &st) < 0)
-        fail(&r->c, EXIT_FILES, "cannot read %s: %s", path, strerror(errno));
-    else if ((uint64_t)st.st_size != image->block.length)
-        fail(&r->c, EXIT_FILES, "%s has %lld bytes; " MACHINE_FILE " says %" PRIu64, path, (long long)st.st_size,
-             image->block.length);
-    else if ((image->map = mmap(NULL, image->block.length, PROT_READ, MAP_SHARED, image->fd, 0)) == MAP_FAILED)
-        fail(&r->c, EXIT_FILES, "cannot map %s: %s", path, strerror(errno));
-    free(path);
-    return r->c.code == EXIT_OK ? 0 : -1;
 }
 
 static int add_images(struct run *r) {
     uint64_t guest_offset = 0;
-    for (uint32_t i = 0; i < r->c.machine.image_count; i++) {
+    for (uint32_t i = 0; i < r->machine.image_count; i++) {
         uint32_t index;
-        if (map_image(r, &r->c.machine.image[i]) < 0)
-            return -1;
-        struct rmig_block_desc desc = describe(&r->c.machine.image[i], &guest_offset);
+        struct rmig_block_desc desc = describe(&r->machine.image[i], &guest_offset);
         if (rmig_mapped_writer_add_block(r->writer, &desc, &index) < 0)
             return fail_writer(r);
     }
@@ -610,33 +490,28 @@ static int add_images(struct run *r) {
 static int save_ram(struct run *r) {
     if (rmig_mapped_writer_begin_round(r->writer) < 0)
         return fail_writer(r);
-    for (uint32_t i = 0; i < r->c.machine.image_count; i++)
-        if (rmig_mapped_writer_save_range(r->writer, i, 0, r->c.machine.image[i].block.length) < 0)
+    for (uint32_t i = 0; i < r->machine.image_count; i++)
+        if (rmig_mapped_writer_save_range(r->writer, i, 0, r->machine.image[i].block.length) < 0)
             return fail_writer(r);
     return rmig_mapped_writer_end_round(r->writer) < 0 ? fail_writer(r) : 0;
 }
 
 static int save_state(struct run *r) {
     uint8_t piece[65536];
-    ssize_t got = 0;
-    char *path = join(r->arg[0], STATE_FILE);
-    r->state_fd = open(path, O_RDONLY | O_CLOEXEC);
-    int rc = 0;
-    while (rc == 0 && (got = r->state_fd < 0 ? -1 : read(r->state_fd, piece, sizeof piece)) != 0) {
-        if (got < 0)
-            rc = fail(&r->c, EXIT_FILES, "cannot read %s: %s", path, strerror(errno));
-        else if (rmig_mapped_writer_put(r->writer, piece, (size_t)got) < 0)
-            rc = fail_writer(r);
-    }
-    free(path);
-    return rc;
+    ssize_t got;
+    while ((got = read(r->state_fd, piece, sizeof piece)) > 0)
+        if (rmig_mapped_writer_put(r->writer, piece, (size_t)got) < 0)
+            return fail_writer(r);
+    return got < 0 ? fail(&r->p, EXIT_FILES, "cannot read %s: %s", r->state_path, strerror(errno)) : 0;
 }
 
 static int do_save(struct run *r) {
-    struct rmig_mapped_machine machine = {.section_id = 0};
     struct rmig_error err;
-    if (read_machine(r, &machine) < 0 || open_part(r, r->arg[1]) < 0)
+    if (read_dir(r) < 0 || open_part(r, r->arg[1]) < 0)
         return -1;
+    const struct rmig_mapped_machine machine = {.configuration = r->machine.configuration,
+                                                .section_id = r->machine.section_id,
+                                                .switchover_start = r->machine.switchover_start};
     r->file = r->out.part;
     if (rmig_mapped_writer_open(r->out.fd, &r->opt, &r->writer, &err) < 0)
         return fail_file(r, &err);
@@ -665,31 +540,41 @@ static json_t *stats_object(const struct run *r) {
 }
 
 static int exit_code(const struct run *r) {
-    return r->c.code == EXIT_OK && r->different ? EXIT_DIFFERENT : (int)r->c.code;
+    return r->p.code == EXIT_OK && r->different ? EXIT_DIFFERENT : (int)r->p.code;
 }
 
 static void print_result(struct run *r) {
-    bool own = r->c.code != EXIT_OK && r->c.status == RMIG_OK; // a failure that is not rmig's
-    if (r->c.code != EXIT_OK)
-        fprintf(stderr, PROGRAM ": %s\n", r->c.text);
-    if (r->c.json) {
-        json_object_set_new(r->result, "ok", json_boolean(r->c.code == EXIT_OK));
+    bool own = r->p.code != EXIT_OK && r->p.status == RMIG_OK; // a failure that is not rmig's
+    if (r->p.code != EXIT_OK)
+        fprintf(stderr, PROGRAM ": %s\n", r->p.text);
+    if (r->p.json) {
+        json_object_set_new(r->result, "ok", json_boolean(r->p.code == EXIT_OK));
         json_object_set_new(r->result, "exit_code", json_integer(exit_code(r)));
-        json_object_set_new(r->result, "status", own ? json_null() : json_string(rmig_status_name(r->c.status)));
-        json_object_set_new(r->result, "error", r->c.code == EXIT_OK ? json_null() : text_json(r->c.text));
+        json_object_set_new(r->result, "status", own ? json_null() : json_string(rmig_status_name(r->p.status)));
+        json_object_set_new(r->result, "error", r->p.code == EXIT_OK ? json_null() : text_json(r->p.text));
         json_object_set_new(r->result, "stats", stats_object(r));
         json_dumpf(r->result, stdout, JSON_COMPACT);
         putchar('\n');
     }
-    if (fflush(stdout) != 0 && r->c.code == EXIT_OK) {
+    if (fflush(stdout) != 0 && r->p.code == EXIT_OK) {
         fprintf(stderr, PROGRAM ": cannot write to the standard output: %s\n", strerror(errno));
-        r->c.code = EXIT_FILES;
+        r->p.code = EXIT_FILES;
     }
 }
 
 // >>arguments and main
 
-enum key { KEY_ALIGN = 'a', KEY_DIRECT = 'd', KEY_OFFSET = 'o', KEY_THREADS = 't', KEY_NO_SYNC = 0x100, KEY_EVERY };
+enum key {
+    KEY_ALIGN = 'a',
+    KEY_DIRECT = 'd',
+    KEY_OFFSET = 'o',
+    KEY_QUIET = 'q',
+    KEY_THREADS = 't',
+    KEY_NO_SYNC = 0x100,
+    KEY_EVERY,
+    KEY_NO_URING,
+    KEY_JSON
+};
 
 static const struct argp_option option_table[] = {
     {"threads", KEY_THREADS, "N", 0, "load and save by N threads, 1 to 64 (default 1)", 0},
@@ -699,6 +584,7 @@ static const struct argp_option option_table[] = {
     {"align", KEY_ALIGN, "SIZE", 0, "save: page regions begin at multiples of it (default 1M)", 0},
     {"every-page", KEY_EVERY, NULL, 0, "save: write pages of zeros too", 0},
     {"no-sync", KEY_NO_SYNC, NULL, 0, "do not wait until what is written is on the disk", 0},
+    {"no-uring", KEY_NO_URING, NULL, 0, "do without io_uring", 0},
     {"json", KEY_JSON, NULL, 0, "print the result as JSON, one object", 0},
     {"quiet", KEY_QUIET, NULL, 0, "no summary", 0},
     {NULL, 0, NULL, 0, NULL, 0},
@@ -727,12 +613,6 @@ static const struct {
 } commands[] = {{"info", 1, do_info}, {"verify", 1, do_verify}, {"extract", 3, do_extract},
                 {"diff", 2, do_diff}, {"load", 2, do_load},     {"save", 2, do_save}};
 enum { COMMANDS = sizeof commands / sizeof commands[0] };
-
-static void parse_size(const char *option, const char *arg, uint64_t *size, struct argp_state *state) {
-    struct rmig_error err;
-    if (rmig_size_parse(arg, size, &err) < 0)
-        argp_error(state, "%s %s: %s", option, arg, err.text);
-}
 
 static void parse_word(struct run *r, const char *arg, struct argp_state *state) {
     if (!r->named) {
@@ -770,11 +650,14 @@ static error_t parse_option(int key, char *arg, struct argp_state *state) {
     case KEY_NO_SYNC:
         r->opt.no_sync = true;
         return 0;
+    case KEY_NO_URING:
+        r->opt.no_uring = true;
+        return 0;
     case KEY_JSON:
-        r->c.json = true;
+        r->p.json = true;
         return 0;
     case KEY_QUIET:
-        r->c.quiet = true;
+        r->p.quiet = true;
         return 0;
     case ARGP_KEY_ARG:
         parse_word(r, arg, state);
@@ -792,17 +675,18 @@ static error_t parse_option(int key, char *arg, struct argp_state *state) {
 }
 
 static void clean_up(struct run *r) {
-    if (r->c.code != EXIT_OK)
+    if (r->p.code != EXIT_OK)
         remove_part(r);
     rmig_mapped_writer_close(r->writer);
     rmig_mapped_reader_close(r->reader);
     rmig_mapped_reader_close(r->other);
-    machine_free(&r->c.machine);
+    machine_free(&r->machine);
     int fds[] = {r->fd, r->other_fd, r->state_fd};
     for (size_t i = 0; i < sizeof fds / sizeof fds[0]; i++)
         if (fds[i] >= 0)
             close(fds[i]);
     whole_file_free(&r->out);
+    free(r->state_path);
     json_decref(r->result);
 }
 
@@ -811,7 +695,7 @@ int main(int argc, char **argv) {
     static const struct argp argp = {option_table, parse_option, "COMMAND ARGUMENT...", doc, NULL, NULL, NULL};
     run.fd = run.other_fd = run.out.fd = run.state_fd = -1;
     run.opt.progress = on_progress;
-    parse_arguments(&run.c, &argp, &run, argc, argv);
+    parse_arguments(&argp, &run, argc, argv);
     run.result = checked(json_object());
     bus_error_run = &run;
     catch_signals(on_bus_error);

@@ -1,25 +1,37 @@
 /*
-qemu_sink - lets a stock QEMU migrate into a directory
+qemu_sink - lets a stock QEMU migrate into a directory, or into a snapshot file
 
     qemu_sink --listen 10.0.0.2:4444 DIR
+    qemu_sink --listen 10.0.0.2:4444 --snapshot FILE
     (qemu) migrate -d rdma:10.0.0.2:4444
 
-The RAM of every block is received straight into a mapped file, the state of the devices is kept as it came; see
-qemu_common.h for what is in DIR. qemu_source takes such a directory back into a QEMU. All is made in DIR.part, which
-becomes DIR when the machine is there whole.
+DIR: the RAM of every block is received straight into a mapped file, the state of the devices is kept as it came; see
+machine_dir.h for what is in DIR. All is made in DIR.part, which becomes DIR when the machine is there whole.
+
+FILE: all is received into memory, and written to FILE.part in QEMU's mapped-ram format. The RAM is written in the last
+round, before the source hears that the round is over: until then it keeps its machine, whatever becomes of the file.
+Only then does it send the state of the devices, and the few MiB that are still to be written have their room.
+
+qemu_source takes either back into a QEMU; a QEMU loads FILE itself, with -incoming file:FILE.
 */
 #define _GNU_SOURCE
 #define PROGRAM "qemu_sink"
 #define RMIG_IMPLEMENTATION
 #include "qemu_common.h"
+#include <sys/statvfs.h>
+
+#define STATE_ROOM (16 * RMIG_MIB) // on the file system, for the state of the devices
 
 struct run {
     struct common c;
     const char *address;
+    const char *dir, *file; // one of them is NULL
     uint64_t max_size;
+    bool sparse;
 
-    char *part; // DIR.part
-    int part_fd, state_fd;
+    struct whole_file out; // DIR.part or FILE.part
+    int state_fd;
+    struct rmig_mapped_writer *writer;
     struct rmig_sink *sink;
     struct rmig_qemu_reader reader;
     bool begun, refused;
@@ -31,25 +43,22 @@ struct run {
     bool returns; // the stream asked for a return path
     bool left; // the source has
     bool seal_tried, described; // machine.json is written
+    bool ram_written; // into FILE.part
     bool sealed; // everything is on the disk
-    bool kept; // DIR.part is no longer ours to remove
-    bool switchover_start;
+    bool kept; // what is there is no longer ours to remove
     uint64_t messages, hooks, pings;
 };
 
 static struct run *bus_error_run; // for the handler of SIGBUS
 
-// >>the directory
+// >>what is written
 
-static void remove_part(const struct run *r) {
-    if (r->part_fd < 0)
-        return;
-    for (uint32_t i = 0; i < r->c.machine.image_count; i++)
-        unlinkat(r->part_fd, r->c.machine.image[i].file, 0);
-    unlinkat(r->part_fd, RAM_DIR, AT_REMOVEDIR);
-    unlinkat(r->part_fd, STATE_FILE, 0);
-    unlinkat(r->part_fd, MACHINE_FILE, 0);
-    rmdir(r->part);
+/* Of what a handler of signals may call. */
+static void remove_part(struct run *r) {
+    if (r->file != NULL)
+        whole_file_remove(&r->out);
+    else
+        remove_machine_dir(&r->out, &r->c.machine);
 }
 
 /* With a return path a QEMU waits for SHUT. Without one it calls the migration completed when its last byte is
@@ -60,9 +69,10 @@ static bool may_be_completed(const struct run *r) {
 
 /* The disk is full: the access to a mapped file cannot be repeated. */
 static void on_bus_error(int number) {
-    static const char removed[] = PROGRAM ": a mapped file cannot be written: the disk is full\n";
-    static const char kept[] = PROGRAM ": a mapped file cannot be accessed: the disk is full; the source may have "
-                                       "completed the migration, so DIR.part is kept, but may not be whole\n";
+    static const char removed[] = PROGRAM ": mapped memory cannot be accessed: the disk is full, or memory failed\n";
+    static const char kept[] =
+        PROGRAM ": mapped memory cannot be accessed: the disk is full, or memory failed; the source may have completed "
+                "the migration, so what was written is kept as .part, but may not be whole\n";
     (void)number;
     bool keep = bus_error_run->sealed || may_be_completed(bus_error_run);
     ssize_t done =
@@ -73,63 +83,34 @@ static void on_bus_error(int number) {
     _exit(keep ? EXIT_HANDOVER : EXIT_FILES);
 }
 
-static int create(struct run *r, const char *file) {
-    int fd = openat(r->part_fd, file, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC | O_NOFOLLOW, 0600);
-    if (fd < 0)
-        fail(&r->c, EXIT_FILES, "cannot create %s/%.100s%s: %s", r->part, file, strlen(file) > 100 ? "..." : "",
-             strerror(errno));
-    return fd;
-}
-
-/* Before a source is kept waiting. */
-static int make_part(struct run *r) {
-    struct stat st;
-    if (lstat(r->c.dir, &st) == 0)
-        return fail(&r->c, EXIT_FILES, "%s exists: name a directory that does not", r->c.dir);
-    if (asprintf(&r->part, "%s.part", r->c.dir) < 0)
-        checked(NULL);
-    int made = mkdir(r->part, 0700);
-    if (made < 0 && errno == EEXIST)
-        return fail(&r->c, EXIT_FILES, "%s exists: another " PROGRAM " writes it, or one was killed; then remove it",
-                    r->part);
-    r->part_fd = made < 0 ? -1 : open(r->part, O_RDONLY | O_DIRECTORY | O_CLOEXEC | O_NOFOLLOW);
-    if (r->part_fd < 0 || mkdirat(r->part_fd, RAM_DIR, 0700) < 0)
-        return fail(&r->c, EXIT_FILES, "cannot create %s: %s", r->part, strerror(errno));
-    r->state_fd = create(r, STATE_FILE);
-    return r->state_fd < 0 ? -1 : 0;
-}
-
-static int open_image(struct run *r, struct image *image) {
-    image->fd = create(r, image->file);
-    if (image->fd < 0)
-        return -1;
-    if (ftruncate(image->fd, (off_t)image->block.length) < 0)
-        return fail(&r->c, EXIT_FILES, "%s: cannot make %" PRIu64 " bytes: %s", image->file, image->block.length,
-                    strerror(errno));
-    image->map = mmap(NULL, image->block.length, PROT_READ | PROT_WRITE, MAP_SHARED, image->fd, 0);
-    if (image->map == MAP_FAILED)
-        return fail(&r->c, EXIT_FILES, "%s: cannot map %" PRIu64 " bytes: %s", image->file, image->block.length,
-                    strerror(errno));
-    return 0;
-}
-
 static int write_state(struct run *r, const uint8_t *p, size_t n) {
     struct machine *m = &r->c.machine;
     if (n > r->max_size - m->ram_bytes - m->state_bytes)
-        return fail(&r->c, EXIT_MIGRATION, "RAM and device state are more than the %" PRIu64 " bytes of --max-size",
+        return fail(&r->c.p, EXIT_MIGRATION, "RAM and device state are more than the %" PRIu64 " bytes of --max-size",
                     r->max_size);
-    while (n > 0) {
-        ssize_t done = write(r->state_fd, p, n);
-        if (done < 0 && errno == EINTR)
-            continue;
-        if (done <= 0)
-            return fail(&r->c, EXIT_FILES, "cannot write %s/" STATE_FILE ": %s", r->part,
-                        strerror(done < 0 ? errno : ENOSPC));
-        p += done;
-        n -= (size_t)done;
-        m->state_bytes += (uint64_t)done;
-    }
+    if (write_all(r->state_fd, p, n) < 0)
+        return fail(&r->c.p, EXIT_FILES, "cannot write %s%s: %s", r->file != NULL ? "into memory for " : "",
+                    r->file != NULL ? r->file : r->out.part, strerror(errno));
+    m->state_bytes += n;
     return 0;
+}
+
+// >>the directory
+
+/* Before a source is kept waiting. */
+static int make_dir_part(struct run *r) {
+    struct rmig_error err;
+    struct stat st;
+    if (whole_file_open_dir(&r->out, r->dir, &err) < 0) {
+        if (err.provider_code == EEXIST && lstat(r->dir, &st) < 0)
+            return fail(&r->c.p, EXIT_FILES,
+                        "%s exists: another " PROGRAM " writes it, or one was killed; then remove it", r->out.part);
+        return fail_rmig(&r->c.p, EXIT_FILES, &err);
+    }
+    if (create_ram_dir(&r->c.p, &r->out) < 0)
+        return -1;
+    r->state_fd = create_in_dir(&r->c.p, &r->out, STATE_FILE);
+    return r->state_fd < 0 ? -1 : 0;
 }
 
 static json_t *facts_json(const struct run *r) {
@@ -138,48 +119,17 @@ static json_t *facts_json(const struct run *r) {
     json_t *object = checked(json_object());
     json_object_set_new(object, "return_path", json_boolean(r->returns));
     json_object_set_new(object, "pings", json_integer((json_int_t)r->pings));
-    json_object_set_new(object, "switchover_start", json_boolean(r->switchover_start));
     json_object_set_new(object, "messages", json_integer((json_int_t)r->messages));
     json_object_set_new(object, "bytes", json_integer((json_int_t)rmig_qemu_reader_offset(&r->reader)));
     json_object_set_new(object, "rounds", json_integer((json_int_t)st.rounds));
     return object;
 }
 
-static int write_machine(struct run *r) {
-    int fd = create(r, MACHINE_FILE);
-    if (fd < 0)
+static int seal_dir(struct run *r) {
+    if (write_machine_file(&r->c.p, &r->out, &r->c.machine, facts_json(r)) < 0)
         return -1;
-    json_t *object = machine_json(&r->c.machine);
-    json_object_set_new(object, "stream", facts_json(r));
-    int rc = json_dumpfd(object, fd, JSON_INDENT(4)) < 0 || write(fd, "\n", 1) != 1 || fsync(fd) < 0 ? -1 : 0;
-    int error = errno;
-    json_decref(object);
-    close(fd);
-    r->described = rc == 0;
-    return rc < 0 ? fail(&r->c, EXIT_FILES, "cannot write %s/" MACHINE_FILE ": %s", r->part, strerror(error)) : 0;
-}
-
-static int sync_dir(int at, const char *path) {
-    int fd = openat(at, path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-    int rc = fd < 0 ? -1 : fsync(fd);
-    if (fd >= 0)
-        close(fd);
-    return rc;
-}
-
-/* Brings all to the disk, before the source hears that it is here: after that it may forget the machine. */
-static int seal(struct run *r) {
-    struct machine *m = &r->c.machine;
-    r->seal_tried = true;
-    if (write_machine(r) < 0)
-        return -1;
-    bool ok = fsync(r->state_fd) == 0;
-    for (uint32_t i = 0; i < m->image_count && ok; i++)
-        ok = fsync(m->image[i].fd) == 0;
-    if (!ok || sync_dir(r->part_fd, RAM_DIR) < 0 || fsync(r->part_fd) < 0)
-        return fail(&r->c, EXIT_FILES, "cannot bring %s to the disk: %s", r->part, strerror(errno));
-    r->sealed = true;
-    return 0;
+    r->described = true;
+    return sync_machine_dir(&r->c.p, &r->out, &r->c.machine, r->state_fd);
 }
 
 enum { PAGE = 4096 };
@@ -217,31 +167,200 @@ static void dig_holes(const struct image *image) {
     }
 }
 
-static int commit(struct run *r) {
+// >>the snapshot file
+
+static int fail_file(struct run *r, const struct rmig_error *err) {
+    return fail_snapshot(&r->c.p, EXIT_MIGRATION, r->out.part, err);
+}
+
+static bool must_stop(const struct run *r);
+
+static int on_progress(void *user, const struct rmig_stats *stats) {
+    const struct run *r = user;
+    (void)stats;
+    return !r->kept && must_stop(r);
+}
+
+static int fail_writer(struct run *r) {
+    const struct rmig_error *err = rmig_mapped_writer_error(r->writer);
+    if (err->status == RMIG_ERR_CANCELLED && !cancelled)
+        return fail_late(&r->c, true, "the RAM was not written");
+    return fail_file(r, err);
+}
+
+/* One that was killed, or whose machine may be the only one, is not taken over. */
+static int refuse_older_part(struct run *r) {
+    struct stat st;
+    char *part = NULL;
+    if (asprintf(&part, "%s.part", r->file) < 0)
+        checked(NULL);
+    int rc = lstat(part, &st) < 0 || st.st_size == 0
+                 ? 0
+                 : fail(&r->c.p, EXIT_FILES,
+                        "%s exists: another " PROGRAM
+                        " writes it, or one was killed, or has kept it (exit status 6); then look at it and remove it",
+                        part);
+    free(part);
+    return rc;
+}
+
+/* Opens a writer; another one before is forgotten, with all that it wrote. */
+static int open_writer(struct run *r) {
+    struct rmig_error err;
+    rmig_mapped_writer_close(r->writer);
+    return rmig_mapped_writer_open(r->out.fd, &r->c.snapshot, &r->writer, &err) < 0 ? fail_file(r, &err) : 0;
+}
+
+/* Before a source is kept waiting. */
+static int make_file_part(struct run *r) {
+    struct rmig_error err;
+    r->c.snapshot.progress = on_progress;
+    r->c.snapshot.progress_user = r;
+    if (refuse_older_part(r) < 0)
+        return -1;
+    if (whole_file_open(&r->out, r->file, &err) < 0)
+        return fail_rmig(&r->c.p, EXIT_FILES, &err);
+    r->state_fd = memfd_create("device-state", MFD_CLOEXEC);
+    if (r->state_fd < 0)
+        return fail(&r->c.p, EXIT_FILES, "no memory for the state of the devices: %s", strerror(errno));
+    return open_writer(r);
+}
+
+static int start_writer(struct run *r) {
+    const struct machine *m = &r->c.machine;
+    struct rmig_mapped_machine machine = {
+        .configuration = m->configuration, .section_id = m->section_id, .switchover_start = m->switchover_start};
+    uint64_t guest_offset = 0;
+    if (open_writer(r) < 0)
+        return -1;
+    for (uint32_t i = 0; i < m->image_count; i++) {
+        uint32_t index;
+        struct rmig_block_desc desc = describe(&m->image[i], &guest_offset);
+        if (rmig_mapped_writer_add_block(r->writer, &desc, &index) < 0)
+            return fail_writer(r);
+    }
+    return rmig_mapped_writer_start(r->writer, &machine) < 0 ? fail_writer(r) : 0;
+}
+
+/* Is there room for so many bytes of pages, and for what goes round them? */
+static int check_room(struct run *r, uint64_t pages) {
+    const struct machine *m = &r->c.machine;
+    struct statvfs fs;
+    uint64_t needed = pages + m->ram_bytes / PAGE / 8 + m->image_count * (uint64_t)3 * PAGE + STATE_ROOM;
+    char need[32], have[32];
+    if (fstatvfs(r->out.fd, &fs) < 0 || fs.f_blocks == 0) // some file systems have no such number
+        return 0;
+    uint64_t room = (uint64_t)(geteuid() == 0 ? fs.f_bfree : fs.f_bavail) * fs.f_frsize;
+    if (room >= needed)
+        return 0;
+    return fail(&r->c.p, EXIT_FILES, "%s: its file system has room for %s, and up to %s may be needed%s", r->out.part,
+                rmig_size_format(room / RMIG_MIB * RMIG_MIB, have, sizeof have),
+                rmig_size_format((needed / RMIG_MIB + 1) * RMIG_MIB, need, sizeof need),
+                pages == 0 ? " for the state of the devices"
+                           : " (pages of zeros take none: with --sparse the migration begins all the same)");
+}
+
+/* What can be wrong with the machine, the file system or a limit is said before anything is moved. */
+static int prepare_file(struct run *r) {
+    uint64_t length = r->c.machine.ram_bytes + r->c.snapshot.offset; // the file will be longer
+    if (start_writer(r) < 0 || (!r->sparse && check_room(r, r->c.machine.ram_bytes) < 0))
+        return -1;
+    if (length > INT64_MAX || ftruncate(r->out.fd, (off_t)length) < 0)
+        return fail(&r->c.p, EXIT_FILES, "%s: cannot have the %" PRIu64 " bytes of RAM and more: %s", r->out.part,
+                    r->c.machine.ram_bytes, strerror(length > INT64_MAX ? EFBIG : errno));
+    return 0;
+}
+
+static int write_ram(struct run *r) {
+    if (start_writer(r) < 0)
+        return -1;
+    if (rmig_mapped_writer_begin_round(r->writer) < 0)
+        return fail_writer(r);
     for (uint32_t i = 0; i < r->c.machine.image_count; i++)
+        if (rmig_mapped_writer_save_range(r->writer, i, 0, r->c.machine.image[i].block.length) < 0)
+            return fail_writer(r);
+    if (rmig_mapped_writer_end_round(r->writer) < 0)
+        return fail_writer(r);
+    if (fsync(r->out.fd) < 0)
+        return fail(&r->c.p, EXIT_FILES, "cannot bring %s to the disk: %s", r->out.part, strerror(errno));
+    r->ram_written = true;
+    return 0;
+}
+
+/* In the last round, while the source waits, and can still be told that all was in vain. */
+static int write_ram_early(struct run *r) {
+    if (write_ram(r) < 0)
+        return -1;
+    if (must_stop(r))
+        return cancelled ? fail(&r->c.p, EXIT_CANCELLED, "cancelled")
+                         : fail_late(&r->c, true, "the migration did not end");
+    return check_room(r, 0);
+}
+
+static int copy_state(struct run *r) {
+    uint8_t piece[65536];
+    ssize_t n;
+    if (lseek(r->state_fd, 0, SEEK_SET) < 0)
+        return fail(&r->c.p, EXIT_FILES, "the state of the devices in memory: %s", strerror(errno));
+    while ((n = read(r->state_fd, piece, sizeof piece)) > 0)
+        if (rmig_mapped_writer_put(r->writer, piece, (size_t)n) < 0)
+            return fail_writer(r);
+    return n < 0 ? fail(&r->c.p, EXIT_FILES, "the state of the devices in memory: %s", strerror(errno)) : 0;
+}
+
+/* State without an end, of a QEMU that describes no devices or that was broken off: the writer finishes no such file,
+   so it gets an end, which is cut off again. It is then what such a QEMU would have written itself: a QEMU may load it,
+   and readers say that it has no end. */
+static int finish_without_end(struct run *r) {
+    uint8_t end[64];
+    struct stat st;
+    int n = rmig_qemu_encode_end(end, sizeof end, "{}", 2);
+    if (n < 0 || rmig_mapped_writer_put(r->writer, end, (size_t)n) < 0 || rmig_mapped_writer_finish(r->writer) < 0)
+        return fail_writer(r);
+    if (fstat(r->out.fd, &st) < 0 || ftruncate(r->out.fd, st.st_size - n) < 0 || fsync(r->out.fd) < 0)
+        return fail(&r->c.p, EXIT_FILES, "cannot end %s: %s", r->out.part, strerror(errno));
+    return 0;
+}
+
+static int seal_file(struct run *r) {
+    if ((!r->ram_written && write_ram(r) < 0) || copy_state(r) < 0)
+        return -1;
+    if (!rmig_qemu_reader_whole(&r->reader))
+        return finish_without_end(r);
+    return rmig_mapped_writer_finish(r->writer) < 0 ? fail_writer(r) : 0;
+}
+
+// >>the end of either
+
+/* Brings all to the disk, before the source hears that it is here: after that it may forget the machine. */
+static int seal(struct run *r) {
+    r->seal_tried = true;
+    if ((r->file != NULL ? seal_file(r) : seal_dir(r)) < 0)
+        return -1;
+    r->sealed = true;
+    return 0;
+}
+
+static int commit(struct run *r) {
+    struct rmig_error err;
+    for (uint32_t i = 0; r->file == NULL && i < r->c.machine.image_count; i++)
         dig_holes(&r->c.machine.image[i]);
-    if (rename(r->part, r->c.dir) < 0)
-        return fail(&r->c, EXIT_FILES, "all was received, but %s cannot become %s: %s; it holds the machine", r->part,
-                    r->c.dir, strerror(errno));
-    close(r->part_fd);
-    r->part_fd = -1; // nothing to remove any more
-    char *parent = join(r->c.dir, "..");
-    int rc = sync_dir(AT_FDCWD, parent);
-    free(parent);
-    return rc < 0 ? fail(&r->c, EXIT_FILES, "%s is there, but may be lost if the power fails: %s", r->c.dir,
-                         strerror(errno))
-                  : 0;
+    if (whole_file_commit(&r->out, true, &err) == RMIG_OK)
+        return 0;
+    if (r->out.fd < 0)
+        return fail_rmig(&r->c.p, EXIT_FILES, &err);
+    return fail(&r->c.p, EXIT_FILES, "all was received, but %s; %s holds the machine", err.text, r->out.part);
 }
 
 // >>the stream
 
-static int fail_sink(struct run *r) { return fail_rmig(&r->c, EXIT_MIGRATION, rmig_sink_error(r->sink)); }
+static int fail_sink(struct run *r) { return fail_rmig(&r->c.p, EXIT_MIGRATION, rmig_sink_error(r->sink)); }
 
 /* Tells the source; the session's error follows, once it has been told. */
 static int refuse(struct run *r) {
     bool again = r->refused;
     r->refused = true;
-    return again || rmig_sink_refuse(r->sink, r->c.text) == RMIG_OK ? 0 : -1;
+    return again || rmig_sink_refuse(r->sink, r->c.p.text) == RMIG_OK ? 0 : -1;
 }
 
 static int send_return(struct run *r, enum rmig_qemu_return_type type, uint32_t value) {
@@ -253,7 +372,7 @@ static int send_return(struct run *r, enum rmig_qemu_return_type type, uint32_t 
 
 static int on_command(struct run *r, const struct rmig_qemu_event *ev) {
     if (ev->command == RMIG_QEMU_COMMAND_SWITCHOVER_START)
-        r->switchover_start = true;
+        r->c.machine.switchover_start = true;
     if (ev->command == RMIG_QEMU_COMMAND_OPEN_RETURN_PATH)
         r->returns = true;
     if (ev->command != RMIG_QEMU_COMMAND_PING || !r->returns)
@@ -264,31 +383,35 @@ static int on_command(struct run *r, const struct rmig_qemu_event *ev) {
 
 static int on_configuration(struct run *r, const struct rmig_qemu_configuration *configuration) {
     json_t *name = json_string(configuration->machine);
-    if (name == NULL || configuration->machine[0] == '\0')
-        fail(&r->c, EXIT_MIGRATION, "the source %s: only a machine with a name in UTF-8 can be started again",
+    if (r->file != NULL && is_ignore_shared(configuration))
+        fail(&r->c.p, EXIT_MIGRATION,
+             "the source has the capability x-ignore-shared, with which no QEMU before 11.0 loads a file: switch it "
+             "off");
+    else if (name == NULL || configuration->machine[0] == '\0')
+        fail(&r->c.p, EXIT_MIGRATION, "the source %s: only a machine with a name in UTF-8 can be started again",
              name == NULL ? "has a machine whose name is not UTF-8" : "names no machine");
     json_decref(name);
     r->c.machine.configuration = *configuration;
-    return r->c.code == EXIT_OK ? 0 : -1;
+    return r->c.p.code == EXIT_OK ? 0 : -1;
 }
 
 static int on_block(struct run *r, const struct rmig_qemu_block *block) {
     uint64_t left = r->max_size - r->c.machine.ram_bytes;
-    json_t *name = json_string(block->name);
+    json_t *name = r->file != NULL ? json_null() : json_string(block->name);
     char *file = file_of_block(block->name);
     if (name == NULL)
-        fail(&r->c, EXIT_MIGRATION, "block %s: its name is not UTF-8", file);
+        fail(&r->c.p, EXIT_MIGRATION, "block %s: its name is not UTF-8", file);
     else if (block->guest_address > INT64_MAX)
-        fail(&r->c, EXIT_MIGRATION, "block %s is at guest address %#" PRIx64 "; at most %#" PRIx64 " can be kept", file,
-             block->guest_address, (uint64_t)INT64_MAX);
+        fail(&r->c.p, EXIT_MIGRATION, "block %s is at guest address %#" PRIx64 "; at most %#" PRIx64 " can be kept",
+             file, block->guest_address, (uint64_t)INT64_MAX);
     else if (block->length > left)
-        fail(&r->c, EXIT_MIGRATION, "block %s has %" PRIu64 " bytes; %" PRIu64 " are left of --max-size", file,
+        fail(&r->c.p, EXIT_MIGRATION, "block %s has %" PRIu64 " bytes; %" PRIu64 " are left of --max-size", file,
              block->length, left);
     else
         add_image(&r->c.machine, block);
     free(file);
     json_decref(name);
-    return r->c.code == EXIT_OK ? 0 : -1;
+    return r->c.p.code == EXIT_OK ? 0 : -1;
 }
 
 static int on_stream_event(struct run *r, const struct rmig_qemu_event *ev) {
@@ -328,7 +451,7 @@ static int feed(struct run *r, const uint8_t *p, size_t n) {
     do {
         int64_t used = rmig_qemu_reader_feed(&r->reader, p, n, &ev);
         if (used < 0)
-            return fail_rmig(&r->c, EXIT_MIGRATION, &r->reader.error);
+            return fail_rmig(&r->c.p, EXIT_MIGRATION, &r->reader.error);
         p += used;
         n -= (size_t)used;
         if (on_stream_event(r, &ev) < 0)
@@ -351,14 +474,15 @@ static int read_message(struct run *r) {
     size_t n;
     struct rmig_qemu_event ev;
     if (r->in_hook)
-        return fail(&r->c, EXIT_MIGRATION, "the source sent stream bytes (offset %" PRIu64 ") while RAM is being moved",
+        return fail(&r->c.p, EXIT_MIGRATION,
+                    "the source sent stream bytes (offset %" PRIu64 ") while RAM is being moved",
                     rmig_qemu_reader_offset(&r->reader));
     r->messages++;
     while ((n = rmig_sink_get(r->sink, piece, sizeof piece)) > 0)
         if (feed(r, piece, n) < 0)
             return -1;
     if (rmig_qemu_reader_end_message(&r->reader, &ev) < 0)
-        return fail_rmig(&r->c, EXIT_MIGRATION, &r->reader.error);
+        return fail_rmig(&r->c.p, EXIT_MIGRATION, &r->reader.error);
     return ev.type == RMIG_QEV_END && r->returns ? complete(r) : 0;
 }
 
@@ -368,17 +492,21 @@ static int accept_blocks(struct run *r) {
     struct machine *m = &r->c.machine;
     uint64_t guest_offset = 0;
     if (!r->listed || !r->in_hook)
-        return fail(&r->c, EXIT_MIGRATION, "the source asked for the blocks %s",
+        return fail(&r->c.p, EXIT_MIGRATION, "the source asked for the blocks %s",
                     r->listed ? "outside a hook" : "before it named its own");
     if (m->image_count == 0)
-        return fail(&r->c, EXIT_MIGRATION, "the source has no RAM to move");
+        return fail(&r->c.p, EXIT_MIGRATION, "the source has no RAM to move");
+    for (uint32_t i = 0; i < m->image_count; i++)
+        if ((r->file != NULL ? make_memory_image(&r->c.p, &m->image[i])
+                             : create_image(&r->c.p, &r->out, &m->image[i])) < 0)
+            return -1;
+    if (r->file != NULL && prepare_file(r) < 0)
+        return -1;
     for (uint32_t i = 0; i < m->image_count; i++) {
         uint32_t index;
-        if (open_image(r, &m->image[i]) < 0)
-            return -1;
         struct rmig_block_desc desc = describe(&m->image[i], &guest_offset);
         if (rmig_sink_add_block(r->sink, &desc, &index) < 0)
-            return fail(&r->c, EXIT_MIGRATION, "%s", rmig_sink_error(r->sink)->text);
+            return fail(&r->c.p, EXIT_MIGRATION, "%s", rmig_sink_error(r->sink)->text);
     }
     r->accepted = rmig_sink_accept_blocks(r->sink) == RMIG_OK;
     return r->accepted ? 0 : fail_sink(r);
@@ -386,7 +514,9 @@ static int accept_blocks(struct run *r) {
 
 static int end_hook(struct run *r) {
     if (!r->in_hook)
-        return fail(&r->c, EXIT_MIGRATION, "the source ended a round that no hook word began");
+        return fail(&r->c.p, EXIT_MIGRATION, "the source ended a round that no hook word began");
+    if (r->ending && r->file != NULL && write_ram_early(r) < 0)
+        return -1;
     r->in_hook = false;
     return 0;
 }
@@ -396,10 +526,10 @@ static int on_disconnected(struct run *r) {
     if (rmig_qemu_reader_whole(&r->reader))
         return complete(r);
     if (!r->state_came)
-        return fail(&r->c, EXIT_MIGRATION,
+        return fail(&r->c.p, EXIT_MIGRATION,
                     "the source left before the end of its stream (offset %" PRIu64 "): it failed or was cancelled",
                     rmig_qemu_reader_offset(&r->reader));
-    return fail(&r->c, EXIT_MIGRATION,
+    return fail(&r->c.p, EXIT_MIGRATION,
                 "the source left, and its device state has no end that is recognised (offset %" PRIu64
                 "): it failed, or was cancelled, or describes no devices (suppress-vmdesc)",
                 rmig_qemu_reader_offset(&r->reader));
@@ -457,62 +587,66 @@ static int receive_events(struct run *r) {
     return 0;
 }
 
-/* After a failure: what is in DIR.part, and what is not. */
+/* After a failure: what is in what is kept, and what is not. */
 static void describe_part(const struct run *r, const char *unsealed, char *out, size_t size) {
     bool whole = rmig_qemu_reader_whole(&r->reader);
+    const char *lack = r->described ? "not all of it may be on the disk" : MACHINE_FILE " is missing or not whole";
     size_t n = 0;
     if (r->sealed && whole) {
         snprintf(out, size, "it holds the machine: it is valid if the source says completed");
         return;
     }
+    if (r->file != NULL)
+        lack = r->ram_written ? "it is no snapshot that can be loaded: it has all pages of RAM, but may lack the "
+                                "bitmaps that tell which, and the state of the devices"
+                              : "it is no snapshot that can be loaded: it has not even all pages of RAM";
     if (!whole)
         n = (size_t)snprintf(out, size, "its device state ends after %" PRIu64 " bytes, where no end is recognised",
                              r->c.machine.state_bytes);
     if (!r->sealed)
-        snprintf(out + n, size - n, "%s%s%s%.600s", whole ? "" : ", and ",
-                 r->described ? "not all of it may be on the disk" : MACHINE_FILE " is missing or not whole",
-                 unsealed[0] == '\0' ? "" : ": ", unsealed);
+        snprintf(out + n, size - n, "%s%s%s%.600s", whole ? "" : ", and ", lack, unsealed[0] == '\0' ? "" : ": ",
+                 unsealed);
 }
 
 /* When the source may have completed the migration, what is here may be all there is of the machine. A source that says
    ERROR has not. */
 static int settle(struct run *r) {
-    struct common *c = &r->c;
+    struct program *p = &r->c.p;
     char why[900], unsealed[700] = "", content[900];
-    bool gave_up = c->status == RMIG_ERR_REFUSED && !rmig_qemu_reader_whole(&r->reader);
-    if (c->code != EXIT_HANDOVER && (gave_up || !may_be_completed(r)))
+    bool gave_up = p->status == RMIG_ERR_REFUSED && !rmig_qemu_reader_whole(&r->reader);
+    if (p->code != EXIT_HANDOVER && (gave_up || !may_be_completed(r)))
         return -1;
     r->kept = true;
-    snprintf(why, sizeof why, "%.899s", c->text);
+    snprintf(why, sizeof why, "%.899s", p->text);
     if (!r->seal_tried) {
-        c->code = EXIT_OK; // for what fails now
+        p->code = EXIT_OK; // for what fails now
         if (seal(r) < 0)
-            snprintf(unsealed, sizeof unsealed, "%.699s", c->text);
+            snprintf(unsealed, sizeof unsealed, "%.699s", p->text);
     }
     describe_part(r, unsealed, content, sizeof content);
-    c->code = EXIT_OK;
-    return fail(c, EXIT_HANDOVER, "%s; the source may have completed the migration, so %.200s is kept: %s", why,
-                r->part, content);
+    p->code = EXIT_OK;
+    return fail(p, EXIT_HANDOVER, "%s; the source may have completed the migration, so %.200s is kept: %s", why,
+                r->out.part, content);
 }
 
 static int print_address(struct run *r) {
     char address[128];
     if (rmig_sink_address(r->sink, address, sizeof address) < 0)
-        return fail_rmig(&r->c, EXIT_CONNECT, rmig_sink_error(r->sink));
-    printf(r->c.json ? "{\"listening\":\"%s\"}\n" : "listening on %s\n", address);
+        return fail_rmig(&r->c.p, EXIT_CONNECT, rmig_sink_error(r->sink));
+    printf(r->c.p.json ? "{\"listening\":\"%s\"}\n" : "listening on %s\n", address);
     if (fflush(stdout) != 0)
-        return fail(&r->c, EXIT_FILES, "cannot write to the standard output: %s", strerror(errno));
+        return fail(&r->c.p, EXIT_FILES, "cannot write to the standard output: %s", strerror(errno));
     return 0;
 }
 
 static int receive(struct run *r) {
     struct rmig_error err;
-    if (make_part(r) < 0 || open_the_fabric(&r->c) < 0)
+    if ((r->file != NULL ? make_file_part(r) : make_dir_part(r)) < 0 || open_the_fabric(&r->c) < 0)
         return -1;
     if (rmig_sink_open(r->c.fabric, &r->c.cfg, &r->sink, &err) < 0)
-        return fail_rmig(&r->c, EXIT_CONNECT, &err);
+        return fail_rmig(&r->c.p, EXIT_CONNECT, &err);
     if (rmig_sink_listen(r->sink, r->address) < 0)
-        return fail_rmig(&r->c, EXIT_CONNECT, rmig_sink_error(r->sink));
+        return fail_rmig(&r->c.p, EXIT_CONNECT, rmig_sink_error(r->sink));
     if (print_address(r) < 0)
         return -1;
     if (receive_events(r) < 0)
@@ -524,17 +658,25 @@ static int receive(struct run *r) {
 
 // >>arguments and main
 
-enum key { KEY_LISTEN = 'l', KEY_MAX_SIZE = 0x100 };
+enum key { KEY_LISTEN = 'l', KEY_SNAPSHOT = 's', KEY_MAX_SIZE = 0x100, KEY_SPARSE };
 
 static const struct argp_option option_table[] = {
     {"listen", KEY_LISTEN, "HOST:PORT", 0, "where to listen; port 0: any free one, which is printed", 0},
+    {"snapshot", KEY_SNAPSHOT, "FILE", 0,
+     "into a snapshot file in QEMU's mapped-ram format, instead of DIR; an older FILE stays until the new one is whole",
+     0},
     {"max-size", KEY_MAX_SIZE, "SIZE", 0, "refuse a machine of more bytes in all (default 1T)", 0},
+    {"sparse", KEY_SPARSE, NULL, 0,
+     "begin also where the file system of FILE has no room for all RAM: pages of zeros take none", 2},
     {NULL, 0, NULL, 0, NULL, 0},
 };
 
-static const char doc[] = "Lets a stock QEMU migrate (migrate rdma:HOST:PORT) into the new directory DIR.\v"
-                          "DIR holds machine.json, the RAM of every block in ram/, and the state of the devices in "
-                          "state. It is called DIR.part until all of it is there.\n\n" EXIT_STATUS_DOC;
+static const char doc[] =
+    "Lets a stock QEMU migrate (migrate rdma:HOST:PORT) into the new directory DIR, or into a snapshot file.\v"
+    "DIR holds machine.json, the RAM of every block in ram/, and the state of the devices in "
+    "state. It is called DIR.part until all of it is there.\n\n"
+    "FILE can be loaded by QEMU 9.0 and later (-incoming file:FILE, capability mapped-ram). The RAM is received into "
+    "memory, and written to FILE.part, in the last round if the source has one, as QEMU does.\n\n" EXIT_STATUS_DOC;
 
 static char *without_slash(char *path) { // its neighbour DIR.part is made
     size_t n = strlen(path);
@@ -543,9 +685,20 @@ static char *without_slash(char *path) { // its neighbour DIR.part is made
     return path;
 }
 
+static void check_arguments(const struct run *r, struct argp_state *state) {
+    const char *option = r->sparse ? "--sparse" : r->c.snapshot_option;
+    if (r->address == NULL)
+        argp_error(state, "--listen HOST:PORT is wanted");
+    else if (r->dir == NULL && r->file == NULL)
+        argp_error(state, "DIR or --snapshot FILE is wanted: where the machine goes");
+    else if (r->dir != NULL && r->file != NULL)
+        argp_error(state, "DIR and --snapshot FILE exclude each other: %s, %s", r->dir, r->file);
+    else if (r->file == NULL && option != NULL)
+        argp_error(state, "%s is for --snapshot", option);
+}
+
 static error_t parse_option(int key, char *arg, struct argp_state *state) {
     struct run *r = state->input;
-    struct rmig_error err;
     switch (key) {
     case ARGP_KEY_INIT:
         state->child_inputs[0] = &r->c;
@@ -553,20 +706,22 @@ static error_t parse_option(int key, char *arg, struct argp_state *state) {
     case KEY_LISTEN:
         r->address = arg;
         return 0;
+    case KEY_SNAPSHOT:
+        r->file = arg;
+        return 0;
     case KEY_MAX_SIZE:
-        if (rmig_size_parse(arg, &r->max_size, &err) < 0)
-            argp_error(state, "--max-size %s: %s", arg, err.text);
+        parse_size("--max-size", arg, &r->max_size, state);
+        return 0;
+    case KEY_SPARSE:
+        r->sparse = true;
         return 0;
     case ARGP_KEY_ARG:
-        if (r->c.dir != NULL)
+        if (r->dir != NULL)
             argp_error(state, "unexpected argument %s", arg);
-        r->c.dir = without_slash(arg);
+        r->dir = without_slash(arg);
         return 0;
-    case ARGP_KEY_END:
-        if (r->address == NULL)
-            argp_error(state, "--listen HOST:PORT is wanted");
-        if (r->c.dir == NULL)
-            argp_error(state, "DIR is wanted: where the machine goes");
+    case ARGP_KEY_SUCCESS:
+        check_arguments(r, state);
         return 0;
     default:
         return ARGP_ERR_UNKNOWN;
@@ -578,22 +733,22 @@ static void clean_up(struct run *r) {
         remove_part(r);
     rmig_sink_close(r->sink);
     rmig_fabric_close(r->c.fabric);
+    rmig_mapped_writer_close(r->writer);
     machine_free(&r->c.machine);
     if (r->state_fd >= 0)
         close(r->state_fd);
-    if (r->part_fd >= 0)
-        close(r->part_fd);
-    free(r->part);
+    whole_file_free(&r->out);
 }
 
 int main(int argc, char **argv) {
     static struct run run;
     static const struct argp_child children[] = {{&common_argp, 0, NULL, 0}, {NULL, 0, NULL, 0}};
-    static const struct argp argp = {option_table, parse_option, "DIR", doc, children, NULL, NULL};
+    static const struct argp argp = {option_table, parse_option, "DIR\n--snapshot FILE", doc, children, NULL, NULL};
     struct rmig_stats st = {0};
     run.max_size = 1024 * RMIG_GIB;
-    run.part_fd = run.state_fd = -1;
-    parse_arguments(&run.c, &argp, &run, argc, argv);
+    run.out.fd = run.state_fd = -1;
+    without_extension(&run.c);
+    parse_arguments(&argp, &run, argc, argv);
     bus_error_run = &run;
     catch_signals(on_bus_error);
     rmig_qemu_reader_init(&run.reader, 0);
@@ -602,5 +757,5 @@ int main(int argc, char **argv) {
         rmig_sink_stats(run.sink, &st);
     report(&run.c, &st, "received");
     clean_up(&run);
-    return (int)run.c.code;
+    return (int)run.c.p.code;
 }

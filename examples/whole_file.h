@@ -29,7 +29,8 @@ static inline int whole_file_name(struct whole_file *f, const char *path, struct
     if (asprintf(&f->part, "%s.part", path) >= 0)
         return RMIG_OK;
     f->part = NULL;
-    return rmig_fail(err, RMIG_ERR_NO_MEMORY, 0, "out of memory for the name of %s.part", path);
+    rmig_fail(err, RMIG_ERR_NO_MEMORY, 0, "out of memory for the name of %s.part", path);
+    return RMIG_ERR_NO_MEMORY;
 }
 
 /* A new file, for reading and writing. One that a killed process left is taken over. What is at PATH must be a regular
@@ -52,7 +53,7 @@ static inline int whole_file_open(struct whole_file *f, const char *path, struct
                          mine_alone ? "not a regular file" : "being written by another process");
     }
     f->fd = fd;
-    return ftruncate(fd, 0) == 0
+    return mine.st_size == 0 || ftruncate(fd, 0) == 0
                ? RMIG_OK
                : rmig_fail(err, RMIG_ERR_FILE, errno, "cannot empty %s: %s", f->part, strerror(errno));
 }

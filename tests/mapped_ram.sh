@@ -168,7 +168,26 @@ without_io_uring() { # [CALL:error=CODE:when=N]
         mapped load "$tmp/s" "$tmp/back" && same_machine "$tmp/a" "$tmp/back"
 }
 
+# The RAM's file is cut when it has been mapped: the program is held up there.
+cut_ram() {
+    local i status
+    rm -rf "$tmp/cut" && cp -r "$tmp/a" "$tmp/cut" && echo old >"$tmp/old" || return 1
+    timeout 60 strace -f -qq -o "$tmp/calls" -e trace=ftruncate,io_uring_setup -e inject=ftruncate:delay_exit=3000000:when=2 \
+        -e inject=io_uring_setup:error=ENOSYS "$program" save --threads 3 "$tmp/cut" "$tmp/old" >"$tmp/out" 2>&1 &
+    for ((i = 0; i < 2000; i++)); do
+        [ -e "$tmp/old.part" ] && break
+        sleep 0.005
+    done
+    sleep 1.5
+    truncate -s 4096 "$tmp/cut/ram/pc.ram"
+    wait $!
+    status=$?
+    [ "$status" = 3 ] && grep -q 'it was cut' "$tmp/out" && [ "$(cat "$tmp/old")" = old ] && [ ! -e "$tmp/old.part" ] ||
+        { echo "exit status $status"; cat "$tmp/out"; return 1; }
+}
+
 broken_calls() {
+    check 'RAM that is cut while threads save it' cut_ram
     check 'a kernel without io_uring' without_io_uring
     check 'an I/O error while pages are written' \
         broken_save 'block "pc.ram": cannot write' pwrite64:error=EIO:when=20+
@@ -247,6 +266,8 @@ alone() {
     check 'saved and loaded' saved_and_loaded
     check 'saved and loaded by three threads' saved_and_loaded --threads 3
     check 'saved and loaded past the page cache' saved_and_loaded --direct --threads 2
+    check 'saved and loaded without io_uring' saved_and_loaded --no-uring
+    check 'saved and loaded past the page cache without io_uring' saved_and_loaded --no-uring --direct --threads 2
     check 'saved and loaded at an offset' saved_and_loaded --offset 5000
     check 'saved and loaded with other alignments' saved_and_loaded --align 4K
     check 'saved and loaded with pages of zeros' saved_and_loaded --every-page

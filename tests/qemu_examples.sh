@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
 # qemu_examples.sh QEMU_SINK QEMU_SOURCE: the programs whose peer is a stock QEMU, against each other over libfabric:
-# what is in the directory at the end, what is refused, and what either end says when the other one goes wrong.
+# what is in the directory or the snapshot file at the end, what is refused, and what either end says when the other one
+# goes wrong. mapped_ram, which looks at snapshot files, lies beside QEMU_SINK.
 set -u
 cd "$(dirname "$0")/.." || exit 1
 . tests/tap.sh
 sink_program=$1
 source_program=$2
+mapped_program=$(dirname "$sink_program")/mapped_ram
 tmp=$(mktemp -d)
 trap 'umount "$tmp/small" 2>/dev/null; rm -rf "$tmp"' EXIT
 out=$tmp/out
@@ -225,7 +227,7 @@ bad_file() { # SHELL WORD...: the command runs in the directory
 }
 
 bad_directories() {
-    check 'a directory that is none' refused 3 "$tmp/none" machine.json -- "$source_program" "${over[@]}" "$tmp/none" 127.0.0.1:1
+    check 'a directory that is none' refused 3 "$tmp/none" 'No such file' -- "$source_program" "${over[@]}" "$tmp/none" 127.0.0.1:1
     check 'machine.json is no JSON' bad_file 'echo "{" >machine.json' machine.json line
     check 'machine.json of another program' bad_directory '$j->{format} = "x"' machine.json '"format"'
     check 'machine.json of an unknown version' bad_directory '$j->{version} = 2' '"version" is 2' 'reads version 1'
@@ -593,13 +595,13 @@ no_inodes() {
         state_kept "$device$description" && [ -e "$out.part/ram/a" ]
 }
 
-on_tmpfs() { # NAME OPTIONS COMMAND
+on_tmpfs() { # NAME OPTIONS COMMAND...
     mkdir -p "$tmp/small"
     if ! mount -t tmpfs -o "$2" tmpfs "$tmp/small" 2>"$tmp/mount"; then
         skip "$1" "$(cat "$tmp/mount")"
         return
     fi
-    check "$1" "$3"
+    check "$1" "${@:3}"
     umount "$tmp/small"
 }
 
@@ -674,6 +676,406 @@ streams() {
     handovers
 }
 
+# >>snapshot files
+
+snap=$tmp/snap
+
+mapped() { timeout -k 5 60 "$mapped_program" "$@"; }
+
+# Starts a sink into the file $snap; sets sink and address.
+start_file_sink() { # OPTION...
+    rm -f "$snap.part"
+    sink_into "--snapshot=$snap" "$@"
+}
+
+# both_file SOURCE-STATUS SINK-STATUS DIR OPTION...: as both, into $snap.
+both_file() {
+    local want="$1 $2" sent received
+    shift 2
+    start_file_sink "${sink_options[@]}" || return 1
+    source_from "$@"
+    sent=$?
+    wait "$sink"
+    received=$?
+    [ "$sent $received" = "$want" ] && return 0
+    echo "qemu_source and qemu_sink ended with $sent $received, wanted $want"
+    cat "$tmp/source.err" "$tmp/sink.err"
+    return 1
+}
+
+no_part() {
+    [ ! -e "$snap.part" ] || { echo 'left behind:'; ls -l "$snap.part"; return 1; }
+}
+
+# What was at $snap before is there still, and nothing else.
+older_stays() { [ "$(cat "$snap")" = older ] && no_part; }
+
+# A machine goes into a file, is in it, and goes from there into a directory.
+by_file() { # MACHINE OFFSET OPTION...
+    local machine=$1 at="--offset=$2B"
+    shift 2
+    rm -rf "$snap" "$tmp/loaded" "$tmp/saved" "$tmp/x"
+    sink_options=("$at" "$@")
+    both_file 0 0 "$machine"
+    local rc=$?
+    sink_options=()
+    [ $rc = 0 ] && no_part && mapped verify "$at" --quiet "$snap" && mapped save "$at" "$machine" "$tmp/saved" &&
+        mapped diff "$at" "$tmp/saved" "$snap" && mapped extract "$at" "$snap" pc.ram "$tmp/x" &&
+        cmp "$tmp/x" "$machine/ram/pc.ram" && mapped load "$at" "$snap" "$tmp/loaded" &&
+        both 0 0 "$snap" "$at" "$@" && same_machine "$machine" && same_machine "$tmp/loaded"
+}
+
+other_facts() {
+    edited "$tmp/vm" '$j->{page_bits} = 12; $j->{uuid} = undef; $j->{section_id} = 4294967295' && by_file "$tmp/bad" 0
+}
+
+holes_stay_in_files() {
+    rm -f "$snap"
+    both_file 0 0 "$tmp/vm" || return 1
+    local kib
+    kib=$(du -k "$snap" | cut -f1)
+    [ "$kib" -lt 2048 ] || { echo "24 MiB of which 5 pages are not zero take $kib KiB"; return 1; }
+}
+
+shared_refused() {
+    echo older >"$snap"
+    edited "$tmp/vm" '$j->{capabilities} = ["x-ignore-shared"]; $_->{guest_address} = 4096 * $i++ for @{$j->{blocks}}' &&
+        both_file 5 5 "$tmp/bad" && says "$tmp/sink.err" x-ignore-shared 'before 11.0' && older_stays
+}
+
+page_that_does_not_fit() {
+    echo older >"$snap"
+    edited "$tmp/vm" '$j->{page_bits} = 16' && both_file 5 5 "$tmp/bad" && says "$tmp/sink.err" .hidden 65536 && older_stays
+}
+
+file_options() {
+    local to=("$sink_program" "${over[@]}" --listen 127.0.0.1:0) from=("$source_program" "${over[@]}")
+    mkdir -p "$tmp/folder"
+    refused 2 --threads --snapshot -- "${to[@]}" --threads 2 "$out" &&
+        refused 2 --sparse --snapshot -- "${to[@]}" --sparse "$out" &&
+        refused 2 DIR --snapshot exclude -- "${to[@]}" --snapshot "$snap" "$out" &&
+        refused 2 --threads '1 to 64' -- "${to[@]}" --threads 65 --snapshot "$snap" &&
+        refused 3 "$tmp/folder" 'not a regular file' -- "${to[@]}" --snapshot "$tmp/folder" &&
+        refused 3 "$tmp/no/where.part" 'No such file' -- "${to[@]}" --snapshot "$tmp/no/where" &&
+        refused 2 --offset 'is a directory' -- "${from[@]}" --offset 4K "$tmp/vm" 127.0.0.1:1 && no_part
+}
+
+# A file that is edited by PERL, which has its bytes in $f and the place of the first block's header in $at.
+bad_file_content() { # PERL WORD...
+    local perl=$1
+    shift
+    mapped info --json "$tmp/good" >"$tmp/info" && perl -MJSON::PP -e 'local $/; open my $in, "<", $ARGV[0] or die;
+        my $at = decode_json(<$in>)->{info}{blocks}[0]{bitmap_offset} - 28; open $in, "<", $ARGV[1] or die; my $f = <$in>;
+        eval($ARGV[3]); die $@ if $@; open my $out, ">", $ARGV[2] or die; print $out $f' \
+        "$tmp/info" "$tmp/good" "$tmp/bad.snap" "$perl" &&
+        refused 3 "$tmp/bad.snap" "$@" -- "$source_program" "${over[@]}" "$tmp/bad.snap" 127.0.0.1:1
+}
+
+other_page_size() { # of another target: QEMU would load it, and leave pages out
+    edited "$tmp/large" '$j->{page_bits} = 13' && rm -f "$tmp/good" && mapped save "$tmp/bad" "$tmp/good" || return 1
+    bad_file_content 'substr($f, $at + 4, 8) = pack "Q>", 4096' 'page size 4096' '13 bits'
+}
+
+bad_files() {
+    rm -f "$tmp/good"
+    mapped save "$tmp/vm" "$tmp/good" || { not_ok 'a snapshot to damage' 'it could not be made'; return; }
+    check 'a file that was cut off' bad_file_content '$f = substr $f, 0, 20e6' 'cut off'
+    check 'a file without its magic' bad_file_content 'substr($f, 0, 8) = "\0" x 8' 'magic'
+    check 'a file whose device state was cut off' bad_file_content '$f = substr $f, 0, -5' 'device state' end
+    check 'a file that is something else' refused 3 "$tmp/big" -- "$source_program" "${over[@]}" "$tmp/big" 127.0.0.1:1
+    check 'a file of an unknown header' bad_file_content 'substr($f, $at, 4) = pack "N", 2' 'version 2'
+    check 'a file with pages of two sizes' bad_file_content 'substr($f, $at + 4, 8) = pack "Q>", 8192' 'page size 4096' 8192
+    check 'a file with pages of another size than its machine' other_page_size
+    mkfifo "$tmp/pipe"
+    check 'a pipe' refused 3 "$tmp/pipe" 'is a pipe' -- "$source_program" "${over[@]}" "$tmp/pipe" 127.0.0.1:1
+    check 'a file at another offset' refused 3 "$tmp/vm/state" -- "$source_program" "${over[@]}" --offset 8K "$tmp/vm/state" 127.0.0.1:1
+}
+
+file_taken() { # by another sink
+    rm -f "$snap"
+    start_file_sink || return 1
+    refused 3 "$snap.part" 'another process' -- "$sink_program" "${over[@]}" --listen 127.0.0.1:0 --snapshot "$snap" &&
+        source_from "$tmp/vm" && wait "$sink" && mapped verify --quiet "$snap"
+}
+
+file_cancelled() { # WHO SIGNAL: in the middle
+    echo older >"$snap"
+    start_file_sink --set io-timeout=2s || return 1
+    timeout -k 5 60 "$source_program" "${over[@]}" --set max-bandwidth=4M --set io-timeout=2s "$tmp/large" "$address" \
+        >"$tmp/source.out" 2>"$tmp/source.err" &
+    source=$!
+    wait_for "[ -s $snap.part ]" && sleep 0.5 || return 1
+    kill "-$2" "$(real_pid "${!1}")"
+    if [ "$1" = source ]; then
+        ends "$source" 7 6 qemu_source && ends "$sink" 5 6 qemu_sink && older_stays
+    else
+        ends "$sink" 7 6 qemu_sink && ends "$source" 5 6 qemu_source && older_stays
+    fi
+}
+
+file_cancel_waiting() {
+    echo older >"$snap"
+    start_file_sink || return 1
+    kill -TERM "$(real_pid "$sink")"
+    ends "$sink" 7 3 qemu_sink && older_stays
+}
+
+too_large_for_max_size() {
+    echo older >"$snap"
+    sink_options=(--max-size 24M)
+    both_file 5 5 "$tmp/vm"
+    local rc=$?
+    sink_options=()
+    [ $rc = 0 ] && says "$tmp/sink.err" --max-size && older_stays
+}
+
+file_limit() { # of the process
+    echo older >"$snap"
+    sink_env=(prlimit --fsize=8388608)
+    both_file 5 3 "$tmp/large"
+    local rc=$?
+    sink_env=()
+    [ $rc = 0 ] && says "$tmp/sink.err" 'File too large' 33554432 && older_stays
+}
+
+# A file system of 20 MiB at $tmp/small.
+no_room() {
+    local snap=$tmp/small/s
+    echo older >"$snap"
+    both_file 5 3 "$tmp/large" && says "$tmp/sink.err" 'has room for 19M' '49M' --sparse && older_stays
+}
+
+room_enough() { # for what is not zero
+    local snap=$tmp/small/s
+    sink_options=(--sparse)
+    both_file 0 0 "$tmp/vm"
+    local rc=$?
+    sink_options=()
+    [ $rc = 0 ] && mapped verify --quiet "$snap"
+}
+
+full_when_the_source_has_left() { # one whose last section has no round, unlike QEMU's
+    local snap=$tmp/small/s
+    echo older >"$snap"
+    sink_options=(--sparse)
+    both_file 0 6 "$tmp/large"
+    local rc=$?
+    sink_options=()
+    [ $rc = 0 ] && says "$tmp/sink.err" 'No space left' "$snap.part is kept" 'not even all pages' &&
+        [ "$(cat "$snap")" = older ] && [ -s "$snap.part" ]
+}
+
+full_in_the_last_round() { # MIB WORD...
+    local snap=$tmp/small/s mib=$1 sent
+    shift
+    echo older >"$snap"
+    start_file_sink --sparse || return 1
+    like_qemu "$mib"
+    sent=$?
+    [ $sent = 1 ] || { echo "the source ended with $sent, wanted 1"; cat "$tmp/like.out" "$tmp/sink.err"; return 1; }
+    ends "$sink" 3 5 qemu_sink && says "$tmp/sink.err" "$@" && says "$tmp/like.out" 'the sink gave up' && older_stays
+}
+
+# like_qemu ADDRESS MIB: a source as QEMU is one, with a round in its last section too. Its RAM is random, of a fixed seed.
+make_like_qemu() {
+    cat >"$tmp/like.c" <<'END'
+#define RMIG_IMPLEMENTATION
+#include "rmig.h"
+#include "rmig_fabric_ofi.h"
+#include "rmig_qemu.h"
+static struct rmig_source *source;
+static int put_to(int rc, const uint8_t *p, int n) { return rc != RMIG_OK ? rc : rmig_source_put(source, p, (size_t)n); }
+static int round_of(int rc, uint64_t bytes) {
+    rc = rc != RMIG_OK ? rc : rmig_source_flush(source);
+    rc = rc != RMIG_OK ? rc : rmig_source_begin_round(source);
+    rc = rc != RMIG_OK ? rc : rmig_source_save_range(source, 0, 0, bytes);
+    return rc != RMIG_OK ? rc : rmig_source_end_round(source);
+}
+int main(int argc, char **argv) {
+    static uint8_t out[4096];
+    struct rmig_error err;
+    struct rmig_config cfg = {.trace = NULL};
+    struct rmig_ofi_options ofi = {.provider = "tcp"};
+    struct rmig_qemu_configuration c = {.machine = "pc-q35-10.0"};
+    struct rmig_qemu_block block = {.name = "pc.ram", .length = strtoull(argc == 3 ? argv[2] : "1", NULL, 10) << 20};
+    uint64_t *ram = malloc(block.length), x = 88172645463325252u;
+    struct rmig_block_desc desc = {.name = block.name, .host = ram, .length = block.length};
+    uint32_t index;
+    struct rmig_fabric *fabric = rmig_ofi_open(&ofi, &err);
+    if (argc != 3 || fabric == NULL || ram == NULL)
+        return 2;
+    for (uint64_t i = 0; i < block.length / 8; i++) {
+        x ^= x << 13, x ^= x >> 7, x ^= x << 17;
+        ram[i] = x;
+    }
+    rmig_set_extension(&cfg, 0, NULL);
+    rmig_set_io_timeout(&cfg, 10000000000u, NULL);
+    if (rmig_source_open(fabric, &cfg, &source, &err) != RMIG_OK)
+        return 2;
+    int rc = rmig_source_add_block(source, &desc, &index);
+    rc = rc != RMIG_OK ? rc : rmig_source_connect(source, argv[1]);
+    rc = put_to(rc, out, rmig_qemu_encode_start(out, sizeof out, &c));
+    rc = put_to(rc, out, rmig_qemu_encode_section(out, sizeof out, RMIG_QEMU_SECTION_START, 5));
+    rc = put_to(rc, out, rmig_qemu_encode_mem_size(out, sizeof out, block.length));
+    rc = put_to(rc, out, rmig_qemu_encode_block(out, sizeof out, &block, 0));
+    rc = put_to(rc, out, rmig_qemu_encode_word(out, sizeof out, RMIG_QEMU_WORD_HOOK));
+    rc = round_of(rc, block.length);
+    rc = put_to(rc, out, rmig_qemu_encode_word(out, sizeof out, RMIG_QEMU_WORD_EOS));
+    rc = put_to(rc, out, rmig_qemu_encode_footer(out, sizeof out, 5));
+    rc = put_to(rc, out, rmig_qemu_encode_command(out, sizeof out, RMIG_QEMU_COMMAND_SWITCHOVER_START, 0));
+    rc = put_to(rc, out, rmig_qemu_encode_section(out, sizeof out, RMIG_QEMU_SECTION_END, 5));
+    rc = put_to(rc, out, rmig_qemu_encode_word(out, sizeof out, RMIG_QEMU_WORD_HOOK));
+    rc = round_of(rc, 4096);
+    rc = put_to(rc, out, rmig_qemu_encode_word(out, sizeof out, RMIG_QEMU_WORD_EOS));
+    rc = put_to(rc, out, rmig_qemu_encode_footer(out, sizeof out, 5));
+    rc = put_to(rc, (const uint8_t *)"\4device", 7);
+    rc = put_to(rc, out, rmig_qemu_encode_end(out, sizeof out, "{\"devices\": []}", 15));
+    rc = rc != RMIG_OK ? rc : rmig_source_finish(source);
+    printf("%s\n", rc == RMIG_OK ? "ok" : rmig_source_error(source)->text);
+    rmig_source_close(source);
+    rmig_fabric_close(fabric);
+    return rc != RMIG_OK;
+}
+END
+    # shellcheck disable=SC2046 # a list of flags
+    cc -std=c11 -O1 -I. "$tmp/like.c" -o "$tmp/like" $(pkg-config --cflags --libs libfabric) -pthread
+}
+
+like_qemu() { timeout -k 5 60 "$tmp/like" "$address" "$1" >"$tmp/like.out" 2>&1; } # MIB
+
+rounds_like_qemu() { # and what the stream says goes into the file
+    rm -f "$snap"
+    start_file_sink && like_qemu 8 && ends "$sink" 0 5 qemu_sink && no_part && mapped verify --quiet "$snap" &&
+        mapped info --json "$snap" >"$tmp/info" && json "$tmp/info" '$j->{info}{switchover_start} && $j->{info}{section_id} == 5
+            && $j->{info}{machine} eq "pc-q35-10.0" && $j->{info}{state_bytes} == 28 && $j->{info}{blocks}[0]{pages_set} == 2048' &&
+        both 0 0 "$snap" && cmp "$out/ram/pc.ram" <(mapped extract "$snap" pc.ram "$tmp/x" && cat "$tmp/x")
+}
+
+slow_file() { # io-timeout of the sink does not count its own disk
+    rm -f "$snap"
+    mapfile -t sink_env < <(slow_env SLOW_FSYNC=3)
+    start_file_sink --set io-timeout=2s && like_qemu 8 && ends "$sink" 0 5 qemu_sink && mapped verify --quiet "$snap"
+    local rc=$?
+    sink_env=()
+    return $rc
+}
+
+slow_file_stopped() { # STATUS WORD OPTION...: by --timeout, or by a signal; the source keeps its machine
+    local status=$1 word=$2
+    shift 2
+    echo older >"$snap"
+    mapfile -t sink_env < <(slow_env SLOW_FSYNC=3)
+    start_file_sink "$@"
+    local rc=$? like
+    sink_env=()
+    [ $rc = 0 ] || return 1
+    timeout -k 5 60 "$tmp/like" "$address" 8 >"$tmp/like.out" 2>&1 &
+    like=$!
+    wait_for "[ -s $snap.part ]" && sleep 1
+    [ "$status" != 7 ] || kill -INT "$(real_pid "$sink")"
+    ends "$sink" "$status" 6 qemu_sink || return 1
+    wait "$like"
+    [ $? = 1 ] && says "$tmp/like.out" 'the sink gave up' && says "$tmp/sink.err" "$word" && older_stays
+}
+
+file_without_end() {
+    rm -f "$snap"
+    start_file_sink && raw_delivers "$end$device" || return 1
+    ends "$sink" 6 5 qemu_sink && says "$tmp/sink.err" suppress-vmdesc 'ends after 11 bytes' "$snap.part is kept" &&
+        [ ! -e "$snap" ] && cmp <(tail -c 11 "$snap.part") <(printf "$device") || return 1
+    mapped info --json "$snap.part" >"$tmp/info"
+    json "$tmp/info" '!$j->{info}{whole} && $j->{info}{blocks}[0]{name} eq "a"' &&
+        refused 3 "$snap.part" -- "$source_program" "${over[@]}" "$snap.part" 127.0.0.1:1 &&
+        refused 3 "$snap.part exists" 'exit status 6' -- \
+            "$sink_program" "${over[@]}" --listen 127.0.0.1:0 --snapshot "$snap" && [ -s "$snap.part" ]
+}
+
+file_cancelled_with_all_state() {
+    rm -f "$snap"
+    start_file_sink --trace || return 1
+    raw_delivers "$end$device$description" 3 &
+    local raw=$!
+    wait_for "grep -q 'REGISTER_FINISHED' $tmp/sink.err" && sleep 0.6 || return 1
+    kill -TERM "$(real_pid "$sink")"
+    ends "$sink" 6 2 qemu_sink && says "$tmp/sink.err" cancelled 'holds the machine' "$snap.part is kept" &&
+        mapped verify --quiet "$snap.part" && [ ! -e "$snap" ]
+    local rc=$?
+    wait "$raw"
+    return $rc
+}
+
+# Whatever the moment, FILE is the older one or the new one, whole, and what is unfinished is refused.
+file_killed() { # TIMES
+    local i torn=0
+    rm -f "$tmp/first" "$snap"
+    mapped save "$tmp/vm" "$tmp/first" && start_file_sink && like_qemu 16 && wait "$sink" && mv "$snap" "$tmp/second" || return 1
+    for ((i = 0; i < $1; i++)); do
+        cp --sparse=always "$tmp/first" "$snap"
+        start_file_sink || return 1
+        "$tmp/like" "$address" 16 >"$tmp/like.out" 2>&1 &
+        wait_for "[ -s $snap.part ] || ! kill -0 $sink 2>/dev/null" && sleep "0.$(printf %03d $((RANDOM % 120)))"
+        kill -KILL "$(real_pid "$sink")" 2>/dev/null
+        wait "$sink" $! 2>/dev/null
+        mapped diff "$snap" "$tmp/first" >/dev/null || mapped diff "$snap" "$tmp/second" >/dev/null ||
+            { echo "run $i: FILE is neither the old one nor the new one"; return 1; }
+        [ -s "$snap.part" ] || continue
+        torn=$((torn + 1))
+        if mapped verify --quiet "$snap.part" >/dev/null 2>&1; then # killed right before it got its name
+            mapped diff "$snap.part" "$tmp/second" >/dev/null || { echo "run $i: a torn file was taken"; return 1; }
+        fi
+        refused 3 "$snap.part exists" 'remove it' -- \
+            "$sink_program" "${over[@]}" --listen 127.0.0.1:0 --snapshot "$snap" || return 1
+    done
+    echo "$torn of $1 were torn"
+    [ "$torn" -gt 0 ]
+}
+
+files_of_sources_like_qemu() {
+    if ! make_like_qemu 2>"$tmp/cc"; then
+        not_ok 'a source like QEMU is built' "$(cat "$tmp/cc")"
+        return
+    fi
+    check 'a file, of a source whose last section has a round' rounds_like_qemu
+    on_tmpfs 'the disk is full in the last round: the source keeps its machine' size=20M full_in_the_last_round 30 'No space left'
+    on_tmpfs 'no room for the state of the devices' size=20M full_in_the_last_round 8 'for the state of the devices' 'has room for'
+    check 'a sink into a file is killed, 20 times' file_killed 20
+    [ -e "$tmp/slow.so" ] || return
+    check 'a disk that takes its time in the last round' slow_file
+    check 'interrupted in the last round' slow_file_stopped 7 cancelled
+    check '--timeout in the last round' slow_file_stopped 5 --timeout --timeout 2
+}
+
+snapshots() {
+    if [ ! -x "$mapped_program" ]; then
+        skip 'snapshot files' 'mapped_ram is not built'
+        return
+    fi
+    check 'a machine by way of a file' by_file "$tmp/vm" 0
+    check 'a machine by way of a file, by three threads' by_file "$tmp/large" 0 --threads 3
+    check 'a machine by way of a file, past the page cache' by_file "$tmp/large" 0 --threads 2 --direct
+    check 'a machine by way of a file that begins inside' by_file "$tmp/vm" 5000
+    check 'a machine by way of a file, with other facts' other_facts
+    check 'holes stay holes in files' holes_stay_in_files
+    check 'x-ignore-shared is refused for files' shared_refused
+    check 'a block that is no multiple of a page is refused for files' page_that_does_not_fit
+    check 'options of files' file_options
+    bad_files
+    check 'a file that another sink writes' file_taken
+    check 'the source is interrupted, a file' file_cancelled source INT
+    check 'the sink is interrupted, a file' file_cancelled sink INT
+    check 'a waiting sink is terminated, a file' file_cancel_waiting
+    check 'RAM of more than --max-size, a file' too_large_for_max_size
+    check 'a file that may not be so long' file_limit
+    on_tmpfs 'no room for all RAM' size=20M no_room
+    on_tmpfs 'room for what is not zero' size=20M room_enough
+    on_tmpfs 'the disk is full when the source has left' size=20M full_when_the_source_has_left
+    [ ! -x "$tmp/raw" ] || {
+        check 'a file of a source without a description of its devices' file_without_end
+        check 'a sink into a file is cancelled when all state has come' file_cancelled_with_all_state
+    }
+    files_of_sources_like_qemu
+}
+
 # >>the list
 
 make_machines || { not_ok 'machines to move' 'they could not be made'; done_testing; }
@@ -710,6 +1112,7 @@ check '--timeout in mid-migration, at either end' too_slow
 check 'nobody listens' nobody_listens
 check 'a killed sink leaves what can be named and removed' after_a_kill
 streams
+snapshots
 if [ -x "$(dirname "$source_program")/rmig_migrate" ]; then
     check 'a source that is no QEMU' foreign_source
 else

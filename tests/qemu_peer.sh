@@ -9,6 +9,7 @@
 #   moves      a paused guest, QEMU to directory to QEMU to directory: RAM of every block compared. Over RoCE and iWARP
 #   runs       a guest that runs, before and after; cancelled; either end killed
 #   refuses    what a QEMU may not ask for, and who is no QEMU
+#   files      QEMU to snapshot file to QEMU, and a snapshot file of QEMU's to QEMU; a disk that is full
 #   libfabric  a QEMU that migrates to qemu_sink over libfabric's verbs provider
 #   asan       some of the above with the programs of BUILD/asan
 # shellcheck disable=SC2016,SC2034,SC2317,SC2319 # evaluated later; used by name; called by check
@@ -30,7 +31,7 @@ inside=
 build=$1
 shift
 for group; do
-    case $group in moves | runs | refuses | libfabric | asan) ;; *) usage ;; esac
+    case $group in moves | runs | refuses | files | libfabric | asan) ;; *) usage ;; esac
 done
 made=$build/qemu_peer
 
@@ -96,6 +97,7 @@ programs=$build
 address=$RXE_ADDR
 fabric=(--fabric verbs)
 out=$tmp/test/vm
+snapshot= # a file in place of the directory $out
 sink_options=() source_options=() guest=(-S)
 
 wait_for() { # SECONDS CONDITION
@@ -242,12 +244,14 @@ moved_some() { # END BYTES
 
 # >>programs
 
-# Starts qemu_sink into $out; sets sink and at, its address.
+# Starts qemu_sink into $out, or $snapshot; sets sink and at, its address.
 start_sink() { # OPTION...
+    local into=("$out")
+    [ -z "$snapshot" ] || into=(--snapshot "$snapshot")
     rm -rf "$out" "$out.part"
     : >"$tmp/test/sink.out"
     timeout -k 5 150 "$programs/qemu_sink" "${fabric[@]}" --set io-timeout=10s --json --listen "$address:0" \
-        ${sink_options[@]+"${sink_options[@]}"} "$@" "$out" >"$tmp/test/sink.out" 2>"$tmp/test/sink.log" &
+        ${sink_options[@]+"${sink_options[@]}"} "$@" "${into[@]}" >"$tmp/test/sink.out" 2>"$tmp/test/sink.log" &
     sink=$!
     wait_for 30 'grep -q listening "$tmp/test/sink.out" || ! kill -0 $sink 2>/dev/null' || return 1
     at=$(sed -n 's/^{"listening":"\(.*\)"}$/\1/p' "$tmp/test/sink.out")
@@ -256,7 +260,7 @@ start_sink() { # OPTION...
 
 start_source() { # ADDRESS OPTION...
     timeout -k 5 150 "$programs/qemu_source" "${fabric[@]}" --set io-timeout=10s --json \
-        ${source_options[@]+"${source_options[@]}"} "${@:2}" "$out" "$1" \
+        ${source_options[@]+"${source_options[@]}"} "${@:2}" "${snapshot:-$out}" "$1" \
         >"$tmp/test/source.out" 2>"$tmp/test/source.log" &
     source=$!
 }
@@ -507,6 +511,88 @@ group_refuses() {
     peer 'postcopy-ram of 10.0' refused 10.0 postcopy-ram POSTCOPY_ADVISE postcopy-ram
     peer 'rping, ib_write_bw and one who leaves, then 7.2' strangers
     peer 'a source that is no QEMU' foreign
+}
+
+# >>files
+
+# QEMU END by RDMA into $snapshot.
+into_file() { # END
+    start_sink && qmp "$1" migrate "{\"uri\": \"rdma:$at\"}" && migration_ends "$1" completed && ended "$sink" 0 60 &&
+        [ -e "$snapshot" ] && [ ! -e "$snapshot.part" ]
+}
+
+# $snapshot into a new QEMU 10.0.
+from_file() { # END MACHINE OPTION...
+    start_qemu "$1" 10.0 "$2" "${@:3}" -incoming defer && capabilities "$1" mapped-ram &&
+        qmp "$1" migrate-incoming "{\"uri\": \"file:$snapshot\"}" && migration_ends "$1" completed
+}
+
+paused_by_file() { # VERSION CAPABILITIES
+    local machine snapshot=$tmp/test/snapshot
+    machine=$(machine "$1" 10.0)
+    cp --sparse=always "$image" "$tmp/test/first.ram"
+    start_qemu first "$1" "$machine" && capabilities first "$2" && into_file first && kill "${pid[first]}" &&
+        from_file second "$machine" && cmp "$image" "$tmp/test/second.ram"
+}
+
+# A guest that counts, by way of a file, goes on.
+counts_by_file() { # VERSION CAPABILITIES
+    local machine before there after snapshot=$tmp/test/snapshot
+    machine=$(machine "$1" 10.0)
+    start_qemu first "$1" "$machine" && capabilities first "$2" && wait_for 60 '[ "$(printed first)" -ge 1 ]' &&
+        qmp first migrate-set-parameters '{"max-bandwidth": 1000000000, "downtime-limit": 2000}' && into_file first &&
+        is_running first false && before=$(counter "$tmp/test/first.ram") || return 1
+    kill "${pid[first]}"
+    from_file second "$machine" -S && there=$(counter "$tmp/test/second.ram") &&
+        qmp second cont && counts_on second && qmp second stop && after=$(counter "$tmp/test/second.ram") || return 1
+    [ "$before" = "$there" ] && [ "$after" -gt "$there" ] && return
+    echo "saved in pass $before, there in pass $there, later in pass $after"
+    return 1
+}
+
+# What QEMU 10.0 itself saved, by RDMA into another one.
+file_of_qemu() { # VERSION
+    local machine snapshot=$tmp/test/snapshot
+    machine=$(machine 10.0 "$1")
+    cp --sparse=always "$image" "$tmp/test/first.ram"
+    start_qemu first 10.0 "$machine" && capabilities first mapped-ram &&
+        qmp first migrate "{\"uri\": \"file:$snapshot\"}" && migration_ends first completed &&
+        kill "${pid[first]}" && into_qemu second "$1" "$machine" && cmp "$image" "$tmp/test/second.ram" &&
+        qmp second cont && is_running second true
+}
+
+# The QEMU keeps its guest, and neither end leaves anything. SIZE: of the file system.
+full_disk() { # SIZE VERSION WORD OPTION...
+    local status snapshot=$tmp/small/snapshot
+    mkdir -p "$tmp/small" && mount -t tmpfs -o "size=$1" tmpfs "$tmp/small" && echo older >"$snapshot" || return 1
+    keeps_its_guest "${@:2}"
+    status=$?
+    [ "$(cat "$snapshot")" = older ] && [ ! -e "$snapshot.part" ] || status=1
+    umount "$tmp/small"
+    return "$status"
+}
+
+keeps_its_guest() { # VERSION WORD OPTION...
+    cp --sparse=always "$image" "$tmp/test/first.ram"
+    start_qemu first "$1" q35 && start_sink "${@:3}" && qmp first migrate "{\"uri\": \"rdma:$at\"}" &&
+        ended "$sink" 3 30 && says "$tmp/test/sink.log" "$2" && migration_ends first failed &&
+        qmp first cont && is_running first true
+}
+
+group_files() {
+    sink_options=(--threads 2)
+    peer 'a file: 7.2 pinned whole, loaded by 10.0' paused_by_file 7.2 rdma-pin-all
+    sink_options=()
+    source_options=(--threads 2)
+    peer "a file of 10.0's, moved to 7.2" file_of_qemu 7.2
+    source_options=()
+    peer 'a full disk: refused before anything is moved' full_disk 40M 10.0 'has room for'
+    peer 'a full disk: refused in the last round of 7.2' full_disk 6M 7.2 'No space left' --sparse
+    # shellcheck disable=SC2054
+    guest=(-serial "file:$tmp/test/END.serial" -drive "file=$made/guest.img,format=raw,if=none,id=disk,readonly=on"
+        -device virtio-blk-pci,drive=disk)
+    peer 'a file: 10.0 that runs, with a return path, loaded by 10.0, goes on' counts_by_file 10.0 return-path
+    guest=(-S)
 }
 
 # >>libfabric

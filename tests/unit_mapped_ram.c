@@ -461,7 +461,7 @@ Test(mapped_rounds, io_uring_is_used_unless_it_is_switched_off) {
     for (unsigned off = 0; off < 2; off++) {
         bool seen = false;
         struct rmig_mapped_options opt = {
-            .no_sync = true, .no_uring = off == 1, .progress = note_uring, .progress_user = &seen};
+            .no_sync = true, .direct = true, .no_uring = off == 1, .progress = note_uring, .progress_user = &seen};
         int fd = new_file();
         save_file(fd, &opt, &ram, 1);
         cr_assert_eq(seen, off == 0 && has_uring(), "while it is written");
@@ -1055,7 +1055,8 @@ Test(mapped_fails, a_limit_of_the_file_size_is_an_error_with_its_reason) {
     struct ram ram = {"ram", new_memory(8 * RMIG_MIB), 8 * RMIG_MIB};
     struct rlimit limit = {3 * RMIG_MIB, RLIM_INFINITY}, none = {RLIM_INFINITY, RLIM_INFINITY};
     for (uint32_t threads = 1; threads < 7; threads++) {
-        struct rmig_mapped_options opt = {.threads = 1 + threads % 3, .no_uring = threads > 3};
+        struct rmig_mapped_options opt = {
+            .threads = 1 + threads % 3, .direct = threads % 2 == 0, .no_uring = threads > 3};
         int fd = new_file();
         memset(ram.mem, 3, ram.length);
         signal(SIGXFSZ, SIG_IGN);
@@ -1084,12 +1085,13 @@ Test(mapped_fails, a_limit_of_the_file_size_is_noticed_at_the_start) {
     struct ram ram = {"ram", new_memory(8 * RMIG_MIB), 8 * RMIG_MIB};
     struct rmig_block_desc desc = describe(&ram, 0);
     struct rmig_mapped_writer *w;
+    struct rmig_mapped_options opt = {.direct = true};
     int fd = new_file();
     if (!has_uring())
         cr_skip("no io_uring here");
     signal(SIGXFSZ, SIG_IGN);
     cr_assert_eq(setrlimit(RLIMIT_FSIZE, &limit), 0);
-    cr_assert_eq(rmig_mapped_writer_open(fd, NULL, &w, NULL), RMIG_OK);
+    cr_assert_eq(rmig_mapped_writer_open(fd, &opt, &w, NULL), RMIG_OK);
     OK(w, rmig_mapped_writer_add_block(w, &desc, NULL));
     cr_assert_eq(rmig_mapped_writer_start(w, &machine), RMIG_ERR_FILE);
     const struct rmig_error *error = rmig_mapped_writer_error(w);
