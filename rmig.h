@@ -417,7 +417,8 @@ static inline uint64_t rmig_chunk_further(uint64_t bytes, uint64_t chunk) {
 // >>block
 
 /* What a block's memory is backed with: decides how holes are found. Reading a never-touched page of a shared memory
-   file allocates it, so rmig looks for holes before it looks for zeros. */
+   file allocates it, so rmig looks for holes before it looks for zeros. Memory that is still being filled in from
+   elsewhere (userfaultfd) has holes that are none: UNKNOWN. */
 enum rmig_backing {
     RMIG_BACKING_UNKNOWN, // read everything
     RMIG_BACKING_ANONYMOUS, // private anonymous mapping: holes by /proc/self/pagemap

@@ -58,7 +58,7 @@ THREADS
 their own, with all signals blocked but those of their own faults (SIGBUS, SIGSEGV ...), and have joined them when they
 return; the calling thread works too. load_start starts two, which end with the loading or with close. Waits are for the
 file alone, and last as long as the file system takes: there is no deadline to put on a read or a write of a file.
-opt.progress can end them between two pieces of at most some MiB.
+opt.progress can end them between two pieces of at most 16 MiB, or a page of the guest where that is larger.
 
 DIRECT I/O
 
@@ -75,12 +75,15 @@ that is written so has its whole length from the start.
 
 MEMORY
 
-    A writer needs two bits a page (1/16384 of RAM) and 128 bytes a block, a reader some 500 bytes a block.
+    A writer needs two bits a page (1/16384 of RAM) and 128 bytes a block, a reader some 500 bytes a block and, while
+it loads lazily, one bit a host page.
 
 ERRORS
 
     As in rmig.h. A file that cannot be read or written is RMIG_ERR_FILE with errno in provider_code, what a file
-holds and must not hold is RMIG_ERR_WIRE; after both only close is of use. Statuses of refused calls change nothing.
+holds and must not hold is RMIG_ERR_WIRE. After these, RMIG_ERR_CANCELLED, RMIG_ERR_SETUP of a lazy loading, and after
+RMIG_ERR_NO_MEMORY of start, end_round and load only close is of use. Statuses of refused calls change nothing. A limit
+of the file size (RLIMIT_FSIZE) kills by SIGXFSZ unless that is ignored: ignore it, and it is an error like any other.
 
 LICENCE
 
@@ -173,8 +176,8 @@ struct rmig_mapped_writer;
    RMIG_ERR_PARAM, RMIG_ERR_NO_MEMORY, RMIG_ERR_FILE (no direct I/O there) with *err (may be NULL). */
 RMIG_API int rmig_mapped_writer_open(int fd, const struct rmig_mapped_options *options, struct rmig_mapped_writer **out,
                                      struct rmig_error *err);
-/* Frees everything; NULL is allowed. Unless finish succeeded, the file is not a snapshot, and is the caller's to
-   remove. */
+/* Frees everything; NULL is allowed. Unless finish succeeded, the file is the caller's to remove: it is no
+   snapshot, or, if only the last wait for the disk failed, not sure to stay one. */
 RMIG_API void rmig_mapped_writer_close(struct rmig_mapped_writer *w);
 /* Before start. Indexes count from 0, which is the order in the file. The length must be a multiple of the page size;
    memory stays mapped until close. Errors as rmig_blocks_add; RMIG_ERR_STATE after start. */
@@ -246,8 +249,13 @@ RMIG_API int rmig_mapped_reader_load(struct rmig_mapped_reader *r);
 /* Lazy loading: load_start returns at once, and from then on the memory of the blocks may be used: a page that is
    touched before it was loaded is fetched from the file by one thread, while another loads all of them in order. What
    the memory held before is given up, so each block must be on whole host pages, private anonymous memory
-   (RMIG_BACKING_ANONYMOUS) or a shared mapping of tmpfs or a memfd (RMIG_BACKING_SHARED_FD); the guest must not discard
-   pages (balloon) until all is loaded. Needs userfaultfd, also for faults in the kernel: root, or the sysctl
+   (RMIG_BACKING_ANONYMOUS) or a shared mapping of tmpfs or a memfd (RMIG_BACKING_SHARED_FD), and neither locked nor
+   pinned (mlock, VFIO, registered for RDMA). Until load_wait says RMIG_OK
+   - only this mapping may be used: a read by another one (vhost-user, a second mapping) puts zeros there for good. That
+   is noticed, and ends the loading with an error
+   - the guest must not discard pages (balloon)
+   - whoever saves or migrates it must describe it as RMIG_BACKING_UNKNOWN: what is not there yet looks like a hole.
+   Needs userfaultfd, also for faults in the kernel: root, or the sysctl
    vm.unprivileged_userfaultfd. Errors as load; RMIG_ERR_SETUP with errno: userfaultfd cannot do it. Device state can
    be had meanwhile. */
 RMIG_API int rmig_mapped_reader_load_start(struct rmig_mapped_reader *r);
@@ -301,7 +309,9 @@ enum {
     RMIG__MAPPED_VERSION = 1,
     RMIG__MAPPED_ALIGN = 4096, // of direct I/O: memory, offset and length. Covers every usual logical block
     RMIG__MAPPED_UNIT = 1 << 20, // moved by one call at most
-    RMIG__MAPPED_SPAN = 4096, // pages that a thread loads at a time
+    RMIG__MAPPED_SPAN = 4096, // pages, and
+    RMIG__MAPPED_SPAN_BYTES = 16 << 20, // bytes, that a thread loads at a time at most, but a page at least
+    RMIG__MAPPED_ANNOUNCE = 64 << 10, // bytes of a run that are worth two system calls
     RMIG__MAPPED_THREAD_BYTES = 4 << 20, // what makes one more thread worth its start
     RMIG__MAPPED_TAIL = 17 << 20 // of the device state, read to find its end: a description has less than 16 MiB
 };
@@ -433,11 +443,30 @@ struct rmig__mapped_ring {
     uint32_t prepared, flying; // not yet submitted; submitted, not yet complete
 };
 
+/* A filter of system calls may allow its setup alone. */
+static bool rmig__mapped_ring_works(struct io_uring *uring) {
+    struct io_uring_cqe *cqe = NULL;
+    int code;
+    io_uring_prep_nop(io_uring_get_sqe(uring));
+    do
+        code = io_uring_submit(uring);
+    while (code == -EINTR);
+    while (code == 1 && (code = io_uring_wait_cqe(uring, &cqe)) == -EINTR)
+        code = 1;
+    if (code == 0)
+        io_uring_cqe_seen(uring, cqe);
+    return code == 0;
+}
+
 /* Where the kernel has no io_uring, or forbids it, io does without. */
 static void rmig__mapped_ring_open(struct rmig__mapped_io *io, struct rmig__mapped_ring *ring) {
     memset(ring, 0, sizeof *ring);
     if (io_uring_queue_init(RMIG__MAPPED_DEPTH, &ring->uring, 0) < 0)
         return;
+    if (!rmig__mapped_ring_works(&ring->uring)) {
+        io_uring_queue_exit(&ring->uring);
+        return;
+    }
     for (uint32_t i = 0; i < RMIG__MAPPED_DEPTH; i++)
         ring->unused[ring->unused_count++] = i;
     io->ring = ring;
@@ -472,23 +501,15 @@ static int rmig__mapped_ring_take(struct rmig__mapped_io *io) {
     while (code == -EINTR);
     if (code < 0)
         return rmig__mapped_ring_failed(io, code);
-    int64_t done = cqe->res;
+    uint64_t done = cqe->res < 0 ? 0 : (uint64_t)cqe->res; // what failed is tried without, which tells the reason
     uint32_t i = (uint32_t)cqe->user_data;
     const struct rmig__mapped_piece piece = ring->piece[i];
     io_uring_cqe_seen(&ring->uring, cqe);
     ring->flying--;
     ring->unused[ring->unused_count++] = i;
     const char *block = io->block;
-    int status = RMIG_OK;
     io->block = piece.block;
-    if (done == -EINTR || done == -EAGAIN)
-        done = 0;
-    errno = done < 0 ? (int)-done : 0;
-    if (done < 0)
-        status = rmig__mapped_io_failed(io, piece.out, piece.n, piece.at, piece.direct);
-    else if ((uint64_t)done < piece.n)
-        status =
-            rmig__mapped_transfer(io, piece.out, piece.p + done, piece.n - (uint64_t)done, piece.at + (uint64_t)done);
+    int status = rmig__mapped_transfer(io, piece.out, piece.p + done, piece.n - done, piece.at + done);
     io->block = block;
     return status;
 }
@@ -1514,6 +1535,12 @@ static int rmig__reader_check_page_size(struct rmig_mapped_reader *r, const char
 
 static int rmig__reader_check_place(struct rmig_mapped_reader *r, const char *name, const struct rmig_mapped_block *b) {
     uint64_t size = rmig__reader_size(r), bitmap = rmig__mapped_words(b->length / b->page_size) * 8;
+    if (b->bitmap_offset < r->opt.offset || b->pages_offset < r->opt.offset)
+        return rmig_fail(&r->error, RMIG_ERR_WIRE, 0,
+                         "block \"%s\": its bitmap is at file offset %llu, its pages at %llu: before the stream, "
+                         "which begins at %llu",
+                         name, (unsigned long long)b->bitmap_offset, (unsigned long long)b->pages_offset,
+                         (unsigned long long)r->opt.offset);
     if (b->pages_offset % b->page_size != 0)
         return rmig_fail(&r->error, RMIG_ERR_WIRE, 0,
                          "block \"%s\": its pages begin at file offset %llu; must be a multiple of the page size, %llu",
@@ -1583,8 +1610,6 @@ static int rmig__reader_fill_block(struct rmig_mapped_reader *r, const struct rm
                          name.s, (unsigned long long)b->length, (unsigned long long)b->page_size);
     if (status == RMIG_OK && !b->ignored)
         status = rmig__reader_check_place(r, name.s, b);
-    if (status == RMIG_OK && !b->ignored)
-        status = rmig__reader_check_bitmap(r, name.s, b);
     return status;
 }
 
@@ -1786,8 +1811,18 @@ static int rmig__reader_parse(struct rmig_mapped_reader *r) {
     rmig__reader_region(r, p.stretch, size, 's');
     if (r->count == 0)
         return rmig_fail(&r->error, RMIG_ERR_WIRE, 0, "the file has no block of RAM");
-    status = rmig__reader_check_overlaps(r);
-    return status == RMIG_OK ? rmig__reader_check_names(r) : status;
+    return rmig__reader_check_names(r);
+}
+
+/* Of all blocks, once it is known that they overlap nowhere: so each byte of the file is looked at once at most. */
+static int rmig__reader_check_bitmaps(struct rmig_mapped_reader *r) {
+    int status = rmig__reader_check_overlaps(r);
+    for (uint32_t i = 0; i < r->count && status == RMIG_OK; i++) {
+        struct rmig__mapped_source *s = &r->source[i];
+        if (!s->info.ignored)
+            status = rmig__reader_check_bitmap(r, rmig__mapped_name(s->name).s, &s->info);
+    }
+    return status;
 }
 
 static int rmig__reader_hand_out(struct rmig_mapped_reader *r) {
@@ -1828,6 +1863,14 @@ RMIG__DEF int rmig_mapped_reader_open(int fd, const struct rmig_mapped_options *
         status = rmig__mapped_open_direct(fd, false, &r->direct_fd, &r->error);
     if (status == RMIG_OK)
         status = rmig__reader_parse(r);
+    if (status == RMIG_OK || (status == RMIG_ERR_WIRE && opt.incomplete)) {
+        struct rmig_error first = r->error;
+        int bitmaps = rmig__reader_check_bitmaps(r);
+        if (status == RMIG_OK)
+            status = bitmaps;
+        else
+            r->error = first;
+    }
     if (status == RMIG_ERR_WIRE && opt.incomplete) {
         r->why = r->error;
         status = RMIG_OK;
@@ -1858,6 +1901,12 @@ RMIG__DEF void rmig_mapped_reader_close(struct rmig_mapped_reader *r) {
 }
 
 // --- pages
+
+static int rmig__reader_refuse_torn(struct rmig_mapped_reader *r) {
+    if (r->why.status != RMIG_OK)
+        r->error = r->why;
+    return r->why.status;
+}
 
 /* A block of the file whose pages can be read, or an error. */
 static int rmig__reader_block(struct rmig_mapped_reader *r, uint32_t block, const char *call) {
@@ -1952,7 +2001,9 @@ RMIG__DEF int rmig_mapped_reader_read(struct rmig_mapped_reader *r, uint32_t blo
                                       uint64_t length) {
     struct rmig__mapped_span span;
     struct rmig__mapped_io io;
-    int status = rmig__reader_block(r, block, "rmig_mapped_reader_read");
+    int status = rmig__reader_refuse_torn(r);
+    if (status == RMIG_OK)
+        status = rmig__reader_block(r, block, "rmig_mapped_reader_read");
     if (status != RMIG_OK || length == 0)
         return status;
     const struct rmig_mapped_block *b = &r->source[block].info;
@@ -1973,6 +2024,8 @@ RMIG__DEF int rmig_mapped_reader_read(struct rmig_mapped_reader *r, uint32_t blo
         if (status == RMIG_OK)
             status = rmig__span_each(&span, &io, rmig__span_copy, at);
     }
+    if (status == RMIG_OK)
+        status = rmig__mapped_unchanged(r->fd, &r->st, &io.error);
     rmig__mapped_io_end(&io);
     if (status != RMIG_OK)
         r->error = io.error;
@@ -1980,12 +2033,6 @@ RMIG__DEF int rmig_mapped_reader_read(struct rmig_mapped_reader *r, uint32_t blo
 }
 
 // --- loading
-
-static int rmig__reader_refuse_torn(struct rmig_mapped_reader *r) {
-    if (r->why.status != RMIG_OK)
-        r->error = r->why;
-    return r->why.status;
-}
 
 RMIG__DEF int rmig_mapped_reader_add_block(struct rmig_mapped_reader *r, const struct rmig_block_desc *desc) {
     uint32_t i = 0, index = 0;
@@ -2057,7 +2104,7 @@ static int rmig__reader_announce(void *user, struct rmig__mapped_io *io, const s
     const struct rmig_mapped_block *b = &s->source->info;
     uint64_t at = first * b->page_size, bytes = n * b->page_size, host = (uint64_t)sysconf(_SC_PAGESIZE);
     uint8_t *memory = r->targets.block[s->source->target].host + at;
-    if (!in_file)
+    if (!in_file || bytes < RMIG__MAPPED_ANNOUNCE)
         return RMIG_OK;
     if (io->direct_fd < 0)
         posix_fadvise(io->fd, (off_t)(b->pages_offset + at), (off_t)bytes, POSIX_FADV_WILLNEED);
@@ -2074,7 +2121,8 @@ static bool rmig__reader_take(struct rmig_mapped_reader *r, struct rmig__mapped_
         if (!s->source->added || r->at_page == pages)
             continue;
         s->first = r->at_page;
-        s->n = rmig__min(pages - r->at_page, RMIG__MAPPED_SPAN);
+        uint64_t most = rmig__max(RMIG__MAPPED_SPAN_BYTES / s->source->info.page_size, 1);
+        s->n = rmig__min(rmig__min(pages - r->at_page, RMIG__MAPPED_SPAN), most);
         r->at_page += s->n;
         return true;
     }
@@ -2150,6 +2198,9 @@ struct rmig__lazy {
     int uffd;
     uint64_t page; // of the host
     uint32_t registered; // targets
+    pthread_mutex_t placing; // held while pages are placed; for what follows
+    struct rmig_merge *placed; // by whom ever of the two, a bit a page of the host, by target
+    uint64_t *bits; // of all placed
     pthread_t server, loader;
     bool served, loaded; // the threads were started
     pthread_mutex_t lock; // for what follows
@@ -2208,30 +2259,48 @@ static int rmig__lazy_read(struct rmig__mapped_io *io, const struct rmig__mapped
     return status == RMIG_OK ? rmig__span_each(&span, io, rmig__lazy_copy, &part) : status;
 }
 
+/* A page that is there already was put there by one of the two threads, or by nobody who may. */
+static int rmig__lazy_is_there(struct rmig__lazy *l, struct rmig__mapped_io *io, uint32_t target, uint64_t at) {
+    uint64_t page = at / l->page;
+    struct uffdio_range range = {(uint64_t)(uintptr_t)l->r->targets.block[target].host + at, l->page};
+    if ((l->placed[target].bits[page / 64] >> page % 64 & 1) == 0)
+        return rmig_fail(&io->error, RMIG_ERR_SETUP, 0,
+                         "block \"%s\": somebody else put a page at %llu: until all is loaded its memory may be used "
+                         "by the mapping alone that load_start was given",
+                         rmig__mapped_name(io->block).s, (unsigned long long)at);
+    ioctl(l->uffd, UFFDIO_WAKE, &range);
+    return RMIG_OK;
+}
+
 /* Puts n bytes where nothing is yet, and wakes who waits for them. What is there already stays. */
-static int rmig__lazy_place(struct rmig__lazy *l, struct rmig__mapped_io *io, uint8_t *at, const uint8_t *from,
-                            uint64_t n) {
-    while (n > 0) {
+static int rmig__lazy_place(struct rmig__lazy *l, struct rmig__mapped_io *io, uint32_t target, uint64_t at,
+                            const uint8_t *from, uint64_t n) {
+    const uint8_t *host = l->r->targets.block[target].host;
+    int status = RMIG_OK;
+    pthread_mutex_lock(&l->placing);
+    while (n > 0 && status == RMIG_OK) {
         struct uffdio_copy copy;
         memset(&copy, 0, sizeof copy);
-        copy.dst = (uint64_t)(uintptr_t)at;
+        copy.dst = (uint64_t)(uintptr_t)(host + at);
         copy.src = (uint64_t)(uintptr_t)from;
         copy.len = n;
         int code = ioctl(l->uffd, UFFDIO_COPY, &copy) == 0 ? 0 : errno;
         uint64_t done = code == 0 ? n : copy.copy > 0 ? (uint64_t)copy.copy : 0;
-        if (code == EEXIST || (code == EAGAIN && copy.copy == -EEXIST)) {
-            struct uffdio_range range = {(uint64_t)(uintptr_t)at + done, l->page};
-            ioctl(l->uffd, UFFDIO_WAKE, &range);
-            done += l->page;
+        if (done > 0)
+            rmig_merge_add(&l->placed[target], at / l->page, done / l->page);
+        if (code == EEXIST) {
+            status = rmig__lazy_is_there(l, io, target, at);
+            done = l->page;
         } else if (code != 0 && code != EAGAIN) {
-            return rmig_fail(&io->error, RMIG_ERR_SETUP, code, "block \"%s\": userfaultfd cannot place a page: %s",
-                             rmig__mapped_name(io->block).s, strerror(code));
+            status = rmig_fail(&io->error, RMIG_ERR_SETUP, code, "block \"%s\": userfaultfd cannot place a page: %s",
+                               rmig__mapped_name(io->block).s, strerror(code));
         }
         at += done;
         from += done;
         n -= done;
     }
-    return RMIG_OK;
+    pthread_mutex_unlock(&l->placing);
+    return status;
 }
 
 static const struct rmig__mapped_source *rmig__lazy_source(const struct rmig_mapped_reader *r, uint32_t target) {
@@ -2251,7 +2320,7 @@ static int rmig__lazy_serve(struct rmig__lazy *l, struct rmig__mapped_io *io, ui
             continue;
         const struct rmig__mapped_source *source = rmig__lazy_source(r, i);
         int status = rmig__lazy_read(io, source, at - base, at - base + l->page, buf);
-        return status == RMIG_OK ? rmig__lazy_place(l, io, b->host + (at - base), buf, l->page) : status;
+        return status == RMIG_OK ? rmig__lazy_place(l, io, i, at - base, buf, l->page) : status;
     }
     return RMIG_OK; // of no block: nothing is registered there
 }
@@ -2278,7 +2347,7 @@ static void *rmig__lazy_server(void *user) {
 }
 
 /* Places what is not zero of one piece. */
-static int rmig__lazy_load_piece(struct rmig__lazy *l, struct rmig__mapped_io *io, const struct rmig_block *b,
+static int rmig__lazy_load_piece(struct rmig__lazy *l, struct rmig__mapped_io *io, uint32_t target,
                                  const struct rmig__mapped_source *source, uint64_t from, uint64_t to, uint8_t *buf) {
     int status = rmig__lazy_read(io, source, from, to, buf);
     uint64_t placed = 0;
@@ -2288,7 +2357,7 @@ static int rmig__lazy_load_piece(struct rmig__lazy *l, struct rmig__mapped_io *i
         while (at + n < to && rmig_is_zero(buf + (at + n - from), (size_t)l->page) == zero)
             n += l->page;
         if (!zero)
-            status = rmig__lazy_place(l, io, b->host + at, buf + (at - from), n);
+            status = rmig__lazy_place(l, io, target, at, buf + (at - from), n);
         placed += zero ? 0 : n;
     }
     pthread_mutex_lock(&l->lock);
@@ -2307,7 +2376,7 @@ static int rmig__lazy_load_all(struct rmig__lazy *l, struct rmig__mapped_io *io,
             if (!rmig__lazy_goes_on(l))
                 return rmig_fail(&io->error, RMIG_ERR_CANCELLED, 0, "the reader was closed before all was loaded");
             to = rmig__min(b->length, at + RMIG__MAPPED_UNIT);
-            status = rmig__lazy_load_piece(l, io, b, source, at, to, buf);
+            status = rmig__lazy_load_piece(l, io, i, source, at, to, buf);
         }
     }
     return status;
@@ -2322,8 +2391,8 @@ static void rmig__lazy_release(struct rmig__lazy *l) {
     for (uint32_t i = 0; i < l->registered; i++) {
         const struct rmig_block *b = &l->r->targets.block[i];
         struct uffdio_range range = {(uint64_t)(uintptr_t)b->host, b->length};
-        if (failed)
-            mprotect(b->host, (size_t)b->length, PROT_NONE);
+        if (failed && mprotect(b->host, (size_t)b->length, PROT_NONE) < 0)
+            abort(); // zeros in place of what the guest had
         ioctl(l->uffd, UFFDIO_UNREGISTER, &range);
         // The kernel wakes who waits before it stops new ones from waiting (seen with Linux 6.18): once more.
         ioctl(l->uffd, UFFDIO_WAKE, &range);
@@ -2368,6 +2437,9 @@ static void rmig__lazy_close(struct rmig__lazy *l) {
         close(l->uffd);
     pthread_cond_destroy(&l->ended);
     pthread_mutex_destroy(&l->lock);
+    pthread_mutex_destroy(&l->placing);
+    rmig__release(l->placed);
+    rmig__release(l->bits);
     RMIG_FREE(l);
 }
 
@@ -2400,6 +2472,24 @@ static int rmig__lazy_check(const struct rmig__lazy *l, struct rmig_error *err) 
     return RMIG_OK;
 }
 
+static int rmig__lazy_allocate(struct rmig__lazy *l, struct rmig_error *err) {
+    const struct rmig_blocks *targets = &l->r->targets;
+    uint64_t words = 0;
+    for (uint32_t i = 0; i < targets->count; i++)
+        words += rmig__mapped_words(targets->block[i].length / l->page);
+    l->placed = (struct rmig_merge *)rmig__calloc(targets->count, sizeof *l->placed);
+    l->bits = (uint64_t *)rmig__calloc(words, sizeof *l->bits);
+    if (l->placed == NULL || l->bits == NULL)
+        return rmig_fail(err, RMIG_ERR_NO_MEMORY, 0, "out of memory for the bitmaps of %u blocks", targets->count);
+    uint64_t *at = l->bits;
+    for (uint32_t i = 0; i < targets->count; i++) {
+        l->placed[i].pages = targets->block[i].length / l->page;
+        l->placed[i].bits = at;
+        at += rmig__mapped_words(l->placed[i].pages);
+    }
+    return RMIG_OK;
+}
+
 static int rmig__lazy_cannot(const struct rmig_block *b, const char *why, int code, struct rmig_error *err) {
     return rmig_fail(err, RMIG_ERR_SETUP, code, "block \"%s\": its memory cannot be loaded lazily: %s",
                      rmig__mapped_name(b->name).s, why);
@@ -2418,9 +2508,13 @@ static int rmig__lazy_register(struct rmig__lazy *l, struct rmig_error *err) {
         l->registered++;
         if ((wanted.ioctls & (uint64_t)1 << _UFFDIO_ZEROPAGE) == 0)
             return rmig__lazy_cannot(b, "it is of huge pages of hugetlbfs", 0, err);
-        int advice = b->backing == RMIG_BACKING_ANONYMOUS ? MADV_DONTNEED : MADV_REMOVE;
-        if (madvise(b->host, (size_t)b->length, advice) < 0)
-            return rmig__lazy_cannot(b, strerror(errno), errno, err);
+        // Shared memory is emptied by the first, private memory by the second, which says no more than that to the
+        // first.
+        if (madvise(b->host, (size_t)b->length, MADV_REMOVE) < 0 &&
+            madvise(b->host, (size_t)b->length, MADV_DONTNEED) < 0)
+            return rmig__lazy_cannot(
+                b, errno == EINVAL ? "it cannot be emptied: is it locked (mlock, mlockall)?" : strerror(errno), errno,
+                err);
     }
     return RMIG_OK;
 }
@@ -2439,8 +2533,12 @@ static int rmig__lazy_threads(struct rmig__lazy *l, struct rmig_error *err) {
 
 static bool rmig__lazy_init(struct rmig__lazy *l) {
     pthread_condattr_t attributes;
-    if (pthread_mutex_init(&l->lock, NULL) != 0)
+    if (pthread_mutex_init(&l->placing, NULL) != 0)
         return false;
+    if (pthread_mutex_init(&l->lock, NULL) != 0) {
+        pthread_mutex_destroy(&l->placing);
+        return false;
+    }
     if (pthread_condattr_init(&attributes) == 0) {
         bool ok = pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC) == 0 &&
                   pthread_cond_init(&l->ended, &attributes) == 0;
@@ -2449,6 +2547,7 @@ static bool rmig__lazy_init(struct rmig__lazy *l) {
             return true;
     }
     pthread_mutex_destroy(&l->lock);
+    pthread_mutex_destroy(&l->placing);
     return false;
 }
 
@@ -2466,6 +2565,8 @@ RMIG__DEF int rmig_mapped_reader_load_start(struct rmig_mapped_reader *r) {
     l->uffd = -1;
     l->page = page > 0 ? (uint64_t)page : 4096;
     status = rmig__lazy_check(l, &r->error);
+    if (status == RMIG_OK)
+        status = rmig__lazy_allocate(l, &r->error);
     if (status == RMIG_OK)
         status = rmig__lazy_open(l, &r->error);
     if (status == RMIG_OK)

@@ -24,7 +24,7 @@ EXIT STATUS
     1   memory is not what the rule says
     2   wrong usage
     3   the migration or the snapshot failed: at the source the guest runs on, and was verified after --run-after; what
-        the FILE of save was before, it still is
+        the FILE of save was before, it still is, unless the message says that it is there already
     4   the link broke during the handover: nobody can know who owns the guest, so it stays stopped here
 */
 #define _GNU_SOURCE

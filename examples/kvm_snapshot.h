@@ -206,7 +206,7 @@ static int snapshot_load(struct snapshot *s, uint8_t *host, uint64_t length, int
     return rc == RMIG_OK ? RMIG_OK : snapshot_fail(s, rmig_mapped_reader_error(s->reader), err);
 }
 
-/* From here on the RAM may be used, by this mapping alone: another one would read zeros for what is not there yet. */
+/* From here on the RAM may be used, by this mapping alone: a read by another one ends the loading. */
 static int snapshot_load_start(struct snapshot *s, uint8_t *host, uint64_t length, int fd, struct rmig_error *err) {
     int rc = snapshot_add(s, host, length, fd);
     if (rc == RMIG_OK)

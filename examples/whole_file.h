@@ -33,6 +33,19 @@ static inline int whole_file_name(struct whole_file *f, const char *path, struct
     return RMIG_ERR_NO_MEMORY;
 }
 
+/* Is fd, of this name, for this process alone? Whoever had the lock before may have given the file its real name, or
+   removed it, since it was opened. */
+static inline int whole_file_lock(int fd, const char *part, struct stat *mine, struct rmig_error *err) {
+    struct stat named;
+    int code = flock(fd, LOCK_EX | LOCK_NB) == 0 ? 0 : errno;
+    if (code != 0 && code != EWOULDBLOCK)
+        return rmig_fail(err, RMIG_ERR_FILE, code, "cannot lock %s: %s", part, strerror(code));
+    if (code != 0 || fstat(fd, mine) < 0 || stat(part, &named) < 0 || mine->st_ino != named.st_ino ||
+        mine->st_dev != named.st_dev)
+        return rmig_fail(err, RMIG_ERR_FILE, code, "%s is being written by another process", part);
+    return S_ISREG(mine->st_mode) ? RMIG_OK : rmig_fail(err, RMIG_ERR_FILE, 0, "%s is not a regular file", part);
+}
+
 /* A new file, for reading and writing. One that a killed process left is taken over. What is at PATH must be a regular
    file, or nothing. RMIG_OK; RMIG_ERR_FILE, RMIG_ERR_NO_MEMORY. */
 static inline int whole_file_open(struct whole_file *f, const char *path, struct rmig_error *err) {
@@ -44,13 +57,10 @@ static inline int whole_file_open(struct whole_file *f, const char *path, struct
     int fd = open(f->part, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK, 0600);
     if (fd < 0)
         return rmig_fail(err, RMIG_ERR_FILE, errno, "cannot create %s: %s", f->part, strerror(errno));
-    // Whoever had the lock before may have given the file its name, or removed it, since it was opened.
-    bool mine_alone = flock(fd, LOCK_EX | LOCK_NB) == 0 && fstat(fd, &mine) == 0 && stat(f->part, &named) == 0 &&
-                      mine.st_ino == named.st_ino && mine.st_dev == named.st_dev;
-    if (!mine_alone || !S_ISREG(mine.st_mode)) {
+    int status = whole_file_lock(fd, f->part, &mine, err);
+    if (status != RMIG_OK) {
         close(fd);
-        return rmig_fail(err, RMIG_ERR_FILE, 0, "%s is %s", f->part,
-                         mine_alone ? "not a regular file" : "being written by another process");
+        return status;
     }
     f->fd = fd;
     return mine.st_size == 0 || ftruncate(fd, 0) == 0

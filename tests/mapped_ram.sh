@@ -172,7 +172,7 @@ without_io_uring() { # [CALL:error=CODE:when=N]
 cut_ram() {
     local i status
     rm -rf "$tmp/cut" && cp -r "$tmp/a" "$tmp/cut" && echo old >"$tmp/old" || return 1
-    timeout 60 strace -f -qq -o "$tmp/calls" -e trace=ftruncate,io_uring_setup -e inject=ftruncate:delay_exit=3000000:when=2 \
+    timeout 60 strace -f -qq -o "$tmp/calls" -e trace=pwrite64,io_uring_setup -e inject=pwrite64:delay_exit=3000000:when=1 \
         -e inject=io_uring_setup:error=ENOSYS "$program" save --threads 3 "$tmp/cut" "$tmp/old" >"$tmp/out" 2>&1 &
     for ((i = 0; i < 2000; i++)); do
         [ -e "$tmp/old.part" ] && break
@@ -186,9 +186,17 @@ cut_ram() {
         { echo "exit status $status"; cat "$tmp/out"; return 1; }
 }
 
+without_io_uring_enter() {
+    rm -rf "$tmp/back"
+    timeout 60 strace -f -qq -o "$tmp/calls" -e trace=io_uring_enter -e inject=io_uring_enter:error=EPERM "$program" \
+        save --direct --threads 2 "$tmp/a" "$tmp/s" && grep -q EPERM "$tmp/calls" &&
+        mapped load "$tmp/s" "$tmp/back" && same_machine "$tmp/a" "$tmp/back"
+}
+
 broken_calls() {
     check 'RAM that is cut while threads save it' cut_ram
     check 'a kernel without io_uring' without_io_uring
+    check 'io_uring is there, and may not be entered' without_io_uring_enter
     check 'an I/O error while pages are written' \
         broken_save 'block "pc.ram": cannot write' pwrite64:error=EIO:when=20+
     check 'an I/O error while pages are written past the page cache by threads' \

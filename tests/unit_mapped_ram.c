@@ -694,6 +694,96 @@ Test(mapped_lazy, memory_of_a_reader_that_was_closed_too_early_cannot_be_accesse
     lazy_fails(false, NULL);
 }
 
+// A page that another mapping read would be zero for the guest: the loading ends, and the memory is out of reach.
+Test(mapped_lazy, a_page_that_another_mapping_put_there_is_noticed, .exit_code = 77, .timeout = 300) {
+    for (unsigned i = 0; i < 10; i++) {
+        struct lazy_case c;
+        if (!lazy_open(&c, true, 4096))
+            _exit(77);
+        const volatile uint8_t *other =
+            (const volatile uint8_t *)mmap(NULL, c.copy.length, PROT_READ, MAP_SHARED, c.memory, 0);
+        cr_assert_neq((const void *)other, MAP_FAILED);
+        (void)other[c.copy.length - 1];
+        int status = rmig_mapped_reader_load_wait(c.reader, 240000000000u);
+        if (status == RMIG_OK) { // it had been loaded before
+            cr_assert_eq(memcmp(c.copy.mem, c.ram.mem, c.ram.length), 0);
+            lazy_close(&c);
+            continue;
+        }
+        cr_assert_eq(status, RMIG_ERR_SETUP);
+        const char *text = rmig_mapped_reader_error(c.reader)->text;
+        cr_assert(strstr(text, "block \"ram\": somebody else put a page at") != NULL, "%s", text);
+        touched = &c;
+        signal(SIGSEGV, on_fault);
+        _exit(c.copy.mem[c.copy.length - 1] == 0 ? 1 : 2);
+    }
+    cr_assert_fail("never was there a page of somebody else");
+}
+
+// What is not there yet looks like a hole, so it is saved as memory of which nothing is known.
+Test(mapped_lazy, a_guest_that_is_being_loaded_can_be_saved, .timeout = 300) {
+    struct rmig_mapped_options opt = {.no_sync = true};
+    struct lazy_case c;
+    if (!lazy_open(&c, true, 4096))
+        cr_skip("no userfaultfd here");
+    int fd = new_file();
+    struct rmig_mapped_writer *w = open_writer(fd, &opt);
+    struct rmig_mapped_machine machine = machine_of("test-1.0");
+    struct rmig_block_desc desc = describe(&c.copy, 0);
+    desc.backing = RMIG_BACKING_UNKNOWN;
+    OK(w, rmig_mapped_writer_add_block(w, &desc, NULL));
+    OK(w, rmig_mapped_writer_start(w, &machine));
+    save_all(w, &c.copy, 1);
+    finish(w);
+    cr_assert_eq(rmig_mapped_reader_load_wait(c.reader, 240000000000u), RMIG_OK);
+    check_loaded(fd, &opt, &c.ram, 1, 0);
+    close(fd);
+    lazy_close(&c);
+}
+
+// Whatever the caller thinks it is: it is emptied before.
+Test(mapped_lazy, shared_memory_without_a_file, .timeout = 300) {
+    struct rmig_mapped_options opt = {.no_sync = true};
+    struct ram ram = {"ram", new_memory(4 * RMIG_MIB), 4 * RMIG_MIB};
+    fill(ram.mem, ram.length / 2);
+    int fd = new_file();
+    save_file(fd, &opt, &ram, 1);
+    struct ram copy = {"ram", NULL, ram.length};
+    copy.mem = (uint8_t *)mmap(NULL, ram.length, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    cr_assert_neq(copy.mem, MAP_FAILED);
+    memset(copy.mem, 0xa5, copy.length);
+    struct rmig_block_desc desc = describe(&copy, 0);
+    struct rmig_mapped_reader *r = open_reader(fd, &opt);
+    cr_assert_eq(rmig_mapped_reader_add_block(r, &desc), RMIG_OK);
+    int status = rmig_mapped_reader_load_start(r);
+    if (status == RMIG_ERR_SETUP)
+        cr_skip("no userfaultfd here");
+    cr_assert_eq(status, RMIG_OK);
+    cr_assert_eq(rmig_mapped_reader_load_wait(r, 240000000000u), RMIG_OK, "%s", rmig_mapped_reader_error(r)->text);
+    cr_assert_eq(memcmp(copy.mem, ram.mem, ram.length), 0);
+    rmig_mapped_reader_close(r);
+    close(fd);
+}
+
+Test(mapped_lazy, locked_memory_is_refused) {
+    struct rmig_mapped_options opt = {.no_sync = true};
+    struct ram ram = {"ram", new_memory(16 * 4096), 16 * 4096};
+    struct rmig_block_desc desc = describe(&ram, 0);
+    ram.mem[5] = 1;
+    int fd = new_file();
+    save_file(fd, &opt, &ram, 1);
+    if (syscall(SYS_mlock, ram.mem, ram.length) != 0) // AddressSanitizer makes mlock do nothing
+        cr_skip("memory cannot be locked here");
+    struct rmig_mapped_reader *r = open_reader(fd, &opt);
+    cr_assert_eq(rmig_mapped_reader_add_block(r, &desc), RMIG_OK);
+    cr_assert_eq(rmig_mapped_reader_load_start(r), RMIG_ERR_SETUP);
+    const struct rmig_error *error = rmig_mapped_reader_error(r);
+    if (error->provider_code != EPERM && error->provider_code != ENOSYS)
+        cr_assert(strstr(error->text, "is it locked") != NULL, "%s", error->text);
+    rmig_mapped_reader_close(r);
+    close(fd);
+}
+
 // Their pages could not be placed one by one.
 Test(mapped_lazy, huge_pages_are_refused_and_keep_what_they_hold) {
     struct rmig_mapped_options opt = {.no_sync = true};
@@ -799,6 +889,20 @@ Test(mapped_refuses, each_field_that_is_wrong_by_its_name) {
     }
 }
 
+Test(mapped_refuses, regions_before_the_beginning_of_the_stream) {
+    static const uint8_t nowhere[8] = {0};
+    struct rmig_mapped_options opt = {.file_align = 4096, .no_sync = true, .offset = 8192};
+    struct ram ram = {"ram", new_memory(5 * 4096), 5 * 4096};
+    for (unsigned field = 12; field <= 20; field += 8) { // where the bitmap is, and the pages
+        int fd = new_file();
+        ram.mem[0] = 1;
+        save_file(fd, &opt, &ram, 1);
+        write_at(fd, nowhere, 8, opt.offset + HEADER_1 + field);
+        expect_refused(fd, &opt, "before the stream, which begins at 8192");
+        close(fd);
+    }
+}
+
 Test(mapped_refuses, other_page_sizes_than_wanted) {
     int fd = small_file();
     struct rmig_mapped_options opt = {.page_size = 16384};
@@ -877,9 +981,25 @@ Test(mapped_read, an_incomplete_file_can_be_looked_at_and_not_loaded) {
     cr_assert(!rmig_mapped_reader_whole(r));
     cr_assert(strstr(rmig_mapped_reader_error(r)->text, "before the END of ram") != NULL);
     cr_assert_eq(rmig_mapped_reader_blocks(r, NULL), 2);
+    uint8_t state[10], page[4096];
     cr_assert_eq(rmig_mapped_reader_load(r), RMIG_ERR_WIRE);
-    uint8_t state[10];
+    cr_assert_eq(rmig_mapped_reader_read(r, 0, 0, page, sizeof page), RMIG_ERR_WIRE);
     cr_assert_eq(rmig_mapped_reader_get(r, state, sizeof state), RMIG_ERR_WIRE);
+    rmig_mapped_reader_close(r);
+    close(fd);
+}
+
+Test(mapped_read, pages_of_a_file_that_was_changed_are_refused) {
+    uint8_t page[4096];
+    int fd = small_file();
+    struct rmig_mapped_reader *r = open_reader(fd, &small_opt);
+    cr_assert_eq(rmig_mapped_reader_read(r, 0, 0, page, sizeof page), RMIG_OK);
+    struct timespec pause = {0, 20000000};
+    nanosleep(&pause, NULL); // longer than the file system's clock ticks
+    write_at(fd, "x", 1, 0x1000);
+    cr_assert_eq(rmig_mapped_reader_read(r, 0, 0, page, sizeof page), RMIG_ERR_FILE);
+    const char *text = rmig_mapped_reader_error(r)->text;
+    cr_assert(strstr(text, "was changed while it was read") != NULL, "%s", text);
     rmig_mapped_reader_close(r);
     close(fd);
 }
