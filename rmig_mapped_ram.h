@@ -69,9 +69,9 @@ that is not aligned to 4096 goes through a buffer of 1 MiB a thread. The stream 
 IO_URING
 
     Define RMIG_MAPPED_URING and _GNU_SOURCE before everything, and link with -luring (liburing 2.0 and later): then
-each thread keeps up to 16 transfers of at most 1 MiB under way: those of direct I/O, and buffered reads. Where the
-kernel has no io_uring, or forbids it, at run time, things go on without; opt.no_uring does without in any case. A file
-that is written so has its whole length from the start.
+each thread keeps up to 16 transfers of direct I/O of at most 1 MiB under way; through the page cache it brings nothing.
+Where the kernel has no io_uring, or forbids it, at run time, things go on without; opt.no_uring does without in any
+case. A file that is written so has its whole length from the start.
 
 MEMORY
 
@@ -338,11 +338,17 @@ static uint64_t rmig__mapped_now(void) {
 
 static uint64_t rmig__mapped_words(uint64_t pages) { return pages / 64 + (pages % 64 != 0); }
 
+struct rmig__mapped_source;
+
 /* A file as one thread uses it. */
 struct rmig__mapped_io {
     int fd, direct_fd; // direct_fd -1: none
     uint8_t *bounce, *aligned; // of RMIG__MAPPED_UNIT bytes, NULL until it is needed
     struct rmig__mapped_ring *ring; // NULL: one transfer after the other
+    struct {
+        const struct rmig__mapped_source *source; // NULL: none
+        uint64_t first, n;
+    } ahead; // pages that are to be loaded next
     const char *block; // whose pages these are, NULL: the stream
     struct rmig_error error;
 };
@@ -683,7 +689,6 @@ struct rmig__mapped_crew {
     /* RMIG_PENDING: go on. RMIG_OK: nothing is left. Else io->error says what failed. */
     int (*step)(struct rmig__mapped_crew *crew, struct rmig__mapped_io *io);
     void *job;
-    bool writes;
     int fd, direct_fd;
     const struct rmig_mapped_options *options;
     struct rmig_stats *stats;
@@ -715,7 +720,7 @@ static void rmig__mapped_do(struct rmig__mapped_crew *c, bool tells) {
     struct rmig__mapped_ring ring;
     int status = RMIG_PENDING;
     rmig__mapped_io_init(&io, c->fd, c->direct_fd);
-    if (!c->options->no_uring && (!c->writes || c->direct_fd >= 0))
+    if (!c->options->no_uring && c->direct_fd >= 0)
         rmig__mapped_ring_open(&io, &ring);
     while (status == RMIG_PENDING) {
         pthread_mutex_lock(&c->lock);
@@ -1307,7 +1312,6 @@ RMIG__DEF int rmig_mapped_writer_end_round(struct rmig_mapped_writer *w) {
     w->holes.block = UINT32_MAX;
     memset(&crew, 0, sizeof crew);
     crew.step = rmig__writer_step;
-    crew.writes = true;
     crew.job = w;
     crew.fd = w->fd;
     crew.direct_fd = w->direct_fd;
@@ -2080,8 +2084,10 @@ static int rmig__reader_fill(void *user, struct rmig__mapped_io *io, const struc
     const struct rmig_mapped_block *b = &s->source->info;
     uint64_t at = first * b->page_size, bytes = n * b->page_size;
     if (in_file) {
-        int status =
-            rmig__mapped_post(io, false, r->targets.block[s->source->target].host + at, bytes, b->pages_offset + at);
+        uint8_t *memory = r->targets.block[s->source->target].host + at;
+        if (bytes >= RMIG__MAPPED_ANNOUNCE && (uintptr_t)memory % (uint64_t)sysconf(_SC_PAGESIZE) == 0)
+            madvise(memory, (size_t)bytes, RMIG__MADV_POPULATE_WRITE); // cheaper than one page at a time
+        int status = rmig__mapped_post(io, false, memory, bytes, b->pages_offset + at);
         if (status != RMIG_OK)
             return status;
     } else if (!r->opt.memory_is_zero) {
@@ -2096,20 +2102,14 @@ static int rmig__reader_fill(void *user, struct rmig__mapped_io *io, const struc
     return RMIG_OK;
 }
 
-/* What is about to be read: holes keep the kernel from reading ahead by itself, and pages of memory come cheaper many
-   at a time. */
+/* Holes keep the kernel from reading ahead by itself. */
 static int rmig__reader_announce(void *user, struct rmig__mapped_io *io, const struct rmig__mapped_span *s,
                                  uint64_t first, uint64_t n, bool in_file) {
-    const struct rmig_mapped_reader *r = (const struct rmig_mapped_reader *)((struct rmig__mapped_crew *)user)->job;
     const struct rmig_mapped_block *b = &s->source->info;
-    uint64_t at = first * b->page_size, bytes = n * b->page_size, host = (uint64_t)sysconf(_SC_PAGESIZE);
-    uint8_t *memory = r->targets.block[s->source->target].host + at;
-    if (!in_file || bytes < RMIG__MAPPED_ANNOUNCE)
-        return RMIG_OK;
-    if (io->direct_fd < 0)
-        posix_fadvise(io->fd, (off_t)(b->pages_offset + at), (off_t)bytes, POSIX_FADV_WILLNEED);
-    if ((uintptr_t)memory % host == 0)
-        madvise(memory, (size_t)bytes, RMIG__MADV_POPULATE_WRITE);
+    (void)user;
+    if (in_file && io->direct_fd < 0 && n * b->page_size >= RMIG__MAPPED_ANNOUNCE)
+        posix_fadvise(io->fd, (off_t)(b->pages_offset + first * b->page_size), (off_t)(n * b->page_size),
+                      POSIX_FADV_WILLNEED);
     return RMIG_OK;
 }
 
@@ -2129,19 +2129,36 @@ static bool rmig__reader_take(struct rmig_mapped_reader *r, struct rmig__mapped_
     return false;
 }
 
-static int rmig__reader_step(struct rmig__mapped_crew *c, struct rmig__mapped_io *io) {
-    struct rmig_mapped_reader *r = (struct rmig_mapped_reader *)c->job;
+/* Takes the span that io fills after the one in hand, and lets the kernel read it meanwhile. */
+static int rmig__reader_look_ahead(struct rmig__mapped_crew *c, struct rmig__mapped_io *io) {
     struct rmig__mapped_span span;
     memset(&span, 0, sizeof span);
     pthread_mutex_lock(&c->lock);
-    bool some = rmig__reader_take(r, &span);
+    bool some = rmig__reader_take((struct rmig_mapped_reader *)c->job, &span);
     pthread_mutex_unlock(&c->lock);
+    io->ahead.source = some ? span.source : NULL;
+    io->ahead.first = span.first;
+    io->ahead.n = span.n;
     if (!some)
         return RMIG_OK;
     io->block = span.source->name;
     int status = rmig__span_bits(&span, io);
+    return status == RMIG_OK ? rmig__span_each(&span, io, rmig__reader_announce, NULL) : status;
+}
+
+static int rmig__reader_step(struct rmig__mapped_crew *c, struct rmig__mapped_io *io) {
+    struct rmig__mapped_span span;
+    memset(&span, 0, sizeof span);
+    int status = io->ahead.source != NULL ? RMIG_OK : rmig__reader_look_ahead(c, io);
+    if (status != RMIG_OK || io->ahead.source == NULL)
+        return status;
+    span.source = io->ahead.source;
+    span.first = io->ahead.first;
+    span.n = io->ahead.n;
+    status = rmig__reader_look_ahead(c, io);
+    io->block = span.source->name;
     if (status == RMIG_OK)
-        status = rmig__span_each(&span, io, rmig__reader_announce, c);
+        status = rmig__span_bits(&span, io);
     if (status == RMIG_OK)
         status = rmig__span_each(&span, io, rmig__reader_fill, c);
     return status == RMIG_OK ? RMIG_PENDING : status;
