@@ -5,6 +5,8 @@
    file save RAM FILE      RAM is mapped and populated before, as a guest that has run left it
    file load FILE [RAM]    into new shared memory of its own; compares it with RAM afterwards
 
+   file map RAM            until RAM, a file of shared memory, is mapped with all its pages, as load leaves it
+
    Prints one line of JSON, times in nanoseconds. ns: from opening FILE until it has its name and is on the disk, or
    until memory holds it all and the device state is read. first_touch_ns: from opening FILE until a byte of a random
    page that the file holds was read: with --lazy while the rest is still coming. */
@@ -21,7 +23,7 @@
 #define STATE_END "{\"devices\":[]}"
 #define LOAD_LIMIT_NS 600000000000u
 
-enum command { IMAGE, SAVE, LOAD };
+enum command { IMAGE, SAVE, LOAD, MAP };
 
 struct options {
     enum command command;
@@ -143,6 +145,12 @@ static void save(struct options *o) {
     printf("{\"ns\": %" PRIu64 ", \"pages_ns\": %" PRIu64 ", \"bytes_written\": %" PRIu64 ", \"writes\": %" PRIu64
            "}\n",
            ended - began, stats.round_ns, stats.bytes_written, stats.writes_posted);
+}
+
+static void map(struct options *o) {
+    uint64_t began = now_ns();
+    map_ram(o->arg[0]);
+    printf("{\"ns\": %" PRIu64 "}\n", now_ns() - began);
 }
 
 // >>load
@@ -279,19 +287,19 @@ static uint64_t number(const char *text, struct argp_state *state) {
 }
 
 static error_t on_argument(struct options *o, const char *arg, struct argp_state *state) {
-    static const char *const commands[] = {"image", "save", "load"};
+    static const char *const commands[] = {"image", "save", "load", "map"};
     if (state->arg_num > 0) {
         if (o->args == 2)
             argp_error(state, "too many arguments: \"%s\"", arg);
         o->arg[o->args++] = arg;
         return 0;
     }
-    for (unsigned i = 0; i < 3; i++) {
+    for (unsigned i = 0; i < 4; i++) {
         o->command = (enum command)i;
         if (strcmp(arg, commands[i]) == 0)
             return 0;
     }
-    argp_error(state, "no command %s: must be image, save or load", arg);
+    argp_error(state, "no command %s: must be image, save, load or map", arg);
     return EINVAL;
 }
 
@@ -328,8 +336,8 @@ static error_t on_option(int key, char *arg, struct argp_state *state) {
     case ARGP_KEY_ARG:
         return on_argument(o, arg, state);
     case ARGP_KEY_END:
-        if (state->arg_num == 0 || o->args < (o->command == LOAD ? 1 : 2))
-            argp_error(state, "wanted: image RAM DATA, save RAM FILE, or load FILE [RAM]");
+        if (state->arg_num == 0 || o->args < (o->command == LOAD || o->command == MAP ? 1 : 2))
+            argp_error(state, "wanted: image RAM DATA, save RAM FILE, load FILE [RAM], or map RAM");
         return 0;
     default:
         return ARGP_ERR_UNKNOWN;
@@ -346,7 +354,7 @@ int main(int argc, char **argv) {
                               NULL,
                               NULL};
     argp_parse(&argp, argc, argv, 0, NULL, &o);
-    static void (*const run[])(struct options *) = {make_image, save, load};
+    static void (*const run[])(struct options *) = {make_image, save, load, map};
     run[o.command](&o);
     return 0;
 }

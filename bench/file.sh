@@ -10,8 +10,9 @@
 # - dd moves what the file holds, without the zeros, in one stretch: between /dev/shm and the disk, 1 MiB at a time.
 # - Saves end when the data is on the disk: rmig's own wait, dd's conv=fsync, sync FILE behind QEMU, which does not
 #   wait. file.save_*_nosync_over_qemu: neither waits.
-# - Loads end in fresh shared memory, whose first touch is part of it: dd writes to a new file on /dev/shm. Beside dd to
-#   /dev/null, which needs no memory, it is file.load_*_over_dd_null.
+# - Loads end in fresh shared memory that is mapped with all its pages, as a guest needs it: dd writes to a new file on
+#   /dev/shm, which is mapped then. Without the mapping it is file.load_*_over_dd_unmapped, beside dd to /dev/null, which
+#   needs no memory, file.load_*_over_dd_null.
 # - rmig and QEMU load one and the same file, which QEMU saved.
 # - rmig has 2 threads, QEMU 2 channels; with 1 thread it is *_1thread_*.
 # - Buffered beside buffered, direct beside direct. file.save_over_dd, file.save_over_qemu, file.load_over_dd and
@@ -215,12 +216,14 @@ save_round() {
 }
 
 load_round() {
-    local how flag io
+    local how flag io unmapped
     for how in buffered direct; do
         flag='' io=false
         [ $how = buffered ] || flag=--direct io=true
         note load.dd_null.$how "$(dd_load /dev/null ${flag:+iflag=direct})"
-        note load.dd.$how "$(dd_load "$mem/dd" ${flag:+iflag=direct})"
+        unmapped=$(dd_load "$mem/dd" ${flag:+iflag=direct})
+        note load.dd_unmapped.$how "$unmapped"
+        note load.dd.$how $((unmapped + $(file map "$mem/dd" | field ns)))
         note load.rmig.$how "$(rmig_load --threads 2 $flag)"
         qemu_load $io
         note load.qemu.$how "$ns"
@@ -290,6 +293,7 @@ results() {
     compare save_@_nosync_over_qemu save.rmig_nosync save.qemu_nosync
     compare save_@_1thread_over_dd save.rmig_1thread save.dd
     compare load_@_1thread_over_dd load.rmig_1thread load.dd
+    compare load_@_over_dd_unmapped load.rmig load.dd_unmapped
     compare load_@_over_dd_null load.rmig load.dd_null
     [ -z "$(times instruction.lazy)" ] ||
         echo "file.lazy_first_instruction_over_eager $(ratio instruction.eager instruction.lazy) ratio of times"
