@@ -11,8 +11,8 @@
 # - Saves end when the data is on the disk: rmig's own wait, dd's conv=fsync, sync FILE behind QEMU, which does not
 #   wait. file.save_*_nosync_over_qemu: neither waits.
 # - Loads end in fresh shared memory that is mapped with all its pages, as a guest needs it: dd writes to a new file on
-#   /dev/shm, which is mapped then. Without the mapping it is file.load_*_over_dd_unmapped, beside dd to /dev/null, which
-#   needs no memory, file.load_*_over_dd_null.
+#   /dev/shm, which is mapped then. Without the mapping it is file.load_*_over_dd_unmapped, beside dd to /dev/null,
+#   which needs no memory, file.load_*_over_dd_null.
 # - rmig and QEMU load one and the same file, which QEMU saved.
 # - rmig has 2 threads, QEMU 2 channels; with 1 thread it is *_1thread_*.
 # - Buffered beside buffered, direct beside direct. file.save_over_dd, file.save_over_qemu, file.load_over_dd and
