@@ -1577,13 +1577,17 @@ static int rmig__reader_check_bitmap(struct rmig_mapped_reader *r, const char *n
         int status = rmig__reader_read(r, word, n * 8, b->bitmap_offset + at * 8, name);
         if (status != RMIG_OK)
             return status;
+        uint64_t last = n > 0 ? word[n - 1] : 0, mask = rmig__word_mask(0, pages % 64);
+        bool ends = n > 0 && at + n == end && pages % 64 != 0;
+        if (ends)
+            word[n - 1] &= mask;
         for (uint64_t i = 0; i < n; i++)
             b->pages_set += rmig__popcount(word[i]);
-        if (n > 0 && at + n == end && pages % 64 != 0 && (word[n - 1] & ~rmig__word_mask(0, pages % 64)) != 0)
+        if (ends && (last & ~mask) != 0)
             return rmig_fail(&r->error, RMIG_ERR_WIRE, 0,
                              "block \"%s\": its bitmap, at file offset %llu, has bits behind its last page (last word "
                              "%016llx, %llu pages): damaged, or of a host of another byte order",
-                             name, (unsigned long long)b->bitmap_offset, (unsigned long long)word[n - 1],
+                             name, (unsigned long long)b->bitmap_offset, (unsigned long long)last,
                              (unsigned long long)pages);
     }
     return RMIG_OK;
