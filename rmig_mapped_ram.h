@@ -184,24 +184,31 @@ RMIG_API void rmig_mapped_writer_close(struct rmig_mapped_writer *w);
 RMIG_API int rmig_mapped_writer_add_block(struct rmig_mapped_writer *w, const struct rmig_block_desc *desc,
                                           uint32_t *index);
 /* Lays the file out: cuts it off at options.offset, allocates the bitmaps. RMIG_ERR_ARGUMENT: the machine has no name,
-   or another page size, or has x-ignore-shared, which QEMU cannot load before 11.0. */
+   or another page size, or has x-ignore-shared, which QEMU cannot load before 11.0; a block's length is no multiple of
+   the page size. RMIG_ERR_STATE: called before, or no block. RMIG_ERR_FILE (no such length: RLIMIT_FSIZE, read-only),
+   RMIG_ERR_NO_MEMORY. */
 RMIG_API int rmig_mapped_writer_start(struct rmig_mapped_writer *w, const struct rmig_mapped_machine *machine);
 
 /* Rounds, as rmig_source_begin_round, rmig_source_save_page ... of rmig.h: what is saved is noted, and end_round writes
    it. A page that is zero loses its place in the file. What is written is the memory's content at some time in
-   end_round; the dirty log must catch what the guest writes after begin_round. */
+   end_round; the dirty log must catch what the guest writes after begin_round. Offsets and lengths in bytes, any: whole
+   pages are saved; in a bitmap bit i of bitmap[i / 64] is page first_page + i. The save functions neither block nor
+   read memory. RMIG_ERR_ARGUMENT: no such block, or outside it; RMIG_ERR_STATE: no round is open, or one is. */
 RMIG_API int rmig_mapped_writer_begin_round(struct rmig_mapped_writer *w);
 RMIG_API int rmig_mapped_writer_save_page(struct rmig_mapped_writer *w, uint32_t block, uint64_t offset);
 RMIG_API int rmig_mapped_writer_save_range(struct rmig_mapped_writer *w, uint32_t block, uint64_t offset,
                                            uint64_t length);
 RMIG_API int rmig_mapped_writer_save_bitmap(struct rmig_mapped_writer *w, uint32_t block, const uint64_t *bitmap,
                                             uint64_t first_page, uint64_t pages);
-RMIG_API int rmig_mapped_writer_end_round(struct rmig_mapped_writer *w); // blocks while it writes
+/* Blocks while it writes. RMIG_ERR_FILE, RMIG_ERR_NO_MEMORY, RMIG_ERR_CANCELLED (by options.progress). */
+RMIG_API int rmig_mapped_writer_end_round(struct rmig_mapped_writer *w);
 
-/* Device state, from start on, in any number of pieces: what QEMU sends behind the END of ram. */
+/* n bytes of device state, from start on and between rounds, in any number of pieces: what QEMU sends behind the END of
+   ram. Blocks while it writes. RMIG_ERR_FILE, RMIG_ERR_STATE. */
 RMIG_API int rmig_mapped_writer_put(struct rmig_mapped_writer *w, const void *data, size_t n);
 /* Makes the file whole: bitmaps, stream, and last the magic. Blocks. RMIG_ERR_STATE, and nothing is changed, if a round
-   is open or the device state does not end in a description, which readers look for: rmig_qemu_encode_end. */
+   is open or the device state does not end in a description, which readers look for: rmig_qemu_encode_end.
+   RMIG_ERR_FILE: it could not be written, or not be brought to the disk. */
 RMIG_API int rmig_mapped_writer_finish(struct rmig_mapped_writer *w);
 /* The last error, also of a refused call. */
 RMIG_API const struct rmig_error *rmig_mapped_writer_error(const struct rmig_mapped_writer *w);
@@ -235,16 +242,21 @@ RMIG_API uint32_t rmig_mapped_reader_blocks(const struct rmig_mapped_reader *r,
 /* False: opened with options.incomplete, and something is missing or wrong: rmig_mapped_reader_error says what. */
 RMIG_API bool rmig_mapped_reader_whole(const struct rmig_mapped_reader *r);
 /* Which of pages first_page ... first_page + pages - 1 are in the file: bit i of out[i / 64]. first_page must be a
-   multiple of 64; out has room for (pages + 63) / 64 words. */
+   multiple of 64; out has room for (pages + 63) / 64 words. Reads the file. RMIG_ERR_ARGUMENT, RMIG_ERR_FILE. */
 RMIG_API int rmig_mapped_reader_bitmap(struct rmig_mapped_reader *r, uint32_t block, uint64_t first_page,
                                        uint64_t pages, uint64_t *out);
-/* length bytes of a block from offset on, both multiples of the page size. */
+/* length bytes of a block from offset on, both multiples of the page size. Blocks while it reads. RMIG_ERR_ARGUMENT,
+   RMIG_ERR_NO_MEMORY, RMIG_ERR_FILE (also: the file was changed since it was opened), RMIG_ERR_WIRE (it is not whole).
+ */
 RMIG_API int rmig_mapped_reader_read(struct rmig_mapped_reader *r, uint32_t block, uint64_t offset, void *out,
                                      uint64_t length);
-/* Where load puts a block: it must be in the file, by name, and of the same length. */
+/* Where load puts a block: it must be in the file, by name, and of the same length (bytes), else RMIG_ERR_ARGUMENT.
+   Other errors as rmig_blocks_add. The memory must stay mapped until close. */
 RMIG_API int rmig_mapped_reader_add_block(struct rmig_mapped_reader *r, const struct rmig_block_desc *desc);
 /* Fills the memory of all blocks; each block of the file must have been added. What is not in the file becomes zero.
-   Blocks. After an error the memory's content is undefined. */
+   Blocks. After an error the memory's content is undefined: RMIG_ERR_FILE (also: the file was changed since it was
+   opened), RMIG_ERR_NO_MEMORY, RMIG_ERR_CANCELLED. RMIG_ERR_STATE (a block is missing) and RMIG_ERR_WIRE (the file is
+   not whole) change nothing. */
 RMIG_API int rmig_mapped_reader_load(struct rmig_mapped_reader *r);
 /* Lazy loading: load_start returns at once, and from then on the memory of the blocks may be used: a page that is
    touched before it was loaded is fetched from the file by one thread, while another loads all of them in order. What
@@ -264,11 +276,13 @@ RMIG_API int rmig_mapped_reader_load_start(struct rmig_mapped_reader *r);
    so when the reader is closed before RMIG_OK. */
 RMIG_API int rmig_mapped_reader_load_wait(struct rmig_mapped_reader *r, uint64_t timeout_ns);
 RMIG_API uint64_t rmig_mapped_reader_state_size(const struct rmig_mapped_reader *r); // bytes of device state
-/* The next bytes of the device state: how many (0: there are no more), or an error. */
+/* The next bytes of the device state, at most n: how many (0: there are no more), or RMIG_ERR_FILE, RMIG_ERR_WIRE (the
+   file is not whole). */
 RMIG_API int64_t rmig_mapped_reader_get(struct rmig_mapped_reader *r, void *out, size_t n);
 RMIG_API const struct rmig_error *rmig_mapped_reader_error(const struct rmig_mapped_reader *r);
 /* bytes_written, pages_written: loaded into memory; bytes_zero, pages_zero: not in the file, or, when it is loaded
-   lazily, zero; writes_posted: reads; bytes_pending: still to be loaded; stream_bytes: device state handed out. */
+   lazily, zero; writes_posted: reads, 0 when lazily; bytes_pending: still to be loaded; stream_bytes: device state
+   handed out. */
 RMIG_API void rmig_mapped_reader_stats(const struct rmig_mapped_reader *r, struct rmig_stats *out);
 
 #ifdef __cplusplus

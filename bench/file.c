@@ -43,6 +43,8 @@ static void die(const char *what, const char *why) {
     exit(1);
 }
 
+static uint64_t lesser(uint64_t a, uint64_t b) { return a < b ? a : b; }
+
 static uint64_t now_ns(void) {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
@@ -77,10 +79,10 @@ static void make_image(struct options *o) {
     int ram = create(o->arg[0]), data = create(o->arg[1]);
     uint64_t left[2] = {o->bytes / 2, o->bytes / 2}; // of zeros, of random bytes
     for (unsigned random = 1; left[0] + left[1] > 0; random = !random) {
-        uint64_t run = rmig__min(left[random], (16 + next_random(&o->seed) % 1009) * 4096);
+        uint64_t run = lesser(left[random], (16 + next_random(&o->seed) % 1009) * 4096);
         left[random] -= run;
         for (uint64_t n; run > 0; run -= n) { // zeros are written too: memory that the guest has used
-            n = rmig__min(run, PIECE);
+            n = lesser(run, PIECE);
             for (uint64_t i = 0; random && i < n / 8; i++)
                 piece[i] = next_random(&o->seed);
             put(ram, o->arg[0], random ? (const void *)piece : zeros, n);
@@ -204,7 +206,7 @@ static uint64_t random_page(struct options *o, struct loading *l) {
         die(o->arg[0], "no page of its largest block is in the file: nothing to touch");
     while (bits == 0) {
         first = next_random(&o->seed) % pages / 64 * 64;
-        if (rmig_mapped_reader_bitmap(l->reader, l->largest, first, rmig__min(64, pages - first), &bits) < 0)
+        if (rmig_mapped_reader_bitmap(l->reader, l->largest, first, lesser(64, pages - first), &bits) < 0)
             die(o->arg[0], rmig_mapped_reader_error(l->reader)->text);
     }
     return first + (uint64_t)__builtin_ctzll(bits);
@@ -220,7 +222,7 @@ static void compare(const struct loading *l, const char *path) {
     if ((uint64_t)st.st_size != b->length)
         die(path, "it is not as long as the largest block in the file");
     for (uint64_t at = 0, n; at < b->length; at += n) { // reads: touching holes would fill them
-        n = rmig__min(PIECE, b->length - at);
+        n = lesser(PIECE, b->length - at);
         if (pread(fd, want, n, (off_t)at) != (ssize_t)n || pread(b->fd, got, n, (off_t)at) != (ssize_t)n)
             die(path, "it, or what was loaded, cannot be read");
         if (memcmp(want, got, n) != 0)
@@ -317,7 +319,7 @@ static error_t on_option(int key, char *arg, struct argp_state *state) {
         o->seed = number(arg, state);
         return 0;
     case KEY_THREADS:
-        o->mapped.threads = (uint32_t)rmig__min(number(arg, state), UINT32_MAX);
+        o->mapped.threads = (uint32_t)lesser(number(arg, state), UINT32_MAX);
         return 0;
     case KEY_DIRECT:
         o->mapped.direct = true;

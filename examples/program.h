@@ -1,5 +1,5 @@
 /*
-program.h - what programs about machines and snapshots share: exit statuses, the first failure, signals, numbers
+program.h - what programs share: exit statuses, the first failure, signals, numbers
 
 The program defines _GNU_SOURCE, PROGRAM and RMIG_IMPLEMENTATION before. No fabric is needed.
 */

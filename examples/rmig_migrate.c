@@ -10,16 +10,9 @@ BLOCK (u64 length, name), STATE (device state, in pieces) and END. The blocks ar
 hypervisors do, so that the receiver knows them also when the session is plain protocol version 1.
 */
 #define _GNU_SOURCE
-#include <argp.h>
-#include <errno.h>
 #include <fcntl.h>
-#include <jansson.h>
 #include <libgen.h>
 #include <poll.h>
-#include <signal.h>
-#include <stdarg.h>
-#include <stdio.h>
-#include <stdlib.h>
 #include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
@@ -27,24 +20,15 @@ hypervisors do, so that the receiver knows them also when the session is plain p
 
 #define RMIG_IMPLEMENTATION
 #include "../rmig.h"
-#include "open_fabric.h"
-
 #define PROGRAM "rmig_migrate"
+#include "open_fabric.h"
+#include "program.h"
+
 #define SECOND ((uint64_t)1000000000)
 #define TICK (SECOND / 5) // how often the bar is drawn and a signal noticed
 #define BLOCKS_MAX 4096 // announced by a peer, at most
 #define STATE_PIECE 32768 // device state in one record, at most
 #define MAGIC "RMIGIMG1"
-
-enum exit_code {
-    EXIT_OK = 0,
-    EXIT_USAGE = 2,
-    EXIT_FILES = 3,
-    EXIT_CONNECT = 4,
-    EXIT_MIGRATION = 5,
-    EXIT_HANDOVER = 6,
-    EXIT_CANCELLED = 7
-};
 
 enum record { RECORD_BLOCK = 1, RECORD_STATE = 2, RECORD_END = 3 };
 enum { RECORD_HEADER = 5, RECORD_MAX = RECORD_HEADER + STATE_PIECE };
@@ -94,60 +78,23 @@ struct run {
     uint64_t total; // bytes of all images
     uint64_t state_bytes, started_ns, ended_ns, drawn_ns, accept_deadline;
     bool tty, connected, draws;
-    enum exit_code code;
-    int status; // of rmig, if it failed
-    char text[512]; // why it failed
+    struct program p; // json and quiet are in opt
 };
 
-static volatile sig_atomic_t cancelled;
 static struct run *bus_error_run; // for the handler of SIGBUS
 
 // >>errors
 
-/* Notes a failure; the first one stands, what follows is its consequence. */
-__attribute__((format(printf, 3, 4))) static int fail(struct run *r, enum exit_code code, const char *format, ...) {
-    if (r->code != EXIT_OK)
-        return -1;
-    r->code = code;
-    va_list ap;
-    va_start(ap, format);
-    vsnprintf(r->text, sizeof r->text, format, ap);
-    va_end(ap);
-    return -1;
-}
-
-static int fail_rmig(struct run *r, enum exit_code code, const struct rmig_error *err) {
-    const char *hint = rmig_status_hint(err->status);
-    if (err->status == RMIG_ERR_PARAM || err->status == RMIG_ERR_ARGUMENT)
-        code = EXIT_USAGE;
-    if (err->status == RMIG_ERR_HANDOVER)
-        code = EXIT_HANDOVER;
-    if (err->status == RMIG_ERR_CANCELLED)
-        code = EXIT_CANCELLED;
-    if (r->code == EXIT_OK)
-        r->status = err->status;
-    bool more = hint[0] != '\0' && strncmp(hint, "see the text", 12) != 0 && err->status <= RMIG_SESSION_ERRORS;
-    return fail(r, code, "%s%s%s%s", err->text, more ? " (" : "", more ? hint : "", more ? ")" : "");
-}
-
 static int fail_source(struct run *r) {
     struct rmig_error err = *rmig_source_error(r->source);
     if (r->connected)
-        return fail_rmig(r, EXIT_MIGRATION, &err);
+        return fail_rmig(&r->p, EXIT_MIGRATION, &err);
     if (strstr(err.text, r->opt.address) == NULL) // to whom, is what a user wants to know first
         rmig_fail(&err, err.status, err.provider_code, "%s: %s", r->opt.address, rmig_source_error(r->source)->text);
-    return fail_rmig(r, EXIT_CONNECT, &err);
+    return fail_rmig(&r->p, EXIT_CONNECT, &err);
 }
 
-static int fail_sink(struct run *r) { return fail_rmig(r, EXIT_MIGRATION, rmig_sink_error(r->sink)); }
-
-static void *checked(void *p) {
-    if (p == NULL) {
-        fputs(PROGRAM ": out of memory\n", stderr);
-        exit(EXIT_MIGRATION);
-    }
-    return p;
-}
+static int fail_sink(struct run *r) { return fail_rmig(&r->p, EXIT_MIGRATION, rmig_sink_error(r->sink)); }
 
 static void remove_parts(struct run *r) {
     for (size_t i = 0; r->sink != NULL && i < r->images.count; i++)
@@ -155,11 +102,6 @@ static void remove_parts(struct run *r) {
             unlink(r->images.at[i].part);
     if (r->sink != NULL && r->state.fd >= 0)
         unlink(r->state.part);
-}
-
-static void on_cancel(int number) {
-    (void)number;
-    cancelled = 1;
 }
 
 /* A mapped file shrank under us, or the disk is full: the access cannot be repeated. */
@@ -170,15 +112,6 @@ static void on_bus_error(int number) {
         _exit(EXIT_FILES);
     remove_parts(bus_error_run);
     _exit(EXIT_FILES);
-}
-
-static void catch_signals(struct run *r) {
-    struct sigaction cancel = {.sa_handler = on_cancel}, bus = {.sa_handler = on_bus_error};
-    bus_error_run = r;
-    sigaction(SIGINT, &cancel, NULL);
-    sigaction(SIGTERM, &cancel, NULL);
-    sigaction(SIGBUS, &bus, NULL);
-    signal(SIGPIPE, SIG_IGN);
 }
 
 // >>progress
@@ -306,15 +239,16 @@ static int open_for_sending(struct run *r, struct image *image) {
         image->fd = open(image->path, O_RDONLY | O_CLOEXEC);
     }
     if (image->fd < 0 || fstat(image->fd, &st) < 0)
-        return fail(r, EXIT_FILES, "block %s: cannot read %s: %s", image->name, image->path, strerror(errno));
+        return fail(&r->p, EXIT_FILES, "block %s: cannot read %s: %s", image->name, image->path, strerror(errno));
     if (!S_ISREG(st.st_mode))
-        return fail(r, EXIT_FILES, "block %s: %s is not a regular file", image->name, image->path);
+        return fail(&r->p, EXIT_FILES, "block %s: %s is not a regular file", image->name, image->path);
     if (st.st_size == 0)
-        return fail(r, EXIT_FILES, "block %s: %s is empty: a block has at least one byte", image->name, image->path);
+        return fail(&r->p, EXIT_FILES, "block %s: %s is empty: a block has at least one byte", image->name,
+                    image->path);
     image->length = (uint64_t)st.st_size;
     image->map = mmap(NULL, image->length, protection, MAP_SHARED, image->fd, 0);
     if (image->map == MAP_FAILED)
-        return fail(r, EXIT_FILES, "block %s: cannot map the %llu bytes of %s: %s", image->name,
+        return fail(&r->p, EXIT_FILES, "block %s: cannot map the %llu bytes of %s: %s", image->name,
                     (unsigned long long)image->length, image->path, strerror(errno));
     r->total += image->length;
     return 0;
@@ -341,29 +275,24 @@ static char *safe_name(const char *name) {
     return out;
 }
 
-static char *join(const char *dir, const char *name) {
-    char *path = NULL;
-    return checked(asprintf(&path, "%s%s%s", dir, name == NULL ? "" : "/", name == NULL ? "" : name) < 0 ? NULL : path);
-}
-
 /* Makes PATH.part, locked, so that two receivers do not write the same file. */
 static int open_part(struct run *r, struct image *image, const char *what) {
     struct stat st;
     if (!r->opt.force && lstat(image->path, &st) == 0)
-        return fail(r, EXIT_FILES, "%s: %s exists: remove it, or give --force", what, image->path);
+        return fail(&r->p, EXIT_FILES, "%s: %s exists: remove it, or give --force", what, image->path);
     if (asprintf(&image->part, "%s.part", image->path) < 0)
         checked(NULL);
     int fd = open(image->part, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0600);
     if (fd < 0)
-        return fail(r, EXIT_FILES, "%s: cannot create %s: %s", what, image->part, strerror(errno));
+        return fail(&r->p, EXIT_FILES, "%s: cannot create %s: %s", what, image->part, strerror(errno));
     if (flock(fd, LOCK_EX | LOCK_NB) < 0) {
         close(fd);
-        return fail(r, EXIT_FILES, "%s: %s is being written by another receiver or for another block", what,
+        return fail(&r->p, EXIT_FILES, "%s: %s is being written by another receiver or for another block", what,
                     image->part);
     }
     image->fd = fd;
     if (ftruncate(fd, 0) < 0)
-        return fail(r, EXIT_FILES, "%s: cannot empty %s: %s", what, image->part, strerror(errno));
+        return fail(&r->p, EXIT_FILES, "%s: cannot empty %s: %s", what, image->part, strerror(errno));
     return 0;
 }
 
@@ -380,12 +309,12 @@ static int open_for_receiving(struct run *r, struct image *image) {
     if (error == 0 && !r->opt.sparse)
         error = posix_fallocate(image->fd, 0, (off_t)image->length);
     if (error != 0)
-        return fail(r, EXIT_FILES, "%s: cannot reserve %llu bytes for %s: %s%s", what,
+        return fail(&r->p, EXIT_FILES, "%s: cannot reserve %llu bytes for %s: %s%s", what,
                     (unsigned long long)image->length, image->part, strerror(error),
                     error == ENOSPC ? " (free some, or give --sparse if the image has holes)" : "");
     image->map = mmap(NULL, image->length, PROT_READ | PROT_WRITE, MAP_SHARED, image->fd, 0);
     if (image->map == MAP_FAILED)
-        return fail(r, EXIT_FILES, "%s: cannot map %llu bytes: %s", what, (unsigned long long)image->length,
+        return fail(&r->p, EXIT_FILES, "%s: cannot map %llu bytes: %s", what, (unsigned long long)image->length,
                     strerror(errno));
     return 0;
 }
@@ -395,7 +324,7 @@ static int commit(struct run *r, struct image *image) {
     if (image->fd < 0)
         return 0;
     if (fsync(image->fd) < 0 || rename(image->part, image->path) < 0)
-        return fail(r, EXIT_FILES, "all was received, but %s cannot become %s: %s", image->part, image->path,
+        return fail(&r->p, EXIT_FILES, "all was received, but %s cannot become %s: %s", image->part, image->path,
                     strerror(errno));
     image_close(image);
     return 0;
@@ -498,7 +427,7 @@ static int send_state(struct run *r) {
         r->state_bytes += (uint64_t)n;
     }
     if (n < 0)
-        return fail(r, EXIT_FILES, "cannot read %s: %s", r->opt.state_path, strerror(errno));
+        return fail(&r->p, EXIT_FILES, "cannot read %s: %s", r->opt.state_path, strerror(errno));
     return put_record(r, RECORD_END, "", 0);
 }
 
@@ -515,7 +444,7 @@ static int send_round(struct run *r) {
 static int open_source(struct run *r) {
     struct rmig_error err;
     if (rmig_source_open(r->fabric, &r->opt.cfg, &r->source, &err) < 0)
-        return fail_rmig(r, EXIT_CONNECT, &err);
+        return fail_rmig(&r->p, EXIT_CONNECT, &err);
     for (size_t i = 0; i < r->images.count; i++) {
         struct rmig_block_desc desc;
         uint32_t index;
@@ -536,7 +465,7 @@ static int open_inputs(struct run *r) {
         return 0;
     r->state.fd = open(r->opt.state_path, O_RDONLY | O_CLOEXEC);
     if (r->state.fd < 0)
-        return fail(r, EXIT_FILES, "cannot read the state file %s: %s", r->opt.state_path, strerror(errno));
+        return fail(&r->p, EXIT_FILES, "cannot read the state file %s: %s", r->opt.state_path, strerror(errno));
     return 0;
 }
 
@@ -559,12 +488,13 @@ static int send_all(struct run *r) {
 
 static int read_block_record(struct run *r, const uint8_t *p, size_t n) {
     if (n < 9 || n > 8 + RMIG_NAME_MAX || memchr(p + 8, '\0', n - 8) != NULL)
-        return fail(r, EXIT_MIGRATION, "the source announced a block in a record of %zu bytes: malformed", n);
+        return fail(&r->p, EXIT_MIGRATION, "the source announced a block in a record of %zu bytes: malformed", n);
     uint64_t length = get_be(p, 8);
     if (r->images.count == BLOCKS_MAX)
-        return fail(r, EXIT_MIGRATION, "the source announced more than %d blocks", BLOCKS_MAX);
+        return fail(&r->p, EXIT_MIGRATION, "the source announced more than %d blocks", BLOCKS_MAX);
     if (length == 0 || length > r->opt.max_size - r->total)
-        return fail(r, EXIT_MIGRATION, "the source announced a block of %llu bytes; 1 to %llu are left of --max-size",
+        return fail(&r->p, EXIT_MIGRATION,
+                    "the source announced a block of %llu bytes; 1 to %llu are left of --max-size",
                     (unsigned long long)length, (unsigned long long)(r->opt.max_size - r->total));
     struct image *image = images_add(&r->images);
     image->name = checked(strndup((const char *)p + 8, n - 8));
@@ -581,7 +511,7 @@ static int read_state_record(struct run *r, const uint8_t *p, size_t n) {
         if (done < 0 && errno == EINTR)
             continue;
         if (done <= 0)
-            return fail(r, EXIT_FILES, "cannot write %s: %s", r->state.part, strerror(done < 0 ? errno : ENOSPC));
+            return fail(&r->p, EXIT_FILES, "cannot write %s: %s", r->state.part, strerror(done < 0 ? errno : ENOSPC));
         p += done;
         n -= (size_t)done;
         r->state_bytes += (uint64_t)done;
@@ -591,15 +521,16 @@ static int read_state_record(struct run *r, const uint8_t *p, size_t n) {
 
 static int read_record(struct run *r, unsigned type, const uint8_t *payload, size_t n) {
     if (r->reader.end_seen)
-        return fail(r, EXIT_MIGRATION, "the source sent a record after the end");
+        return fail(&r->p, EXIT_MIGRATION, "the source sent a record after the end");
     if (type == RECORD_BLOCK && r->images.count > 0 && r->images.at[0].fd >= 0)
-        return fail(r, EXIT_MIGRATION, "the source announced a block after the first round began");
+        return fail(&r->p, EXIT_MIGRATION, "the source announced a block after the first round began");
     if (type == RECORD_BLOCK)
         return read_block_record(r, payload, n);
     if (type == RECORD_STATE)
         return read_state_record(r, payload, n);
     if (type != RECORD_END || n != 0)
-        return fail(r, EXIT_MIGRATION, "the source sent a record of type %u with %zu bytes, which is none", type, n);
+        return fail(&r->p, EXIT_MIGRATION, "the source sent a record of type %u with %zu bytes, which is none", type,
+                    n);
     r->reader.end_seen = true;
     return 0;
 }
@@ -612,7 +543,8 @@ static int take_record(struct run *r) {
         if (reader->have < magic)
             return 0;
         if (memcmp(reader->buf, MAGIC, magic) != 0)
-            return fail(r, EXIT_MIGRATION, "the source is not " PROGRAM " send: its stream does not begin with " MAGIC);
+            return fail(&r->p, EXIT_MIGRATION,
+                        "the source is not " PROGRAM " send: its stream does not begin with " MAGIC);
         reader->magic_seen = true;
         used = magic;
     } else {
@@ -620,7 +552,7 @@ static int take_record(struct run *r) {
             return 0;
         uint64_t n = get_be(reader->buf + 1, 4);
         if (n > STATE_PIECE)
-            return fail(r, EXIT_MIGRATION, "the source sent a record of %llu bytes; %d is the most",
+            return fail(&r->p, EXIT_MIGRATION, "the source sent a record of %llu bytes; %d is the most",
                         (unsigned long long)n, STATE_PIECE);
         used = RECORD_HEADER + n;
         if (reader->have < used)
@@ -654,13 +586,13 @@ static int open_outputs(struct run *r) {
         struct image *named = images_find(&r->opt.blocks, image->name);
         if (named != NULL) {
             named->announced = true;
-            image->path = join(named->path, NULL);
+            image->path = checked(strdup(named->path));
         }
     }
     for (size_t i = 0; i < r->opt.blocks.count; i++)
         if (!r->opt.blocks.at[i].announced)
-            return fail(r, EXIT_USAGE, "--block %s=%s: the source has no block of this name", r->opt.blocks.at[i].name,
-                        r->opt.blocks.at[i].path);
+            return fail(&r->p, EXIT_USAGE, "--block %s=%s: the source has no block of this name",
+                        r->opt.blocks.at[i].name, r->opt.blocks.at[i].path);
     for (size_t i = 0; i < r->images.count; i++) {
         struct rmig_block_desc desc;
         uint32_t index;
@@ -668,18 +600,18 @@ static int open_outputs(struct run *r) {
             return -1;
         describe(&r->images, i, &desc);
         if (rmig_sink_add_block(r->sink, &desc, &index) < 0)
-            return fail(r, EXIT_MIGRATION, "%s", rmig_sink_error(r->sink)->text);
+            return fail(&r->p, EXIT_MIGRATION, "%s", rmig_sink_error(r->sink)->text);
     }
     return 0;
 }
 
 static int accept_blocks(struct run *r) {
     if (r->images.count == 0)
-        fail(r, EXIT_MIGRATION, "the source is not " PROGRAM " send: it did not announce its blocks");
-    if (r->code == EXIT_OK)
+        fail(&r->p, EXIT_MIGRATION, "the source is not " PROGRAM " send: it did not announce its blocks");
+    if (r->p.code == EXIT_OK)
         open_outputs(r);
-    if (r->code != EXIT_OK) {
-        rmig_sink_refuse(r->sink, r->text);
+    if (r->p.code != EXIT_OK) {
+        rmig_sink_refuse(r->sink, r->p.text);
         return 0; // the session's error follows, once the source has been told
     }
     return rmig_sink_accept_blocks(r->sink) < 0 ? fail_sink(r) : 0;
@@ -701,11 +633,11 @@ static int on_event(struct run *r, const struct rmig_sink_event *ev) {
         return read_stream(r);
     case RMIG_SINK_DISCONNECTED:
         if (!r->reader.end_seen)
-            return fail(r, EXIT_MIGRATION, "the source left before the end of its stream");
+            return fail(&r->p, EXIT_MIGRATION, "the source left before the end of its stream");
         return rmig_sink_complete(r->sink) < 0 ? fail_sink(r) : 0;
     case RMIG_SINK_FINISHED:
         if (!r->reader.end_seen)
-            return fail(r, EXIT_MIGRATION, "the source finished before the end of its stream");
+            return fail(&r->p, EXIT_MIGRATION, "the source finished before the end of its stream");
         return 0;
     case RMIG_SINK_NONE:
     case RMIG_SINK_CONNECTED: // a source that says nothing sensible is forgotten again
@@ -725,7 +657,7 @@ static int receive_events(struct run *r) {
         if (on_event(r, &ev) < 0)
             return -1;
         if (!r->connected && r->fabric->ops->now(r->fabric) >= r->accept_deadline)
-            return fail(r, EXIT_CONNECT, "no source came within the %llu s of --wait",
+            return fail(&r->p, EXIT_CONNECT, "no source came within the %llu s of --wait",
                         (unsigned long long)r->opt.wait_seconds);
         draw_progress(r);
     }
@@ -735,10 +667,10 @@ static int receive_events(struct run *r) {
 static int print_address(struct run *r) {
     char address[128];
     if (rmig_sink_address(r->sink, address, sizeof address) < 0)
-        return fail_rmig(r, EXIT_CONNECT, rmig_sink_error(r->sink));
+        return fail_rmig(&r->p, EXIT_CONNECT, rmig_sink_error(r->sink));
     printf(r->opt.json ? "{\"listening\":\"%s\"}\n" : "listening on %s\n", address);
     if (fflush(stdout) != 0)
-        return fail(r, EXIT_FILES, "cannot write to the standard output: %s", strerror(errno));
+        return fail(&r->p, EXIT_FILES, "cannot write to the standard output: %s", strerror(errno));
     return 0;
 }
 
@@ -752,9 +684,9 @@ static int commit_all(struct run *r) {
 static int receive_all(struct run *r) {
     struct rmig_error err;
     if (rmig_sink_open(r->fabric, &r->opt.cfg, &r->sink, &err) < 0)
-        return fail_rmig(r, EXIT_CONNECT, &err);
+        return fail_rmig(&r->p, EXIT_CONNECT, &err);
     if (rmig_sink_listen(r->sink, r->opt.address) < 0)
-        return fail_rmig(r, EXIT_CONNECT, rmig_sink_error(r->sink));
+        return fail_rmig(&r->p, EXIT_CONNECT, rmig_sink_error(r->sink));
     if (print_address(r) < 0)
         return -1;
     r->accept_deadline = RMIG_FOREVER;
@@ -769,17 +701,17 @@ static int receive_all(struct run *r) {
 static int check_dir(struct run *r, const char *dir) {
     struct stat st;
     if (stat(dir, &st) < 0 || (S_ISDIR(st.st_mode) ? access(dir, W_OK | X_OK) < 0 : (errno = ENOTDIR) != 0))
-        return fail(r, EXIT_FILES, "cannot create files in %s: %s", dir, strerror(errno));
+        return fail(&r->p, EXIT_FILES, "cannot create files in %s: %s", dir, strerror(errno));
     return 0;
 }
 
 /* Finds what can be wrong with the places before a source is kept waiting. */
 static int check_outputs(struct run *r) {
-    r->state.path = r->opt.state_path != NULL ? join(r->opt.state_path, NULL) : join(r->opt.out_dir, "state");
+    r->state.path = r->opt.state_path != NULL ? checked(strdup(r->opt.state_path)) : join(r->opt.out_dir, "state");
     if (check_dir(r, r->opt.out_dir) < 0)
         return -1;
     for (size_t i = 0; i <= r->opt.blocks.count; i++) {
-        char *copy = join(i < r->opt.blocks.count ? r->opt.blocks.at[i].path : r->state.path, NULL);
+        char *copy = checked(strdup(i < r->opt.blocks.count ? r->opt.blocks.at[i].path : r->state.path));
         int rc = check_dir(r, dirname(copy));
         free(copy);
         if (rc < 0)
@@ -822,12 +754,12 @@ static json_t *stats_json(const struct rmig_stats *st) {
 }
 
 /* Names and paths may be any bytes, but JSON is UTF-8: what is not is given as its safe name. */
-static json_t *text_json(const char *text) {
-    json_t *value = json_string(text);
+static json_t *name_json(const char *name) {
+    json_t *value = json_string(name);
     if (value != NULL)
         return value;
-    char *safe = safe_name(text);
-    value = checked(json_string(safe));
+    char *safe = safe_name(name);
+    value = (json_t *)checked(json_string(safe));
     free(safe);
     return value;
 }
@@ -837,8 +769,8 @@ static json_t *images_json(const struct images *list) {
     for (size_t i = 0; i < list->count; i++) {
         const struct image *image = &list->at[i];
         json_t *object = checked(json_object());
-        json_object_set_new(object, "name", text_json(image->name));
-        json_object_set_new(object, "file", image->path == NULL ? json_null() : text_json(image->path));
+        json_object_set_new(object, "name", name_json(image->name));
+        json_object_set_new(object, "file", image->path == NULL ? json_null() : name_json(image->path));
         json_object_set_new(object, "bytes", json_integer((json_int_t)image->length));
         json_array_append_new(array, object);
     }
@@ -860,10 +792,10 @@ static void print_json(const struct run *r, uint64_t ns) {
     session_stats(r, &st, &extended);
     json_t *object = checked(json_object());
     json_object_set_new(object, "mode", json_string(r->opt.mode == MODE_SEND ? "send" : "recv"));
-    json_object_set_new(object, "ok", json_boolean(r->code == EXIT_OK));
-    json_object_set_new(object, "exit_code", json_integer(r->code));
-    json_object_set_new(object, "status", json_string(rmig_status_name(r->status)));
-    json_object_set_new(object, "error", r->code == EXIT_OK ? json_null() : text_json(r->text));
+    json_object_set_new(object, "ok", json_boolean(r->p.code == EXIT_OK));
+    json_object_set_new(object, "exit_code", json_integer(r->p.code));
+    json_object_set_new(object, "status", json_string(rmig_status_name(r->p.status)));
+    json_object_set_new(object, "error", r->p.code == EXIT_OK ? json_null() : text_json(r->p.text));
     json_object_set_new(object, "fabric", json_string(r->fabric == NULL ? "" : r->fabric->ops->name));
     json_object_set_new(object, "extension", json_boolean(extended));
     json_object_set_new(object, "blocks", images_json(&r->images));
@@ -897,15 +829,15 @@ static void print_summary(const struct run *r, uint64_t ns) {
 static void report(struct run *r) {
     end_progress(r);
     uint64_t ns = r->started_ns == 0 ? 0 : r->ended_ns - r->started_ns;
-    if (r->code != EXIT_OK)
-        fprintf(stderr, PROGRAM ": %s\n", r->text);
+    if (r->p.code != EXIT_OK)
+        fprintf(stderr, PROGRAM ": %s\n", r->p.text);
     if (r->opt.json)
         print_json(r, ns);
-    else if (r->code == EXIT_OK && !r->opt.quiet)
+    else if (r->p.code == EXIT_OK && !r->opt.quiet)
         print_summary(r, ns);
-    if (fflush(stdout) != 0 && r->code == EXIT_OK) {
+    if (fflush(stdout) != 0 && r->p.code == EXIT_OK) {
         fprintf(stderr, PROGRAM ": cannot write to the standard output: %s\n", strerror(errno));
-        r->code = EXIT_FILES;
+        r->p.code = EXIT_FILES;
     }
 }
 
@@ -1039,15 +971,6 @@ static void parse_set(struct options *opt, const char *arg, struct argp_state *s
         argp_error(state, "--set %s: %s", arg, err.text);
 }
 
-static uint64_t parse_count(const char *option, const char *arg, uint64_t max, struct argp_state *state) {
-    char *end = NULL;
-    errno = 0;
-    unsigned long long value = strtoull(arg, &end, 10);
-    if (arg[0] < '0' || arg[0] > '9' || *end != '\0' || errno != 0 || value < 1 || value > max)
-        argp_error(state, "%s %s: a number from 1 to %llu is wanted", option, arg, (unsigned long long)max);
-    return value;
-}
-
 static void parse_max_size(struct options *opt, const char *arg, struct argp_state *state) {
     struct rmig_error err;
     if (rmig_size_parse(arg, &opt->max_size, &err) < 0)
@@ -1162,15 +1085,6 @@ static error_t parse_option(int key, char *arg, struct argp_state *state) {
     }
 }
 
-static void parse_arguments(struct options *opt, int argc, char **argv) {
-    static const struct argp argp = {option_table, parse_option, "send|recv", doc, NULL, NULL, NULL};
-    static char version[64];
-    snprintf(version, sizeof version, PROGRAM " %d.%d.%d", RMIG_VERSION_MAJOR, RMIG_VERSION_MINOR, RMIG_VERSION_PATCH);
-    argp_program_version = version;
-    argp_err_exit_status = EXIT_USAGE;
-    argp_parse(&argp, argc, argv, 0, NULL, opt);
-}
-
 // >>main
 
 static int migrate(struct run *r) {
@@ -1180,7 +1094,7 @@ static int migrate(struct run *r) {
         return -1;
     r->fabric = open_fabric(r->opt.fabric, r->opt.provider, &err);
     if (r->fabric == NULL)
-        return fail_rmig(r, EXIT_CONNECT, &err);
+        return fail_rmig(&r->p, EXIT_CONNECT, &err);
     int rc = sends ? send_all(r) : receive_all(r);
     if (r->ended_ns == 0)
         r->ended_ns = r->fabric->ops->now(r->fabric);
@@ -1188,7 +1102,7 @@ static int migrate(struct run *r) {
 }
 
 static void clean_up(struct run *r) {
-    if (r->code != EXIT_OK)
+    if (r->p.code != EXIT_OK)
         remove_parts(r);
     rmig_source_close(r->source);
     rmig_sink_close(r->sink);
@@ -1201,11 +1115,12 @@ static void clean_up(struct run *r) {
 }
 
 int main(int argc, char **argv) {
+    static const struct argp argp = {option_table, parse_option, "send|recv", doc, NULL, NULL, NULL};
     static struct run run;
     run.opt.rounds = 1;
     run.opt.max_size = 1024 * RMIG_GIB;
     run.state = (struct image){.fd = -1, .map = MAP_FAILED};
-    parse_arguments(&run.opt, argc, argv);
+    parse_arguments(&argp, &run.opt, argc, argv);
     if (run.opt.list_params) {
         list_params(&run.opt);
         images_free(&run.opt.blocks);
@@ -1216,9 +1131,10 @@ int main(int argc, char **argv) {
         run.opt.cfg.trace = print_trace;
         run.opt.cfg.trace_user = &run;
     }
-    catch_signals(&run);
+    bus_error_run = &run;
+    catch_signals(on_bus_error);
     migrate(&run);
     report(&run);
     clean_up(&run);
-    return (int)run.code;
+    return (int)run.p.code;
 }

@@ -7,20 +7,9 @@
 #define RMIG_IMPLEMENTATION
 #include "../rmig.h"
 #include "../rmig_mapped_ram.h"
+#include "fuzz.h"
 
-#include <stdio.h>
-#include <stdlib.h>
 #include <sys/mman.h>
-
-int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
-
-#define REQUIRE(c)                                                                                                     \
-    do {                                                                                                               \
-        if (!(c)) {                                                                                                    \
-            fprintf(stderr, "%s:%d: not so: %s\n", __FILE__, __LINE__, #c);                                            \
-            abort();                                                                                                   \
-        }                                                                                                              \
-    } while (0)
 
 enum { MOST = 4 << 20 }; // bytes of RAM that are loaded
 
@@ -173,21 +162,3 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     check_file(fd, whole, &opt);
     return 0;
 }
-
-#ifdef RMIG_FUZZ_REPLAY
-int main(int argc, char **argv) {
-    static uint8_t data[1 << 20];
-    for (int i = 1; i < argc; i++) {
-        FILE *f = fopen(argv[i], "rb");
-        if (f == NULL) {
-            perror(argv[i]);
-            return 1;
-        }
-        size_t n = fread(data, 1, sizeof data, f);
-        fclose(f);
-        LLVMFuzzerTestOneInput(data, n);
-    }
-    printf("%d files\n", argc - 1);
-    return argc > 1 ? 0 : 1;
-}
-#endif

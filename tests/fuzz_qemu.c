@@ -2,24 +2,10 @@
 // the same, and what was read must be what the encoders write.
 //     clang -g -O1 -fsanitize=fuzzer,address,undefined tests/fuzz_qemu.c -o fuzz_qemu
 //     fuzz_qemu -max_total_time=60 -max_len=4096 new_inputs tests/corpus/fuzz_qemu
-// With -DRMIG_FUZZ_REPLAY it has a main of its own, for compilers without libFuzzer: it runs the files named on its
-// command line.
 #define RMIG_IMPLEMENTATION
 #include "../rmig.h"
 #include "../rmig_qemu.h"
-
-#include <stdio.h>
-#include <stdlib.h>
-
-int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
-
-#define REQUIRE(c)                                                                                                     \
-    do {                                                                                                               \
-        if (!(c)) {                                                                                                    \
-            fprintf(stderr, "%s:%d: not so: %s\n", __FILE__, __LINE__, #c);                                            \
-            abort();                                                                                                   \
-        }                                                                                                              \
-    } while (0)
+#include "fuzz.h"
 
 // Digests of what a reader told.
 struct told {
@@ -187,23 +173,3 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     check_return(data + 1, size - 1);
     return 0;
 }
-
-#ifdef RMIG_FUZZ_REPLAY
-int main(int argc, char **argv) {
-    static uint8_t data[1 << 20];
-    for (int i = 1; i < argc; i++) {
-        FILE *f = fopen(argv[i], "rb");
-        if (f == NULL) {
-            perror(argv[i]);
-            return 1;
-        }
-        size_t n = fread(data, 1, sizeof data, f);
-        fclose(f);
-        for (size_t cut = 0; cut <= n; cut += cut < 4096 ? 1 : 4096) // and every beginning of it
-            LLVMFuzzerTestOneInput(data, cut);
-        LLVMFuzzerTestOneInput(data, n);
-    }
-    printf("%d files\n", argc - 1);
-    return argc > 1 ? 0 : 1;
-}
-#endif

@@ -2,23 +2,9 @@
 // again.
 //     clang -g -O1 -fsanitize=fuzzer,address,undefined tests/fuzz_wire.c -o fuzz_wire
 //     fuzz_wire -max_total_time=60 -max_len=2048 new_inputs tests/corpus/fuzz_wire
-// With -DRMIG_FUZZ_REPLAY it has a main of its own, for compilers without libFuzzer: it runs the files named on its
-// command line.
 #define RMIG_IMPLEMENTATION
 #include "../rmig.h"
-
-#include <stdio.h>
-#include <stdlib.h>
-
-int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
-
-#define REQUIRE(c)                                                                                                     \
-    do {                                                                                                               \
-        if (!(c)) {                                                                                                    \
-            fprintf(stderr, "fuzz_wire.c:%d: broken: %s\n", __LINE__, #c);                                             \
-            abort();                                                                                                   \
-        }                                                                                                              \
-    } while (0)
+#include "fuzz.h"
 
 enum { ROOM = 1024 }; // more than any encoder needs
 
@@ -133,23 +119,3 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
         check_all(data + RMIG_HEADER_SIZE + 8, size - RMIG_HEADER_SIZE - 8);
     return 0;
 }
-
-#ifdef RMIG_FUZZ_REPLAY
-int main(int argc, char **argv) {
-    static uint8_t data[RMIG_CONTROL_SIZE];
-    for (int i = 1; i < argc; i++) {
-        FILE *f = fopen(argv[i], "rb");
-        if (f == NULL) {
-            perror(argv[i]);
-            return 1;
-        }
-        size_t n = fread(data, 1, sizeof data, f);
-        fclose(f);
-        for (size_t cut = 0; cut <= n; cut += cut < 4096 ? 1 : 4096) // and every beginning of it
-            LLVMFuzzerTestOneInput(data, cut);
-        LLVMFuzzerTestOneInput(data, n);
-    }
-    printf("%d files\n", argc - 1);
-    return argc > 1 ? 0 : 1;
-}
-#endif

@@ -52,10 +52,11 @@ source_from() { # DIR OPTION...: to $address
 # both SOURCE-STATUS SINK-STATUS DIR OPTION...: OPTIONs are given to the source, those in the array `sink_options` to the
 # sink.
 sink_options=()
-both() {
-    local want="$1 $2" sent received
-    shift 2
-    start_sink "${sink_options[@]}" || return 1
+both() { both_by start_sink "$@"; }
+both_by() { # SINK-STARTER, and as both
+    local starter=$1 want="$2 $3" sent received
+    shift 3
+    "$starter" "${sink_options[@]}" || return 1
     source_from "$@"
     sent=$?
     wait "$sink"
@@ -689,19 +690,7 @@ start_file_sink() { # OPTION...
 }
 
 # both_file SOURCE-STATUS SINK-STATUS DIR OPTION...: as both, into $snap.
-both_file() {
-    local want="$1 $2" sent received
-    shift 2
-    start_file_sink "${sink_options[@]}" || return 1
-    source_from "$@"
-    sent=$?
-    wait "$sink"
-    received=$?
-    [ "$sent $received" = "$want" ] && return 0
-    echo "qemu_source and qemu_sink ended with $sent $received, wanted $want"
-    cat "$tmp/source.err" "$tmp/sink.err"
-    return 1
-}
+both_file() { both_by start_file_sink "$@"; }
 
 no_part() {
     [ ! -e "$snap.part" ] || { echo 'left behind:'; ls -l "$snap.part"; return 1; }
