@@ -1130,18 +1130,17 @@ static int load_wait_step(struct load *l, struct rmig_error *err) {
     return RMIG_OK;
 }
 
-/* While the guest runs. */
+/* While the guest runs. What is late has failed, loaded or not. */
 static int load_wait_all(struct load *l, struct rmig_error *err) {
     for (;;) {
-        int rc = snapshot_load_wait(&l->file, SLICE, err);
-        if (rc == RMIG_OK)
+        uint64_t now = guest_now(), left = l->deadline > now ? l->deadline - now : 0;
+        int loading = snapshot_load_wait(&l->file, left < SLICE ? left : SLICE, err);
+        if (loading == RMIG_OK)
             l->loaded_ns = guest_now();
-        if (rc != RMIG_PENDING)
-            return rc;
-        rc = load_guest_failed(l, err);
+        int rc = loading < RMIG_OK ? loading : load_guest_failed(l, err);
         if (rc == RMIG_OK)
             rc = load_may_go_on(l, err);
-        if (rc != RMIG_OK)
+        if (rc != RMIG_OK || loading == RMIG_OK)
             return rc;
     }
 }

@@ -49,7 +49,7 @@ static inline int whole_file_lock(int fd, const char *part, struct stat *mine, s
 /* A new file, for reading and writing. One that a killed process left is taken over. What is at PATH must be a regular
    file, or nothing. RMIG_OK; RMIG_ERR_FILE, RMIG_ERR_NO_MEMORY. */
 static inline int whole_file_open(struct whole_file *f, const char *path, struct rmig_error *err) {
-    struct stat mine, named;
+    struct stat mine = {0}, named;
     if (whole_file_name(f, path, err) != RMIG_OK)
         return err->status;
     if (stat(path, &named) == 0 && !S_ISREG(named.st_mode))
