@@ -2103,8 +2103,6 @@ static int rmig__reader_fill(void *user, struct rmig__mapped_io *io, const struc
     uint64_t at = first * b->page_size, bytes = n * b->page_size;
     if (in_file) {
         uint8_t *memory = r->targets.block[s->source->target].host + at;
-        if (bytes >= RMIG__MAPPED_ANNOUNCE && (uintptr_t)memory % (uint64_t)sysconf(_SC_PAGESIZE) == 0)
-            madvise(memory, (size_t)bytes, RMIG__MADV_POPULATE_WRITE); // cheaper than one page at a time
         int status = rmig__mapped_post(io, false, memory, bytes, b->pages_offset + at);
         if (status != RMIG_OK)
             return status;
@@ -2117,6 +2115,19 @@ static int rmig__reader_fill(void *user, struct rmig__mapped_io *io, const struc
     r->stats.writes_posted += in_file;
     r->stats.bytes_pending -= bytes;
     pthread_mutex_unlock(&c->lock);
+    return RMIG_OK;
+}
+
+/* Memory by the run is cheaper than one page at a time, and all of a span's before its first byte leaves the disk the
+   time to read it. */
+static int rmig__reader_populate(void *user, struct rmig__mapped_io *io, const struct rmig__mapped_span *s,
+                                 uint64_t first, uint64_t n, bool in_file) {
+    const struct rmig_mapped_reader *r = (const struct rmig_mapped_reader *)user;
+    uint64_t bytes = n * s->source->info.page_size;
+    uint8_t *memory = r->targets.block[s->source->target].host + first * s->source->info.page_size;
+    (void)io;
+    if (in_file && bytes >= RMIG__MAPPED_ANNOUNCE && (uintptr_t)memory % (uint64_t)sysconf(_SC_PAGESIZE) == 0)
+        madvise(memory, (size_t)bytes, RMIG__MADV_POPULATE_WRITE);
     return RMIG_OK;
 }
 
@@ -2177,6 +2188,8 @@ static int rmig__reader_step(struct rmig__mapped_crew *c, struct rmig__mapped_io
     io->block = span.source->name;
     if (status == RMIG_OK)
         status = rmig__span_bits(&span, io);
+    if (status == RMIG_OK)
+        status = rmig__span_each(&span, io, rmig__reader_populate, c->job);
     if (status == RMIG_OK)
         status = rmig__span_each(&span, io, rmig__reader_fill, c);
     return status == RMIG_OK ? RMIG_PENDING : status;

@@ -24,6 +24,7 @@ build=$(cd "$1" && pwd)
 pairs=${BENCH_PAIRS:-3}
 work=$build/bench-file.tmp
 mem=
+pages_were= # the setting to restore
 qemu_pid=
 qemu=$build/vm/qemu-10.0/run
 
@@ -36,6 +37,7 @@ tidy() {
     [ -z "$qemu_pid" ] || kill "$qemu_pid" 2>/dev/null || true
     wait
     [ -z "$mem" ] || rm -rf "$mem"
+    [ -z "$pages_were" ] || echo "$pages_were" >/proc/sys/vm/percpu_pagelist_high_fraction
     rm -rf "$work"
 }
 trap tidy EXIT
@@ -58,10 +60,19 @@ drop_cache() { # cold is 0 from its first call on, if this is not allowed
 }
 
 # Where this machine is virtual itself, memory freed a while ago has gone back to its host, and whoever touches it first
-# pays for that: all shall find it given back a moment ago.
+# pays for that: all shall find it given back a moment ago, and more than they need.
 warm() {
-    head -c "$size" /dev/zero >"$mem/warm"
+    head -c $((size * 3 / 2)) /dev/zero >"$mem/warm"
     rm "$mem/warm"
+}
+
+# Linux keeps up to an eighth of memory as single free pages of each processor, and hands them out in the reverse of the
+# order in which they were freed: then no two that follow adjoin, and each is a segment of its own in a request to the
+# disk. How many there are depends on who ran before. While we measure they are few.
+few_single_pages() {
+    local setting=/proc/sys/vm/percpu_pagelist_high_fraction was
+    was=$(cat $setting 2>/dev/null) || return
+    { echo 10000 >$setting; } 2>/dev/null && pages_were=$was
 }
 
 fresh() { # FILE...: none of them, no memory in use, nothing cached, nothing still to be written
@@ -328,13 +339,14 @@ size=$(numfmt --from=iec "${BENCH_BYTES:-4G}") || die "BENCH_BYTES $BENCH_BYTES:
 rm -rf "$work"
 mkdir "$work"
 room memory "$(awk '/^MemAvailable/ {printf "%.0f", $2 * 1024}' /proc/meminfo)" $((size * 7 / 2))
-room /dev/shm "$(df --output=avail -B1 /dev/shm | tail -1)" $((size * 5 / 2))
+room /dev/shm "$(df --output=avail -B1 /dev/shm | tail -1)" $((size * 3))
 room "$work" "$(df --output=avail -B1 "$work" | tail -1)" $((size * 3))
 mem=$(mktemp -d /dev/shm/rmig-bench.XXXXXX)
 file image --bytes "${size}B" "$mem/ram" "$mem/data"
 bytes=$(stat -c %s "$mem/data")
 : >"$work/times"
 drop_cache
+few_single_pages || say 'what ran before can be felt: vm.percpu_pagelist_high_fraction cannot be set here'
 guest=no
 ! save_guest || guest=yes
 for ((i = 1; i <= pairs; i++)); do
