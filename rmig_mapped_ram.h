@@ -184,8 +184,9 @@ RMIG_API void rmig_mapped_writer_close(struct rmig_mapped_writer *w);
 RMIG_API int rmig_mapped_writer_add_block(struct rmig_mapped_writer *w, const struct rmig_block_desc *desc,
                                           uint32_t *index);
 /* Lays the file out: cuts it off at options.offset, allocates the bitmaps. RMIG_ERR_ARGUMENT: the machine has no name,
-   or another page size, or has x-ignore-shared, which QEMU cannot load before 11.0; a block's length is no multiple of
-   the page size. RMIG_ERR_STATE: called before, or no block. RMIG_ERR_FILE (no such length: RLIMIT_FSIZE, read-only),
+   or one too long, or another page size, or has x-ignore-shared, which QEMU cannot load before 11.0; a block's length
+   is no multiple of the page size, or more than a file can have. RMIG_ERR_STATE: called before, or no block.
+   RMIG_ERR_FILE: it cannot be cut off there, or cannot get its length (a limit of that may show in end_round only);
    RMIG_ERR_NO_MEMORY. */
 RMIG_API int rmig_mapped_writer_start(struct rmig_mapped_writer *w, const struct rmig_mapped_machine *machine);
 
@@ -203,8 +204,8 @@ RMIG_API int rmig_mapped_writer_save_bitmap(struct rmig_mapped_writer *w, uint32
 /* Blocks while it writes. RMIG_ERR_FILE, RMIG_ERR_NO_MEMORY, RMIG_ERR_CANCELLED (by options.progress). */
 RMIG_API int rmig_mapped_writer_end_round(struct rmig_mapped_writer *w);
 
-/* n bytes of device state, from start on and between rounds, in any number of pieces: what QEMU sends behind the END of
-   ram. Blocks while it writes. RMIG_ERR_FILE, RMIG_ERR_STATE. */
+/* n bytes of device state, from start on, in a round too, in any number of pieces: what QEMU sends behind the END of
+   ram. Blocks while it writes. RMIG_ERR_FILE; RMIG_ERR_STATE: before start, after finish. */
 RMIG_API int rmig_mapped_writer_put(struct rmig_mapped_writer *w, const void *data, size_t n);
 /* Makes the file whole: bitmaps, stream, and last the magic. Blocks. RMIG_ERR_STATE, and nothing is changed, if a round
    is open or the device state does not end in a description, which readers look for: rmig_qemu_encode_end.
@@ -255,8 +256,8 @@ RMIG_API int rmig_mapped_reader_read(struct rmig_mapped_reader *r, uint32_t bloc
 RMIG_API int rmig_mapped_reader_add_block(struct rmig_mapped_reader *r, const struct rmig_block_desc *desc);
 /* Fills the memory of all blocks; each block of the file must have been added. What is not in the file becomes zero.
    Blocks. After an error the memory's content is undefined: RMIG_ERR_FILE (also: the file was changed since it was
-   opened), RMIG_ERR_NO_MEMORY, RMIG_ERR_CANCELLED. RMIG_ERR_STATE (a block is missing) and RMIG_ERR_WIRE (the file is
-   not whole) change nothing. */
+   opened), RMIG_ERR_NO_MEMORY, RMIG_ERR_CANCELLED. RMIG_ERR_STATE (a block is missing, or lazy loading was started) and
+   RMIG_ERR_WIRE (the file is not whole) change nothing. */
 RMIG_API int rmig_mapped_reader_load(struct rmig_mapped_reader *r);
 /* Lazy loading: load_start returns at once, and from then on the memory of the blocks may be used: a page that is
    touched before it was loaded is fetched from the file by one thread, while another loads all of them in order. What
@@ -268,12 +269,12 @@ RMIG_API int rmig_mapped_reader_load(struct rmig_mapped_reader *r);
    - the guest must not discard pages (balloon)
    - whoever saves or migrates it must describe it as RMIG_BACKING_UNKNOWN: what is not there yet looks like a hole.
    Needs userfaultfd, also for faults in the kernel: root, or the sysctl
-   vm.unprivileged_userfaultfd. Errors as load; RMIG_ERR_SETUP with errno: userfaultfd cannot do it. Device state can
-   be had meanwhile. */
+   vm.unprivileged_userfaultfd. Errors as load; RMIG_ERR_ARGUMENT: no such memory; RMIG_ERR_SETUP with errno:
+   userfaultfd cannot do it. Device state can be had meanwhile. */
 RMIG_API int rmig_mapped_reader_load_start(struct rmig_mapped_reader *r);
-/* Waits until all is loaded, at most timeout_ns: RMIG_OK; RMIG_PENDING; or why it failed: the memory of all blocks
-   cannot be accessed any more then (SIGSEGV), since zeros where the file has something would go unnoticed. That is also
-   so when the reader is closed before RMIG_OK. */
+/* Waits until all is loaded, at most timeout_ns: RMIG_OK; RMIG_PENDING; RMIG_ERR_STATE: load_start was not called; or
+   why it failed: then the memory of all blocks cannot be accessed any more (SIGSEGV), since zeros where the file has
+   something would go unnoticed. That is also so when the reader is closed before RMIG_OK. */
 RMIG_API int rmig_mapped_reader_load_wait(struct rmig_mapped_reader *r, uint64_t timeout_ns);
 RMIG_API uint64_t rmig_mapped_reader_state_size(const struct rmig_mapped_reader *r); // bytes of device state
 /* The next bytes of the device state, at most n: how many (0: there are no more), or RMIG_ERR_FILE, RMIG_ERR_WIRE (the
@@ -2095,6 +2096,19 @@ static void rmig__reader_zero(struct rmig__mapped_crew *c, uint32_t target, uint
     }
 }
 
+/* Memory by the run is cheaper than one page at a time. What the kernel reads ahead has until all of a span's is there;
+   direct I/O goes on while the next run's is made. */
+static int rmig__reader_populate(void *user, struct rmig__mapped_io *io, const struct rmig__mapped_span *s,
+                                 uint64_t first, uint64_t n, bool in_file) {
+    const struct rmig_mapped_reader *r = (const struct rmig_mapped_reader *)user;
+    uint64_t bytes = n * s->source->info.page_size;
+    uint8_t *memory = r->targets.block[s->source->target].host + first * s->source->info.page_size;
+    (void)io;
+    if (in_file && bytes >= RMIG__MAPPED_ANNOUNCE && (uintptr_t)memory % (uint64_t)sysconf(_SC_PAGESIZE) == 0)
+        madvise(memory, (size_t)bytes, RMIG__MADV_POPULATE_WRITE);
+    return RMIG_OK;
+}
+
 static int rmig__reader_fill(void *user, struct rmig__mapped_io *io, const struct rmig__mapped_span *s, uint64_t first,
                              uint64_t n, bool in_file) {
     struct rmig__mapped_crew *c = (struct rmig__mapped_crew *)user;
@@ -2103,6 +2117,8 @@ static int rmig__reader_fill(void *user, struct rmig__mapped_io *io, const struc
     uint64_t at = first * b->page_size, bytes = n * b->page_size;
     if (in_file) {
         uint8_t *memory = r->targets.block[s->source->target].host + at;
+        if (io->direct_fd >= 0)
+            rmig__reader_populate(r, io, s, first, n, true);
         int status = rmig__mapped_post(io, false, memory, bytes, b->pages_offset + at);
         if (status != RMIG_OK)
             return status;
@@ -2115,19 +2131,6 @@ static int rmig__reader_fill(void *user, struct rmig__mapped_io *io, const struc
     r->stats.writes_posted += in_file;
     r->stats.bytes_pending -= bytes;
     pthread_mutex_unlock(&c->lock);
-    return RMIG_OK;
-}
-
-/* Memory by the run is cheaper than one page at a time, and all of a span's before its first byte leaves the disk the
-   time to read it. */
-static int rmig__reader_populate(void *user, struct rmig__mapped_io *io, const struct rmig__mapped_span *s,
-                                 uint64_t first, uint64_t n, bool in_file) {
-    const struct rmig_mapped_reader *r = (const struct rmig_mapped_reader *)user;
-    uint64_t bytes = n * s->source->info.page_size;
-    uint8_t *memory = r->targets.block[s->source->target].host + first * s->source->info.page_size;
-    (void)io;
-    if (in_file && bytes >= RMIG__MAPPED_ANNOUNCE && (uintptr_t)memory % (uint64_t)sysconf(_SC_PAGESIZE) == 0)
-        madvise(memory, (size_t)bytes, RMIG__MADV_POPULATE_WRITE);
     return RMIG_OK;
 }
 
@@ -2188,7 +2191,7 @@ static int rmig__reader_step(struct rmig__mapped_crew *c, struct rmig__mapped_io
     io->block = span.source->name;
     if (status == RMIG_OK)
         status = rmig__span_bits(&span, io);
-    if (status == RMIG_OK)
+    if (status == RMIG_OK && io->direct_fd < 0)
         status = rmig__span_each(&span, io, rmig__reader_populate, c->job);
     if (status == RMIG_OK)
         status = rmig__span_each(&span, io, rmig__reader_fill, c);

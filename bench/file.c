@@ -19,6 +19,9 @@
 #include <inttypes.h>
 #include <sys/mman.h>
 
+#if !defined(MADV_POPULATE_READ)
+#define MADV_POPULATE_READ 22
+#endif
 #define PIECE RMIG_MIB
 #define STATE_END "{\"devices\":[]}"
 #define LOAD_LIMIT_NS 600000000000u
@@ -96,7 +99,7 @@ static void make_image(struct options *o) {
 
 // >>save
 
-static struct rmig_block_desc map_ram(const char *path, int populate) {
+static struct rmig_block_desc map_ram(const char *path, int flags) {
     struct rmig_block_desc ram = {.name = "pc.ram", .backing = RMIG_BACKING_SHARED_FD};
     struct stat st;
     ram.fd = open(path, O_RDWR | O_CLOEXEC);
@@ -105,8 +108,8 @@ static struct rmig_block_desc map_ram(const char *path, int populate) {
     if (st.st_size == 0 || st.st_size % 4096 != 0)
         die(path, "its size must be a multiple of 4096 above 0");
     ram.length = (uint64_t)st.st_size;
-    ram.host = mmap(NULL, ram.length, PROT_READ | PROT_WRITE, MAP_SHARED, ram.fd, 0);
-    if (ram.host == MAP_FAILED || madvise(ram.host, ram.length, populate) < 0)
+    ram.host = mmap(NULL, ram.length, PROT_READ | PROT_WRITE, MAP_SHARED | flags, ram.fd, 0);
+    if (ram.host == MAP_FAILED)
         die(path, strerror(errno));
     return ram;
 }
@@ -130,7 +133,7 @@ static void save_all(struct options *o, int fd, const struct rmig_block_desc *ra
 }
 
 static void save(struct options *o) {
-    struct rmig_block_desc ram = map_ram(o->arg[0], MADV_POPULATE_WRITE);
+    struct rmig_block_desc ram = map_ram(o->arg[0], MAP_POPULATE);
     struct whole_file file;
     struct rmig_stats stats;
     struct rmig_error err;
@@ -153,7 +156,9 @@ static void save(struct options *o) {
    written too then. */
 static void map(struct options *o) {
     uint64_t began = now_ns();
-    map_ram(o->arg[0], MADV_POPULATE_READ);
+    struct rmig_block_desc ram = map_ram(o->arg[0], 0);
+    if (madvise(ram.host, ram.length, MADV_POPULATE_READ) < 0)
+        die("Linux 5.14 or later is needed", strerror(errno));
     printf("{\"ns\": %" PRIu64 "}\n", now_ns() - began);
 }
 

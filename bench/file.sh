@@ -4,7 +4,8 @@
 # little, so what counts is the ratio of neighbours within this run, pair by pair, of which the median is told.
 #   file.sh BUILD_DIR       writes BUILD_DIR/bench-file.json, .png, .svg; prints a table
 # BENCH_BYTES: of RAM, half of it not zero (4G). BENCH_PAIRS: rounds (3). Needs root for a cold page cache; without,
-# loads are of what is in memory already, and file.load_cold says 0.
+# loads are of what is in memory already, and file.load_cold says 0. As root it sets vm.percpu_pagelist_high_fraction
+# while it runs: see few_single_pages.
 #
 # How like is compared with like:
 # - dd moves what the file holds, without the zeros, in one stretch: between /dev/shm and the disk, 1 MiB at a time.
@@ -24,7 +25,8 @@ build=$(cd "$1" && pwd)
 pairs=${BENCH_PAIRS:-3}
 work=$build/bench-file.tmp
 mem=
-pages_were= # the setting to restore
+single_pages=/proc/sys/vm/percpu_pagelist_high_fraction
+pages_were= # what it was, if it is to be restored
 qemu_pid=
 qemu=$build/vm/qemu-10.0/run
 
@@ -34,10 +36,11 @@ die() {
     exit 1
 }
 tidy() {
+    trap '' TERM INT # nothing keeps it from its end
+    [ -z "$pages_were" ] || echo "$pages_were" >$single_pages || say "$single_pages was $pages_were"
     [ -z "$qemu_pid" ] || kill "$qemu_pid" 2>/dev/null || true
     wait
     [ -z "$mem" ] || rm -rf "$mem"
-    [ -z "$pages_were" ] || echo "$pages_were" >/proc/sys/vm/percpu_pagelist_high_fraction
     rm -rf "$work"
 }
 trap tidy EXIT
@@ -62,7 +65,7 @@ drop_cache() { # cold is 0 from its first call on, if this is not allowed
 # Where this machine is virtual itself, memory freed a while ago has gone back to its host, and whoever touches it first
 # pays for that: all shall find it given back a moment ago, and more than they need.
 warm() {
-    head -c $((size * 3 / 2)) /dev/zero >"$mem/warm"
+    head -c $((size * 3 / 2)) /dev/zero >"$mem/warm" || die "$mem/warm cannot be written"
     rm "$mem/warm"
 }
 
@@ -70,9 +73,11 @@ warm() {
 # order in which they were freed: then no two that follow adjoin, and each is a segment of its own in a request to the
 # disk. How many there are depends on who ran before. While we measure they are few.
 few_single_pages() {
-    local setting=/proc/sys/vm/percpu_pagelist_high_fraction was
-    was=$(cat $setting 2>/dev/null) || return
-    { echo 10000 >$setting; } 2>/dev/null && pages_were=$was
+    pages_were=$(cat $single_pages 2>/dev/null) || return
+    [ "$pages_were" != 10000 ] || pages_were=0 # left by a run that was killed
+    { echo 10000 >$single_pages; } 2>/dev/null && return
+    pages_were=
+    return 1
 }
 
 fresh() { # FILE...: none of them, no memory in use, nothing cached, nothing still to be written
@@ -339,14 +344,14 @@ size=$(numfmt --from=iec "${BENCH_BYTES:-4G}") || die "BENCH_BYTES $BENCH_BYTES:
 rm -rf "$work"
 mkdir "$work"
 room memory "$(awk '/^MemAvailable/ {printf "%.0f", $2 * 1024}' /proc/meminfo)" $((size * 7 / 2))
-room /dev/shm "$(df --output=avail -B1 /dev/shm | tail -1)" $((size * 3))
+room /dev/shm "$(df --output=avail -B1 /dev/shm | tail -1)" $((size * 25 / 8))
 room "$work" "$(df --output=avail -B1 "$work" | tail -1)" $((size * 3))
 mem=$(mktemp -d /dev/shm/rmig-bench.XXXXXX)
 file image --bytes "${size}B" "$mem/ram" "$mem/data"
 bytes=$(stat -c %s "$mem/data")
 : >"$work/times"
 drop_cache
-few_single_pages || say 'what ran before can be felt: vm.percpu_pagelist_high_fraction cannot be set here'
+few_single_pages || say "what ran before can be felt: $single_pages cannot be set here"
 guest=no
 ! save_guest || guest=yes
 for ((i = 1; i <= pairs; i++)); do

@@ -1097,12 +1097,18 @@ static int load_ram(struct load *l, struct rmig_error *err) {
     return err->status;
 }
 
+/* Nanoseconds that may be waited at once: at most these, and not beyond the deadline. */
+static uint64_t load_wait_ns(const struct load *l, uint64_t most) {
+    uint64_t now = guest_now(), left = l->deadline > now ? l->deadline - now : 0;
+    return left < most ? left : most;
+}
+
 /* The guest fails too when its RAM cannot be loaded: then that is the reason. */
 static int load_guest_failed(struct load *l, struct rmig_error *err) {
     struct rmig_error why = {0};
     if (!guest_has_failed(&l->guest, err))
         return RMIG_OK;
-    if (l->o->lazy && snapshot_load_wait(&l->file, SECOND, &why) < RMIG_OK)
+    if (l->o->lazy && snapshot_load_wait(&l->file, load_wait_ns(l, SECOND), &why) < RMIG_OK)
         *err = why;
     return err->status;
 }
@@ -1133,8 +1139,7 @@ static int load_wait_step(struct load *l, struct rmig_error *err) {
 /* While the guest runs. What is late has failed, loaded or not. */
 static int load_wait_all(struct load *l, struct rmig_error *err) {
     for (;;) {
-        uint64_t now = guest_now(), left = l->deadline > now ? l->deadline - now : 0;
-        int loading = snapshot_load_wait(&l->file, left < SLICE ? left : SLICE, err);
+        int loading = snapshot_load_wait(&l->file, load_wait_ns(l, SLICE), err);
         if (loading == RMIG_OK)
             l->loaded_ns = guest_now();
         int rc = loading < RMIG_OK ? loading : load_guest_failed(l, err);
