@@ -268,9 +268,9 @@ RMIG_API int rmig_mapped_reader_load(struct rmig_mapped_reader *r);
    is noticed, and ends the loading with an error
    - the guest must not discard pages (balloon)
    - whoever saves or migrates it must describe it as RMIG_BACKING_UNKNOWN: what is not there yet looks like a hole.
-   Needs userfaultfd, also for faults in the kernel: root, or the sysctl
-   vm.unprivileged_userfaultfd. Errors as load; RMIG_ERR_ARGUMENT: no such memory; RMIG_ERR_SETUP with errno:
-   userfaultfd cannot do it. Device state can be had meanwhile. */
+   Needs userfaultfd, also for faults in the kernel: root, or the sysctl vm.unprivileged_userfaultfd. Errors as load;
+   RMIG_ERR_ARGUMENT: no such memory; RMIG_ERR_SETUP with errno: userfaultfd cannot do it. Device state can be had
+   meanwhile. */
 RMIG_API int rmig_mapped_reader_load_start(struct rmig_mapped_reader *r);
 /* Waits until all is loaded, at most timeout_ns: RMIG_OK; RMIG_PENDING; RMIG_ERR_STATE: load_start was not called; or
    why it failed: then the memory of all blocks cannot be accessed any more (SIGSEGV), since zeros where the file has
