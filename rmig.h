@@ -786,8 +786,9 @@ The life of a connection on the active side:
     send, write, ...    from ESTABLISHED on; completions come from poll
     disconnect          optional, orderly: what was posted before is delivered if the peer lives and poll goes on
                         being called; never waits; DISCONNECTED follows at both ends
+    cut                 any time: the connection is dead, and nothing of the peer lands any more
     close               any time; frees everything of the endpoint, and cuts what is not delivered yet. The core has
-                        deregistered its regions before.
+                        cut it and deregistered its regions before.
 On the passive side:
     listen              poll on the listener yields REQUEST with the source's private data, and again for each request
     reject              refuses a request, or
@@ -802,6 +803,11 @@ connection: the core sends only where a receive is known to be. What differs bet
 rmig_fabric_caps; at least one of sends_after_writes and completion_is_delivery must hold. A write with an id is
 complete at the latest when its completion comes; with writes_in_order, a completion covers all writes posted before
 it, signalled or not. A fabric may deliver completions that were not asked for.
+
+Who may write. A key is good on its own connection only: whoever else knows it, on whatever connection of the same
+fabric, reaches nothing with it. Where the fabric chooses keys, nobody can guess them. dereg alone need not stop a write
+that has half arrived; cut does, on every fabric, and so does revoke, which leaves the connection up, where the
+endpoint's caps promise it. The core reports memory as this end's only behind one of the two.
 
 Failure. A function that fails returns a negative status and fills *err with text and the provider's code. After
 RMIG_FEV_ERROR or RMIG_FEV_DISCONNECTED no further completion is promised; events that arrived before it come before
@@ -853,6 +859,7 @@ struct rmig_fabric_caps {
     bool local_mr; // local buffers must be registered
     bool offset_addressing; // remote addresses count from each region's start, not from the block's host address
     bool target_must_poll; // data only arrives while the target polls
+    bool revokes; // revoke() keeps its promise on this endpoint
 };
 
 enum rmig_fabric_event_type {
@@ -940,6 +947,16 @@ struct rmig_fabric_ops {
        needed, what is allowed, and how to raise it. charged: of these, what a limit for the process's memory counts too
        (huge pages of hugetlbfs have limits of their own). From RESOLVED on. */
     int (*lockable)(struct rmig_ep *ep, uint64_t bytes, uint64_t charged, struct rmig_error *err);
+    /* Takes the peer's right to write away and leaves the connection up: when it returns RMIG_OK no write of the peer
+       lands any more, one that has half arrived neither; sends and receives go on. A peer that writes all the same may
+       lose the connection. From ESTABLISHED on, if caps.revokes; the keys need not be deregistered. */
+    int (*revoke)(struct rmig_ep *ep, struct rmig_error *err);
+
+    /* Never NULL. */
+
+    /* Ends a connection at once, in any state, without waiting: when it returns no write of the peer lands any more,
+       whatever is registered. What was posted and is not delivered may be lost. After it only dereg, cut and close. */
+    void (*cut)(struct rmig_ep *ep);
 };
 
 /* Closes a fabric, whatever kind it is, after its sources and sinks. NULL is allowed. */
