@@ -82,6 +82,13 @@ ERRORS
     was refused and nothing changed. Those below (-100 ...) end the session: call close.
     rmig_source_error() and rmig_sink_error() say what happened, in words.
 
+    Nobody has to look at every status. A call that was refused taints the session: from then on
+    process (while no operation is under way), end_round and finish at the source, accept_blocks, take and
+    complete at the sink return that refusal with its text and do nothing, so that a migration with memory
+    or state missing cannot succeed. An embedder that has dealt with it calls forgive. Questions
+    (block_at, peer_block, address) and connect and listen, which can be called again, taint nothing.
+    Every function takes NULL for its object, and returns RMIG_ERR_ARGUMENT (or 0, or nothing).
+
 MEMORY
 
     A session allocates when it is opened, when blocks are added and when the
@@ -220,6 +227,7 @@ RMIG__STATIC_ASSERT(sizeof(size_t) >= 8, "rmig needs a 64-bit host");
 #define rmig_source_process RMIG__NAME(rmig_source_process)
 #define rmig_source_fds RMIG__NAME(rmig_source_fds)
 #define rmig_source_next_deadline RMIG__NAME(rmig_source_next_deadline)
+#define rmig_source_forgive RMIG__NAME(rmig_source_forgive)
 #define rmig_source_cancel RMIG__NAME(rmig_source_cancel)
 #define rmig_source_error RMIG__NAME(rmig_source_error)
 #define rmig_source_stats RMIG__NAME(rmig_source_stats)
@@ -240,6 +248,8 @@ RMIG__STATIC_ASSERT(sizeof(size_t) >= 8, "rmig needs a 64-bit host");
 #define rmig_sink_wait RMIG__NAME(rmig_sink_wait)
 #define rmig_sink_fds RMIG__NAME(rmig_sink_fds)
 #define rmig_sink_next_deadline RMIG__NAME(rmig_sink_next_deadline)
+#define rmig_sink_take RMIG__NAME(rmig_sink_take)
+#define rmig_sink_forgive RMIG__NAME(rmig_sink_forgive)
 #define rmig_sink_cancel RMIG__NAME(rmig_sink_cancel)
 #define rmig_sink_error RMIG__NAME(rmig_sink_error)
 #define rmig_sink_stats RMIG__NAME(rmig_sink_stats)
@@ -323,6 +333,8 @@ enum rmig_param {
     RMIG_PARAM_PAGE_SIZE, // of the guest: unit of save_page and of dirty bitmaps, bytes
     RMIG_PARAM_PEER_CHUNK_SIZE, // of a plain version 1 peer, 0: unknown
     RMIG_PARAM_EXTENSION, // offer (source) or grant (sink) the rmig extension
+    RMIG_PARAM_HANDOVER_TIMEOUT, // ns without a word of the sink on the handover before the source keeps the guest
+    RMIG_PARAM_AUTO_TAKE, // the sink takes the guest as soon as everything is there, without RMIG_SINK_TAKE
     RMIG_PARAM_COUNT
 };
 
@@ -391,6 +403,8 @@ RMIG__TYPED(io_timeout, IO_TIMEOUT)
 RMIG__TYPED(page_size, PAGE_SIZE)
 RMIG__TYPED(peer_chunk_size, PEER_CHUNK_SIZE)
 RMIG__TYPED(extension, EXTENSION)
+RMIG__TYPED(handover_timeout, HANDOVER_TIMEOUT)
+RMIG__TYPED(auto_take, AUTO_TAKE)
 #undef RMIG__TYPED
 
 // >>chunk
@@ -654,7 +668,8 @@ static inline void rmig_merge_take(struct rmig_merge *m, uint64_t first, uint64_
     X(KEEPALIVE, 71)                                                                                                   \
     X(FINISH, 72)                                                                                                      \
     X(FINISH_RESULT, 73)                                                                                               \
-    X(GOODBYE, 74)
+    X(GOODBYE, 74)                                                                                                     \
+    X(FINISH_PENDING, 75)
 
 enum rmig_message {
 #define RMIG__X(name, value) RMIG_MSG_##name = value,
@@ -734,8 +749,10 @@ RMIG_API int rmig_decode_register_result(const uint8_t *p, size_t n, struct rmig
     X(5, batch_max) /* entries of a batch that the sender takes */                                                     \
     X(6, registration_max) /* bytes of one registration at the sender */                                               \
     X(7, idle_max) /* ns without a message after which the sender gives up; 0: never */                                \
-    X(8, status) /* HELLO_RESULT: 0, or 1: refused, with a reason */
+    X(8, status) /* HELLO_RESULT: 0, or 1: refused, with a reason */                                                   \
+    X(10, features) /* RMIG_FEATURE_*: what the sender knows; what both know holds */
 #define RMIG_HELLO_REASON_TAG 9 // text, not NUL-terminated
+#define RMIG_FEATURE_FINISH_PENDING 1u // a sink that needs time to answer FINISH says so again and again
 struct rmig_hello {
 #define RMIG__X(tag, name) uint64_t name;
     RMIG_HELLO_LIST(RMIG__X)
@@ -1021,16 +1038,18 @@ RMIG_API int rmig_source_put(struct rmig_source *s, const void *data, size_t n);
 RMIG_API int rmig_source_flush_start(struct rmig_source *s);
 RMIG_API int rmig_source_flush(struct rmig_source *s);
 
-/* The handover: RMIG_OK means that the sink has everything, has deregistered all memory, and owns the guest. Any other
-   result: the guest is still this side's, except RMIG_ERR_HANDOVER (the link broke in the last microseconds: nobody can
-   know). With a plain version 1 sink there is no answer: RMIG_OK means that everything was delivered, and a failure
+/* The handover: RMIG_OK means that the sink has everything and that its embedder has taken the guest. Any other result: the
+   guest is still this side's, except RMIG_ERR_HANDOVER (the link broke in the last microseconds: nobody can know). A sink
+   that needs time to decide says so again and again; handover-timeout (10 s) without its word ends the session, and the
+   guest stays. RMIG_ERR_REFUSED: the sink's embedder did not take it; the text has its reason. With a plain version 1 sink there is no answer: RMIG_OK means that everything was delivered, and a failure
    after the last bytes have left is RMIG_ERR_HANDOVER. There, leave the last bytes of device state to finish, or a
    failure of flush leaves the same doubt. */
 RMIG_API int rmig_source_finish_start(struct rmig_source *s);
 RMIG_API int rmig_source_finish(struct rmig_source *s);
 
 /* Makes all progress possible without waiting. RMIG_PENDING: the operation goes on. RMIG_OK: no operation is under way
-   (saved pages may still be). Negative: the session's error. Call it when a descriptor is ready and when the deadline
+   (saved pages may still be). Negative: the session's error, or, while no operation is under way, a refusal that was not
+   forgiven. Call it when a descriptor is ready and when the deadline
    has come, also between rounds (it keeps the connection alive). */
 RMIG_API int rmig_source_process(struct rmig_source *s);
 /* Descriptors for the caller's poll/epoll, armed; returns how many (n >= 4 always suffices; 0: the fabric has none,
@@ -1038,6 +1057,9 @@ RMIG_API int rmig_source_process(struct rmig_source *s);
 RMIG_API int rmig_source_fds(struct rmig_source *s, struct rmig_fd *fds, size_t n);
 /* When to call process at the latest, in the fabric's ns; 0: at once; RMIG_FOREVER: no time. */
 RMIG_API uint64_t rmig_source_next_deadline(struct rmig_source *s);
+
+/* The embedder knows of the call that was refused, and goes on without it: end_round and finish work again. */
+RMIG_API void rmig_source_forgive(struct rmig_source *s);
 
 /* Ends the session from any state; the peer is told if it can be. The next process returns RMIG_ERR_CANCELLED, or
    RMIG_ERR_HANDOVER if the last word of finish is on its way already. Not from another thread. */
@@ -1062,7 +1084,8 @@ enum rmig_sink_event_type {
     RMIG_SINK_STREAM, // stream bytes are there: rmig_sink_get until it returns 0; the source waits meanwhile, up to its
                       // io-timeout
     RMIG_SINK_DISCONNECTED, // a plain version 1 source has left: rmig_sink_complete if the stream was whole, else close
-    RMIG_SINK_FINISHED // all is there, nothing is registered any more, the guest is this side's
+    RMIG_SINK_TAKE, // everything has arrived: rmig_sink_take or rmig_sink_refuse
+    RMIG_SINK_FINISHED // the guest is this side's, and no peer can write its memory any more
 };
 
 struct rmig_sink_event {
@@ -1093,6 +1116,19 @@ RMIG_API int rmig_sink_peer_block(struct rmig_sink *s, uint32_t i, struct rmig_b
 /* After RMIG_SINK_BLOCKS. RMIG_ERR_SETUP if a block of the source is missing or has another length; both ends then say
    which. */
 RMIG_API int rmig_sink_accept_blocks(struct rmig_sink *s);
+
+/* After RMIG_SINK_TAKE, which a source of the extension brings about by finish: the guest becomes this end's. The source
+   hears so; RMIG_SINK_FINISHED follows when it has confirmed that it lets go. Before the call do all that can fail: bring
+   files to the disk, make devices of the state. That may take as long as it needs if rmig_sink_process is called
+   meanwhile, at least four times in the source's handover-timeout (10 s): the source then hears that it must wait. Until
+   the call the guest is the source's, and any failure leaves it there; from the call on a broken link leaves
+   RMIG_ERR_HANDOVER. Where the fabric cannot revoke (struct rmig_fabric_caps: libfabric, iWARP) the source can write until
+   RMIG_SINK_FINISHED: parse and run nothing that stands in guest memory before. With the parameter auto-take the sink
+   takes by itself, and there is no RMIG_SINK_TAKE. RMIG_ERR_STATE at any other time. Does not block. */
+RMIG_API int rmig_sink_take(struct rmig_sink *s);
+/* Refuses the source, from its connection until rmig_sink_take: the guest stays there, and its calls return
+   RMIG_ERR_REFUSED with the reason (up to 250 bytes; NULL: none). RMIG_OK; the session is over: process returns
+   RMIG_ERR_SETUP. RMIG_ERR_STATE when there is no source, or the guest is taken. */
 RMIG_API int rmig_sink_refuse(struct rmig_sink *s, const char *reason);
 
 /* Copies up to n stream bytes that have arrived; returns how many, 0: none now. */
@@ -1108,15 +1144,17 @@ RMIG_API bool rmig_sink_has_return_path(const struct rmig_sink *s);
    broke, or stood still for io-timeout) end the session; without bytes a broken return path ends nothing. */
 RMIG_API int rmig_sink_return_put(struct rmig_sink *s, const void *data, size_t n);
 
-/* With a plain version 1 source only the reader of the stream knows its end: it says so here. Deregisters everything at
-   once; RMIG_SINK_FINISHED follows when the bytes put on the return path are delivered. If that fails, the guest is the
+/* With a plain version 1 source only the reader of the stream knows its end: it says so here. RMIG_SINK_FINISHED follows
+   when the bytes put on the return path are delivered and the source cannot write any more: at once where the fabric
+   revokes, elsewhere when the source has left, 1 s later at the latest. If that fails, the guest is the
    source's, or nobody can know (RMIG_ERR_HANDOVER): when bytes had gone out on the return path, or when the source has
    left, for a source without a return path does so as soon as its last byte is delivered. What fails in the embedder's
    own hands from that byte on (a disk that is full) leaves the same doubt: keep what there is. */
 RMIG_API int rmig_sink_complete(struct rmig_sink *s);
 
 /* Makes progress without waiting and delivers at most one event: RMIG_OK with ev->type (RMIG_SINK_NONE: nothing now),
-   or the session's error. Waiting for a source has no deadline; from its request on, silence of io-timeout is an error
+   or the session's error. After RMIG_SINK_FINISHED each call deregisters some of the guest's memory; rmig_sink_close does
+   what is left. Waiting for a source has no deadline; from its request on, silence of io-timeout is an error
    (a plain version 1 source, which is silent while it writes, is granted the time that all of RAM takes at 16 MB/s on
    top). */
 RMIG_API int rmig_sink_process(struct rmig_sink *s, struct rmig_sink_event *ev);
@@ -1124,6 +1162,10 @@ RMIG_API int rmig_sink_process(struct rmig_sink *s, struct rmig_sink_event *ev);
 RMIG_API int rmig_sink_wait(struct rmig_sink *s, struct rmig_sink_event *ev, uint64_t timeout_ns);
 RMIG_API int rmig_sink_fds(struct rmig_sink *s, struct rmig_fd *fds, size_t n); // n >= 12 always suffices
 RMIG_API uint64_t rmig_sink_next_deadline(struct rmig_sink *s);
+/* As rmig_source_forgive. */
+RMIG_API void rmig_sink_forgive(struct rmig_sink *s);
+/* Ends the session, until the guest is this side's for certain; the source is told if it can be. process then returns
+   RMIG_ERR_CANCELLED, or RMIG_ERR_HANDOVER between rmig_sink_take and the source's confirmation. */
 RMIG_API void rmig_sink_cancel(struct rmig_sink *s);
 /* As rmig_source_error; also why the last source was forgotten. */
 RMIG_API const struct rmig_error *rmig_sink_error(const struct rmig_sink *s);
@@ -1398,6 +1440,9 @@ static const struct rmig__param_row rmig__params[RMIG_PARAM_COUNT] = {
     {"peer-chunk-size", RMIG_UNIT_BYTES, RMIG_CHUNK_SIZE_MIN, RMIG_CHUNK_SIZE_MAX, 0, true, true,
      "of a plain version 1 peer; 0: unknown, any is safe"},
     {"extension", RMIG_UNIT_SWITCH, 0, 1, 1, false, false, "use rmig's extension when the peer has it too"},
+    {"handover-timeout", RMIG_UNIT_NS, RMIG__MS, 3600 * RMIG__SECOND, 10 * RMIG__SECOND, false, false,
+     "of a source: without the sink's word on the handover; the guest then stays"},
+    {"auto-take", RMIG_UNIT_SWITCH, 0, 1, 0, false, false, "of a sink: take the guest without asking the embedder"},
 };
 
 static bool rmig__param_valid(enum rmig_param param) {
@@ -1505,7 +1550,7 @@ static int rmig__param_find(const char *name, struct rmig_error *err) {
     for (int i = 0; name != NULL && i < RMIG_PARAM_COUNT; i++)
         if (strcmp(rmig__params[i].name, name) == 0)
             return i;
-    char known[240] = "";
+    char known[320] = "";
     for (int i = 0; i < RMIG_PARAM_COUNT; i++) {
         size_t at = strlen(known);
         snprintf(known + at, sizeof known - at, "%s%s", i == 0 ? "" : ", ", rmig__params[i].name);
@@ -2270,6 +2315,7 @@ struct rmig__session {
     struct rmig_config cfg;
     struct rmig_holes holes;
     struct rmig_error error; // of the last call or of the session
+    struct rmig_error taint; // the first refused call that was not forgiven; status RMIG_OK: none
     int failed; // the session's status once it is over
     bool failure_told; // process has returned it
     struct rmig_fabric_caps caps;
@@ -2294,7 +2340,7 @@ struct rmig__session {
     int link_code;
 
     bool extended;
-    uint64_t peer_payload_max, peer_batch_max, peer_registration_max, peer_idle_max;
+    uint64_t peer_payload_max, peer_batch_max, peer_registration_max, peer_idle_max, peer_features;
 
     uint64_t writes_done; // writes whose completion is known, out of stats.writes_posted
     uint64_t last_progress; // when the last event came, or what is waited for began
@@ -2419,9 +2465,34 @@ static int rmig__session_end(struct rmig__session *ss) {
 
 #define RMIG__END(ss, ...) (rmig_fail(&(ss)->error, __VA_ARGS__), rmig__session_end(ss))
 
-/* A call that was refused: nothing changes but the error text. After a failure the failure is what counts. */
-#define RMIG__REFUSE(ss, status, ...)                                                                                  \
+/* Refused calls. Nothing changes but the error text, and after a failure the failure is what counts. But what the call
+   was to do is not done, and a caller that does not look would end with memory or state missing and every later call
+   succeeding. So the first refusal taints the session: what ends a round, hands over or takes over returns it, until the
+   embedder has said that it knows (forgive). RMIG__NO is for questions, and for calls that can be made again without
+   loss: they taint nothing. */
+#define RMIG__NO(ss, status, ...)                                                                                      \
     ((ss)->failed != RMIG_OK ? (ss)->failed : (rmig_fail(&(ss)->error, status, __VA_ARGS__), (int)(status)))
+#define RMIG__REFUSE(ss, ...) rmig__taint(ss, RMIG__NO(ss, __VA_ARGS__))
+
+static int rmig__taint(struct rmig__session *ss, int status) {
+    if (ss->failed == RMIG_OK && ss->taint.status == RMIG_OK && status < RMIG_OK)
+        ss->taint = ss->error;
+    return status;
+}
+
+/* RMIG_OK, or the refusal that was not forgiven. */
+static int rmig__untainted(struct rmig__session *ss) {
+    if (ss->failed != RMIG_OK)
+        return ss->failed;
+    if (ss->taint.status != RMIG_OK)
+        ss->error = ss->taint;
+    return ss->taint.status;
+}
+
+/* Every public function takes NULL for its object: a program that does not look whether open has succeeded goes through
+   all its calls, and learns at any of them. */
+static const struct rmig_error rmig__no_source = {RMIG_ERR_ARGUMENT, 0, "the source is NULL: rmig_source_open failed"};
+static const struct rmig_error rmig__no_sink = {RMIG_ERR_ARGUMENT, 0, "the sink is NULL: rmig_sink_open failed"};
 
 /* Makes a source or a sink: an object of `size` bytes that begins with its session. NULL: *status says why, and *err in
    words. */
@@ -2498,18 +2569,6 @@ static int rmig__session_setup(struct rmig__session *ss) {
     return status == RMIG_OK ? RMIG_OK : rmig__session_end(ss);
 }
 
-/* Gives the endpoint back; the session may set up another. Guest memory has been deregistered before. */
-static void rmig__session_drop(struct rmig__session *ss) {
-    if (ss->control_registered)
-        ss->fabric->ops->dereg(ss->ep, &ss->control_mr, NULL);
-    ss->control_registered = false;
-    if (ss->ep != NULL)
-        ss->fabric->ops->close(ss->ep);
-    ss->ep = NULL;
-    ss->inbox_count = ss->unposted_count = 0;
-    ss->resolved = ss->established = ss->disconnected = ss->broken = ss->extended = ss->last_words = false;
-}
-
 /* Takes what an endpoint still has to say. True once it is at its end: nothing more will be delivered. *sends (may be
    NULL) gets a bit for each send that has completed. */
 static bool rmig__ep_ended(struct rmig_ep *ep, unsigned *sends) {
@@ -2540,10 +2599,35 @@ static void rmig__session_linger(struct rmig__session *ss) {
     }
 }
 
-static void rmig__session_close(struct rmig__session *ss) {
+/* The connection is dead: from here on nothing of the peer lands, whatever is registered. */
+static void rmig__session_cut(struct rmig__session *ss) {
+    if (ss->ep != NULL)
+        ss->fabric->ops->cut(ss->ep);
+    ss->disconnected = true;
+}
+
+/* The peer is told what can be told, then the connection is cut. Guest memory may be deregistered behind it. */
+static void rmig__session_leave(struct rmig__session *ss) {
     rmig__session_linger(ss);
     if (ss->ep != NULL && ss->established && !ss->disconnected && !ss->broken)
         ss->fabric->ops->disconnect(ss->ep);
+    rmig__session_cut(ss);
+}
+
+/* Gives the endpoint back; the session may set up another. Guest memory has been deregistered before. */
+static void rmig__session_drop(struct rmig__session *ss) {
+    rmig__session_cut(ss);
+    if (ss->control_registered)
+        ss->fabric->ops->dereg(ss->ep, &ss->control_mr, NULL);
+    ss->control_registered = false;
+    if (ss->ep != NULL)
+        ss->fabric->ops->close(ss->ep);
+    ss->ep = NULL;
+    ss->inbox_count = ss->unposted_count = 0;
+    ss->resolved = ss->established = ss->disconnected = ss->broken = ss->extended = ss->last_words = false;
+}
+
+static void rmig__session_close(struct rmig__session *ss) {
     rmig__session_drop(ss);
     rmig_holes_close(&ss->holes);
     rmig__release(ss->control);
@@ -2780,6 +2864,7 @@ static void rmig__fill_hello(const struct rmig__session *ss, struct rmig_hello *
     h->batch_max = RMIG_REPEAT_MAX;
     h->registration_max = ss->caps.registration_max;
     h->idle_max = rmig_get(&ss->cfg, RMIG_PARAM_IO_TIMEOUT);
+    h->features = RMIG_FEATURE_FINISH_PENDING;
 }
 
 /* Takes over the peer's limits; false if they leave no room to work. */
@@ -2788,7 +2873,13 @@ static bool rmig__take_limits(struct rmig__session *ss, const struct rmig_hello 
     ss->peer_batch_max = rmig__min(h->batch_max, RMIG_REPEAT_MAX);
     ss->peer_registration_max = h->registration_max;
     ss->peer_idle_max = h->idle_max;
+    ss->peer_features = h->features;
     return ss->peer_payload_max >= 512 && ss->peer_batch_max >= 1 && ss->peer_registration_max >= chunk;
+}
+
+/* When a message is due so that the peer does not take this end for dead. */
+static uint64_t rmig__idle_at(const struct rmig__session *ss) {
+    return ss->extended && ss->peer_idle_max != 0 ? rmig__after(ss->last_sent, ss->peer_idle_max / 4) : RMIG_FOREVER;
 }
 
 // >>source: implementation
@@ -2933,7 +3024,7 @@ RMIG__DEF int rmig_source_open(struct rmig_fabric *fabric, const struct rmig_con
 RMIG__DEF void rmig_source_close(struct rmig_source *s) {
     if (s == NULL)
         return;
-    rmig__session_linger(&s->ss); // before writes under way lose their memory
+    rmig__session_leave(&s->ss); // before writes under way lose their memory
     for (uint32_t i = 0; i < s->region_count; i++)
         if (s->region[i].local)
             rmig__deregister(&s->ss, &s->region[i].mr, s->region[i].length, NULL);
@@ -2948,16 +3039,24 @@ RMIG__DEF void rmig_source_close(struct rmig_source *s) {
 }
 
 RMIG__DEF int rmig_source_add_block(struct rmig_source *s, const struct rmig_block_desc *desc, uint32_t *index) {
+    if (index != NULL)
+        *index = UINT32_MAX;
+    if (s == NULL)
+        return RMIG_ERR_ARGUMENT;
     if (s->state != RMIG__SOURCE_NEW || s->ss.failed)
         return RMIG__REFUSE(&s->ss, RMIG_ERR_STATE, 0, "rmig_source_add_block: must come before connect");
-    return rmig_blocks_add(&s->blocks, desc, index, &s->ss.error);
+    return rmig__taint(&s->ss, rmig_blocks_add(&s->blocks, desc, index, &s->ss.error));
 }
 
 RMIG__DEF int rmig_source_block_at(struct rmig_source *s, uint64_t guest_offset, uint32_t *block, uint64_t *offset) {
     uint32_t found;
+    if (block != NULL)
+        *block = UINT32_MAX; // refused by what comes next, where nobody looks
+    if (s == NULL)
+        return RMIG_ERR_ARGUMENT;
     if (rmig_blocks_by_offset(&s->blocks, guest_offset, &found) != RMIG_OK)
-        return RMIG__REFUSE(&s->ss, RMIG_ERR_ARGUMENT, 0, "rmig_source_block_at: no block holds guest offset 0x%llx",
-                            (unsigned long long)guest_offset);
+        return RMIG__NO(&s->ss, RMIG_ERR_ARGUMENT, 0, "rmig_source_block_at: no block holds guest offset 0x%llx",
+                        (unsigned long long)guest_offset);
     if (block != NULL)
         *block = found;
     if (offset != NULL)
@@ -2975,16 +3074,16 @@ static int rmig__source_tables(struct rmig_source *s) {
         chunks += rmig_chunk_count(length, s->chunk_size);
     }
     if (chunks >= UINT32_MAX)
-        return RMIG__REFUSE(&s->ss, RMIG_ERR_PARAM, 0, "chunk-size: %llu chunks are too many: raise chunk-size",
-                            (unsigned long long)chunks);
+        return RMIG__NO(&s->ss, RMIG_ERR_PARAM, 0, "chunk-size: %llu chunks are too many: raise chunk-size",
+                        (unsigned long long)chunks);
     s->block = (struct rmig__source_block *)rmig__calloc(n, sizeof *s->block);
     s->bits = (uint64_t *)rmig__calloc(words, sizeof *s->bits);
     s->chunks = (uint32_t *)rmig__calloc(chunks, sizeof *s->chunks);
     s->region = (struct rmig__region *)rmig__calloc(chunks, sizeof *s->region);
     s->stream = (uint8_t *)RMIG_MALLOC(RMIG_PAYLOAD_MAX);
     if (s->block == NULL || s->bits == NULL || s->chunks == NULL || s->region == NULL || s->stream == NULL)
-        return RMIG__REFUSE(&s->ss, RMIG_ERR_NO_MEMORY, 0, "out of memory for the tables of %u blocks, %llu chunks", n,
-                            (unsigned long long)chunks);
+        return RMIG__NO(&s->ss, RMIG_ERR_NO_MEMORY, 0, "out of memory for the tables of %u blocks, %llu chunks", n,
+                        (unsigned long long)chunks);
     s->region_capacity = (uint32_t)chunks;
     uint64_t *bits = s->bits;
     uint32_t *chunk = s->chunks;
@@ -3031,14 +3130,16 @@ static void rmig__source_parameters(struct rmig_source *s) {
 }
 
 RMIG__DEF int rmig_source_connect_start(struct rmig_source *s, const char *address) {
+    if (s == NULL)
+        return RMIG_ERR_ARGUMENT;
     struct rmig__session *ss = &s->ss;
     if (s->state != RMIG__SOURCE_NEW || ss->failed)
-        return RMIG__REFUSE(ss, RMIG_ERR_STATE, 0,
-                            "rmig_source_connect: this source has been connected before; open another");
+        return RMIG__NO(ss, RMIG_ERR_STATE, 0,
+                        "rmig_source_connect: this source has been connected before; open another");
     if (s->blocks.count == 0)
-        return RMIG__REFUSE(ss, RMIG_ERR_STATE, 0, "rmig_source_connect: add a block first");
+        return RMIG__NO(ss, RMIG_ERR_STATE, 0, "rmig_source_connect: add a block first");
     if (address == NULL)
-        return RMIG__REFUSE(ss, RMIG_ERR_ARGUMENT, 0, "rmig_source_connect: address is NULL; must be \"HOST:PORT\"");
+        return RMIG__NO(ss, RMIG_ERR_ARGUMENT, 0, "rmig_source_connect: address is NULL; must be \"HOST:PORT\"");
     rmig__source_parameters(s);
     int status = rmig__source_tables(s);
     if (status == RMIG_OK) {
@@ -3307,6 +3408,8 @@ static int rmig__source_on_message(struct rmig_source *s, const struct rmig__rec
         rmig__zero_settle(s);
         return RMIG_OK;
     }
+    if (h->type == RMIG_MSG_FINISH_PENDING && h->len == 0 && s->await == RMIG_MSG_FINISH_RESULT)
+        return RMIG_OK; // its coming is what counts
     if (s->await != 0 && h->type == s->await)
         return rmig__source_on_reply(s, rmig__control_buffer(&s->ss, r->buffer) + RMIG_HEADER_SIZE, h);
     return RMIG__END(&s->ss, RMIG_ERR_PROTOCOL, 0, "the sink sent %s (type %u, len %u) where %s was due",
@@ -3593,6 +3696,7 @@ static int rmig__ask(struct rmig_source *s, enum rmig_message type, uint32_t rep
 static int rmig__say_hello(struct rmig_source *s, uint8_t *payload) {
     struct rmig_hello h;
     rmig__fill_hello(&s->ss, &h);
+    h.idle_max = rmig__min(h.idle_max, rmig_get(&s->ss.cfg, RMIG_PARAM_HANDOVER_TIMEOUT));
     s->hello_sent = true;
     return rmig__ask(s, RMIG_MSG_HELLO, 1, (size_t)rmig_encode_hello(payload, RMIG_PAYLOAD_MAX, &h),
                      RMIG_MSG_HELLO_RESULT);
@@ -3721,11 +3825,6 @@ static bool rmig__zero_due(const struct rmig_source *s) {
     return s->zero_count > 0 && (!open || s->fence);
 }
 
-static uint64_t rmig__keepalive_at(const struct rmig_source *s) {
-    return s->ss.extended && s->ss.peer_idle_max != 0 ? rmig__after(s->ss.last_sent, s->ss.peer_idle_max / 4)
-                                                      : RMIG_FOREVER;
-}
-
 /* At most one message goes out for a READY. The order of the cases is the order of importance. */
 static int rmig__control_out(struct rmig_source *s, bool *moved) {
     uint8_t *payload = rmig__payload(&s->ss);
@@ -3757,7 +3856,7 @@ static int rmig__control_out(struct rmig_source *s, bool *moved) {
         status = rmig__ask(s, RMIG_MSG_FINISH, 1, 0, RMIG_MSG_FINISH_RESULT);
     }
     if (status == RMIG_OK && s->ss.stats.control_sent == before && s->credit &&
-        rmig__now(&s->ss) >= rmig__keepalive_at(s))
+        rmig__now(&s->ss) >= rmig__idle_at(&s->ss))
         status = rmig__ask(s, RMIG_MSG_KEEPALIVE, 1, 0, RMIG_MSG_NONE);
     if (s->stream_fill == 0)
         s->prelude = s->flush = false;
@@ -3995,23 +4094,27 @@ static const char *rmig__source_waits_for(const struct rmig_source *s) {
         return "writes to complete";
     if (!rmig__all_sent(&s->ss))
         return "a message to be delivered";
-    bool wants = s->op != RMIG__OP_NONE || s->pending > 0 || rmig__now(&s->ss) >= rmig__keepalive_at(s);
+    bool wants = s->op != RMIG__OP_NONE || s->pending > 0 || rmig__now(&s->ss) >= rmig__idle_at(&s->ss);
     return wants && !s->credit ? "READY" : NULL;
 }
 
+/* Which parameter bounds the wait. A sink that does not know FINISH_PENDING is granted io-timeout for its answer. */
+static enum rmig_param rmig__source_limit(const struct rmig_source *s) {
+    if (s->state == RMIG__SOURCE_CONNECTING || s->op == RMIG__OP_CONNECT)
+        return RMIG_PARAM_CONNECT_TIMEOUT;
+    bool pending = (s->ss.peer_features & RMIG_FEATURE_FINISH_PENDING) != 0;
+    return s->await == RMIG_MSG_FINISH_RESULT && pending ? RMIG_PARAM_HANDOVER_TIMEOUT : RMIG_PARAM_IO_TIMEOUT;
+}
+
 static uint64_t rmig__source_timeout(const struct rmig_source *s) {
-    bool connecting = s->state == RMIG__SOURCE_CONNECTING || s->op == RMIG__OP_CONNECT;
-    return rmig_get(&s->ss.cfg, connecting ? RMIG_PARAM_CONNECT_TIMEOUT : RMIG_PARAM_IO_TIMEOUT);
+    return rmig_get(&s->ss.cfg, rmig__source_limit(s));
 }
 
 static int rmig__source_timers(struct rmig_source *s) {
     const char *what = rmig__source_waits_for(s);
     if (what == NULL || rmig__now(&s->ss) < rmig__after(s->ss.last_progress, rmig__source_timeout(s)))
         return RMIG_OK;
-    return rmig__silent(&s->ss, "sink", rmig__source_timeout(s),
-                        rmig__source_timeout(s) == rmig_get(&s->ss.cfg, RMIG_PARAM_IO_TIMEOUT) ? "io-timeout"
-                                                                                               : "connect-timeout",
-                        what);
+    return rmig__silent(&s->ss, "sink", rmig__source_timeout(s), rmig__params[rmig__source_limit(s)].name, what);
 }
 
 /* Is the operation under way done? */
@@ -4074,7 +4177,7 @@ static int rmig__source_step(struct rmig_source *s) {
     return rmig__source_timers(s);
 }
 
-RMIG__DEF int rmig_source_process(struct rmig_source *s) {
+static int rmig__source_progress(struct rmig_source *s) {
     int status = rmig__source_step(s);
     s->ss.failure_told = s->ss.failed != RMIG_OK;
     if (status != RMIG_OK)
@@ -4084,7 +4187,16 @@ RMIG__DEF int rmig_source_process(struct rmig_source *s) {
     return s->op == RMIG__OP_NONE ? RMIG_OK : RMIG_PENDING;
 }
 
+RMIG__DEF int rmig_source_process(struct rmig_source *s) {
+    if (s == NULL)
+        return RMIG_ERR_ARGUMENT;
+    int status = rmig__source_progress(s);
+    return status == RMIG_OK && s->state != RMIG__SOURCE_DONE ? rmig__untainted(&s->ss) : status;
+}
+
 RMIG__DEF int rmig_source_fds(struct rmig_source *s, struct rmig_fd *fds, size_t n) {
+    if (s == NULL)
+        return RMIG_ERR_ARGUMENT;
     if (s->ss.ep == NULL || s->ss.failed || s->state == RMIG__SOURCE_DONE)
         return 0;
     s->ss.no_fds = false;
@@ -4092,6 +4204,8 @@ RMIG__DEF int rmig_source_fds(struct rmig_source *s, struct rmig_fd *fds, size_t
 }
 
 RMIG__DEF uint64_t rmig_source_next_deadline(struct rmig_source *s) {
+    if (s == NULL)
+        return RMIG_FOREVER;
     if (s->ss.failed)
         return s->ss.failure_told ? RMIG_FOREVER : 0;
     if (s->state == RMIG__SOURCE_NEW || s->state == RMIG__SOURCE_DONE)
@@ -4102,7 +4216,7 @@ RMIG__DEF uint64_t rmig_source_next_deadline(struct rmig_source *s) {
     if (rmig__source_waits_for(s) != NULL)
         at = rmig__min(at, rmig__after(s->ss.last_progress, rmig__source_timeout(s)));
     if (s->credit)
-        at = rmig__min(at, rmig__keepalive_at(s));
+        at = rmig__min(at, rmig__idle_at(&s->ss));
     if (s->pace_until != 0)
         at = rmig__min(at, s->pace_until);
     if (rmig__closed_window(s) != NULL && rmig__hold_until(s) > rmig__now(&s->ss))
@@ -4114,7 +4228,7 @@ RMIG__DEF uint64_t rmig_source_next_deadline(struct rmig_source *s) {
 
 static int rmig__source_drive(struct rmig_source *s) {
     for (;;) {
-        int status = rmig_source_process(s);
+        int status = rmig__source_progress(s);
         if (status != RMIG_PENDING)
             return status;
         s->ss.ready = false;
@@ -4132,6 +4246,8 @@ RMIG__DEF int rmig_source_connect(struct rmig_source *s, const char *address) {
 
 /* The session is up and no operation is under way. */
 static int rmig__source_idle(struct rmig_source *s, const char *call) {
+    if (s == NULL)
+        return RMIG_ERR_ARGUMENT;
     if (s->ss.failed)
         return s->ss.failed;
     if (s->state == RMIG__SOURCE_NEW)
@@ -4166,7 +4282,8 @@ RMIG__DEF int rmig_source_begin_round(struct rmig_source *s) {
 
 /* Between begin and end of a round, for a block that exists. */
 static int rmig__save_check(struct rmig_source *s, const char *call, uint32_t block) {
-    int status = s->in_round && s->op == RMIG__OP_NONE && !s->ss.failed ? RMIG_OK : rmig__source_idle(s, call);
+    int status =
+        s != NULL && s->in_round && s->op == RMIG__OP_NONE && !s->ss.failed ? RMIG_OK : rmig__source_idle(s, call);
     if (status != RMIG_OK)
         return status;
     if (!s->in_round)
@@ -4240,6 +4357,8 @@ RMIG__DEF int rmig_source_end_round_start(struct rmig_source *s) {
         return status;
     if (!s->in_round)
         return RMIG__REFUSE(&s->ss, RMIG_ERR_STATE, 0, "rmig_source_end_round: no round has begun");
+    if (rmig__untainted(&s->ss) != RMIG_OK)
+        return s->ss.taint.status;
     s->op = RMIG__OP_END_ROUND;
     return RMIG_OK;
 }
@@ -4309,6 +4428,8 @@ RMIG__DEF int rmig_source_finish_start(struct rmig_source *s) {
     if (s->in_round || s->ss.stats.rounds == 0)
         return RMIG__REFUSE(&s->ss, RMIG_ERR_STATE, 0, "rmig_source_finish: %s",
                             s->in_round ? "end the round first" : "no round has sent the memory yet");
+    if (rmig__untainted(&s->ss) != RMIG_OK)
+        return s->ss.taint.status;
     s->op = RMIG__OP_FINISH;
     rmig__last_bytes(s);
     return RMIG_OK;
@@ -4319,16 +4440,28 @@ RMIG__DEF int rmig_source_finish(struct rmig_source *s) {
     return status == RMIG_OK ? rmig__source_drive(s) : status;
 }
 
+RMIG__DEF void rmig_source_forgive(struct rmig_source *s) {
+    if (s != NULL)
+        memset(&s->ss.taint, 0, sizeof s->ss.taint);
+}
+
 RMIG__DEF void rmig_source_cancel(struct rmig_source *s) {
-    if (s->ss.failed == RMIG_OK && s->state != RMIG__SOURCE_DONE)
+    if (s != NULL && s->ss.failed == RMIG_OK && s->state != RMIG__SOURCE_DONE)
         RMIG__END(&s->ss, RMIG_ERR_CANCELLED, 0, "cancelled at the source");
 }
 
-RMIG__DEF const struct rmig_error *rmig_source_error(const struct rmig_source *s) { return &s->ss.error; }
+RMIG__DEF const struct rmig_error *rmig_source_error(const struct rmig_source *s) {
+    return s == NULL ? &rmig__no_source : &s->ss.error;
+}
 
-RMIG__DEF bool rmig_source_extended(const struct rmig_source *s) { return s->ss.extended; }
+RMIG__DEF bool rmig_source_extended(const struct rmig_source *s) { return s != NULL && s->ss.extended; }
 
 RMIG__DEF void rmig_source_stats(const struct rmig_source *s, struct rmig_stats *out) {
+    if (out == NULL)
+        return;
+    memset(out, 0, sizeof *out);
+    if (s == NULL)
+        return;
     *out = s->ss.stats;
     out->bytes_pending = s->pending * s->page_size;
     uint64_t span = s->round_began - s->round_before;
@@ -4369,15 +4502,19 @@ enum rmig__sink_state {
     RMIG__SINK_HELLO, // extended: the source's HELLO is due
     RMIG__SINK_UP,
     RMIG__SINK_ASKING, // the embedder's word on the blocks is due
-    RMIG__SINK_HANDOVER, // FINISH came, GOODBYE is due
+    RMIG__SINK_TAKING, // FINISH came, the embedder's word on the guest is due
+    RMIG__SINK_TAKEN, // it took the guest; the source is to hear so
+    RMIG__SINK_HANDOVER, // FINISH_RESULT is out, GOODBYE is due
     RMIG__SINK_RETURNING, // complete but for bytes on the return path
+    RMIG__SINK_LEAVING, // complete, but the source may write until it has left, or is cut off
     RMIG__SINK_OVER
 };
 
 #define RMIG__RETURN_MAX 4096 // bytes that may wait
 #define RMIG__RETURN_RECVS 2 // one for the READY in hand, one for the next
 #define RMIG__RETURN_RECV 64 // a READY has 16 bytes; what does not fit ends the return path
-#define RMIG__RETURN_LINGER RMIG__SECOND // for the source to leave by itself, in close
+#define RMIG__LEAVE RMIG__SECOND // for the source to leave by itself
+#define RMIG__STEP_RELEASE (64 * RMIG_MIB) // deregistered in one call
 
 /* The second connection of a stock source, for bytes to it. Nothing tells who has opened it, so it must not be able to
    hurt the session: what is wrong on it matters only to bytes that are put on it. */
@@ -4405,7 +4542,8 @@ struct rmig_sink {
     uint64_t accepted_at; // when its request came
     uint8_t answer[RMIG_PRIVATE_DATA_SIZE];
     bool begun; // the migration: from here on a failure of the source is the session's
-    uint64_t part_until; // PARTING
+    uint64_t part_until; // PARTING, LEAVING
+    bool barred; // the source's right to write is gone
     struct rmig__return ret;
     bool ready_out; // a READY has gone out and no message has come for it
     bool pin_all;
@@ -4438,21 +4576,19 @@ RMIG__DEF int rmig_sink_open(struct rmig_fabric *fabric, const struct rmig_confi
     return status;
 }
 
-/* From here on no write of the peer can land. */
-static int rmig__sink_deregister_all(struct rmig_sink *s) {
-    int status = RMIG_OK;
-    struct rmig_error err;
-    memset(&err, 0, sizeof err);
-    for (uint32_t i = 0; i < s->region_count; i++) {
-        struct rmig__sink_region *r = &s->region[i];
+/* Deregisters about so many bytes, newest regions first. The source's right to write is gone before: what fails here is
+   memory that stays pinned until the fabric is closed, no danger. */
+static void rmig__sink_release(struct rmig_sink *s, uint64_t budget) {
+    while (s->region_count > 0 && budget > 0) {
+        struct rmig__sink_region *r = &s->region[--s->region_count];
+        struct rmig_error err;
+        memset(&err, 0, sizeof err);
         if (r->used && rmig__deregister(&s->ss, &r->mr, r->length, &err) != RMIG_OK)
-            status = RMIG_ERR_REGISTRATION;
+            rmig__trace(&s->ss, "guest memory cannot be deregistered: %s", err.text);
+        budget -= r->used ? rmig__min(budget, rmig__max(r->length, RMIG_MIB)) : 0;
         r->used = false;
     }
-    s->region_count = s->region_free = 0;
-    if (status != RMIG_OK)
-        rmig_fail(&s->ss.error, status, err.provider_code, "guest memory cannot be deregistered: %.200s", err.text);
-    return status;
+    s->region_free = (uint32_t)rmig__min(s->region_free, s->region_count);
 }
 
 // --- the return path
@@ -4626,7 +4762,7 @@ static void rmig__return_linger(struct rmig_sink *s) {
     eps[n++] = s->ret.ep;
     if (!s->ss.disconnected && !s->ss.broken)
         eps[n++] = s->ss.ep;
-    uint64_t until = rmig__after(rmig__now(&s->ss), RMIG__RETURN_LINGER);
+    uint64_t until = rmig__after(rmig__now(&s->ss), RMIG__LEAVE);
     while (rmig__now(&s->ss) < until) {
         size_t left = 0;
         for (size_t i = 0; i < n; i++)
@@ -4638,9 +4774,11 @@ static void rmig__return_linger(struct rmig_sink *s) {
     }
 }
 
-RMIG__DEF bool rmig_sink_has_return_path(const struct rmig_sink *s) { return s->ret.up; }
+RMIG__DEF bool rmig_sink_has_return_path(const struct rmig_sink *s) { return s != NULL && s->ret.up; }
 
 RMIG__DEF int rmig_sink_return_put(struct rmig_sink *s, const void *data, size_t n) {
+    if (s == NULL)
+        return RMIG_ERR_ARGUMENT;
     struct rmig__session *ss = &s->ss;
     struct rmig__return *r = &s->ret;
     if (ss->failed)
@@ -4661,8 +4799,8 @@ RMIG__DEF int rmig_sink_return_put(struct rmig_sink *s, const void *data, size_t
         return RMIG__END(ss, r->broken.status, r->broken.provider_code,
                          "the return path: %zu bytes cannot be delivered: %s", n, r->broken.text);
     if (n > RMIG__RETURN_MAX - r->waiting)
-        return RMIG__REFUSE(ss, RMIG_ERR_FULL, 0, "rmig_sink_return_put: %zu bytes wait, with %zu more than %d would",
-                            r->waiting, n, RMIG__RETURN_MAX);
+        return RMIG__NO(ss, RMIG_ERR_FULL, 0, "rmig_sink_return_put: %zu bytes wait, with %zu more than %d would",
+                        r->waiting, n, RMIG__RETURN_MAX);
     if (r->waiting == 0 && r->up)
         r->since = rmig__now(ss);
     if (n > 0)
@@ -4677,8 +4815,9 @@ RMIG__DEF int rmig_sink_return_put(struct rmig_sink *s, const void *data, size_t
 RMIG__DEF void rmig_sink_close(struct rmig_sink *s) {
     if (s == NULL)
         return;
-    rmig__sink_deregister_all(s);
     rmig__return_linger(s);
+    rmig__session_leave(&s->ss);
+    rmig__sink_release(s, UINT64_MAX);
     rmig__session_close(&s->ss);
     rmig__return_drop(s);
     if (s->listener != NULL)
@@ -4693,10 +4832,12 @@ RMIG__DEF void rmig_sink_close(struct rmig_sink *s) {
 }
 
 RMIG__DEF int rmig_sink_listen(struct rmig_sink *s, const char *address) {
+    if (s == NULL)
+        return RMIG_ERR_ARGUMENT;
     if (s->state != RMIG__SINK_NEW || s->ss.failed)
-        return RMIG__REFUSE(&s->ss, RMIG_ERR_STATE, 0, "rmig_sink_listen: this sink has listened before; open another");
+        return RMIG__NO(&s->ss, RMIG_ERR_STATE, 0, "rmig_sink_listen: this sink has listened before; open another");
     if (address == NULL)
-        return RMIG__REFUSE(&s->ss, RMIG_ERR_ARGUMENT, 0, "rmig_sink_listen: address is NULL; must be \"HOST:PORT\"");
+        return RMIG__NO(&s->ss, RMIG_ERR_ARGUMENT, 0, "rmig_sink_listen: address is NULL; must be \"HOST:PORT\"");
     int status = s->ss.fabric->ops->listen(s->ss.fabric, address, &s->listener, &s->ss.error);
     if (status != RMIG_OK) {
         s->listener = NULL;
@@ -4707,25 +4848,31 @@ RMIG__DEF int rmig_sink_listen(struct rmig_sink *s, const char *address) {
 }
 
 RMIG__DEF int rmig_sink_address(struct rmig_sink *s, char *buf, size_t n) {
+    if (s == NULL)
+        return RMIG_ERR_ARGUMENT;
     if (s->listener == NULL)
-        return RMIG__REFUSE(&s->ss, RMIG_ERR_STATE, 0, "rmig_sink_address: listen first");
+        return RMIG__NO(&s->ss, RMIG_ERR_STATE, 0, "rmig_sink_address: listen first");
     if (buf == NULL || n == 0)
-        return RMIG__REFUSE(&s->ss, RMIG_ERR_ARGUMENT, 0, "rmig_sink_address: buf is NULL or empty; 64 bytes suffice");
+        return RMIG__NO(&s->ss, RMIG_ERR_ARGUMENT, 0, "rmig_sink_address: buf is NULL or empty; 64 bytes suffice");
     return s->ss.fabric->ops->address(s->listener, buf, n, &s->ss.error);
 }
 
 RMIG__DEF int rmig_sink_add_block(struct rmig_sink *s, const struct rmig_block_desc *desc, uint32_t *index) {
+    if (s == NULL)
+        return RMIG_ERR_ARGUMENT;
     if (s->block != NULL || s->ss.failed)
         return RMIG__REFUSE(&s->ss, RMIG_ERR_STATE, 0, "rmig_sink_add_block: must come before rmig_sink_accept_blocks");
-    return rmig_blocks_add(&s->blocks, desc, index, &s->ss.error);
+    return rmig__taint(&s->ss, rmig_blocks_add(&s->blocks, desc, index, &s->ss.error));
 }
 
 RMIG__DEF int rmig_sink_peer_block(struct rmig_sink *s, uint32_t i, struct rmig_block_entry *out) {
+    if (s == NULL)
+        return RMIG_ERR_ARGUMENT;
     if (out == NULL)
-        return RMIG__REFUSE(&s->ss, RMIG_ERR_ARGUMENT, 0, "rmig_sink_peer_block: out is NULL");
+        return RMIG__NO(&s->ss, RMIG_ERR_ARGUMENT, 0, "rmig_sink_peer_block: out is NULL");
     if (i >= s->peer_count)
-        return RMIG__REFUSE(&s->ss, RMIG_ERR_ARGUMENT, 0, "rmig_sink_peer_block: %u; the source has named %u blocks", i,
-                            s->peer_count);
+        return RMIG__NO(&s->ss, RMIG_ERR_ARGUMENT, 0, "rmig_sink_peer_block: %u; the source has named %u blocks", i,
+                        s->peer_count);
     const char *name = s->names + s->peer[i].name;
     out->length = s->peer[i].length;
     out->guest_offset = s->peer[i].guest_offset;
@@ -4881,6 +5028,35 @@ static int rmig__sink_poll_listener(struct rmig_sink *s) {
         if (e.type == RMIG_FEV_ERROR)
             rmig__trace(&s->ss, "listener: %s", e.text);
     }
+}
+
+// --- the end
+
+/* Takes the source's right to write away, if that can be done with the connection kept. Otherwise the connection is cut
+   before RMIG_SINK_FINISHED. */
+static void rmig__sink_bar(struct rmig_sink *s) {
+    struct rmig__session *ss = &s->ss;
+    if (ss->caps.revokes && !ss->disconnected && !ss->broken)
+        s->barred = ss->fabric->ops->revoke(ss->ep, NULL) == RMIG_OK;
+}
+
+/* The guest is this end's. Where the source may still write, it is given a moment to leave by itself: if it were cut off
+   at once, the acknowledgement of its last message might not get out, and it would take that for a failure. */
+static void rmig__sink_leave(struct rmig_sink *s) {
+    s->ss.handover = NULL;
+    s->state = RMIG__SINK_LEAVING;
+    s->part_until = rmig__after(rmig__now(&s->ss), RMIG__LEAVE);
+}
+
+static void rmig__sink_left(struct rmig_sink *s) {
+    struct rmig__session *ss = &s->ss;
+    bool gone = ss->disconnected || ss->broken;
+    if (!s->barred && !gone && rmig__now(ss) < s->part_until && !rmig__ep_ended(ss->ep, &ss->sends_free))
+        return;
+    if (!s->barred)
+        rmig__session_cut(ss);
+    s->state = RMIG__SINK_OVER;
+    s->event = RMIG_SINK_FINISHED;
 }
 
 // --- messages
@@ -5229,13 +5405,36 @@ static int rmig__sink_say_ram_blocks(struct rmig_sink *s) {
     return rmig__send(&s->ss, RMIG_MSG_RAM_BLOCKS_RESULT, 1, (size_t)s->block_count * RMIG_RAM_BLOCK_SIZE);
 }
 
-/* The handover, first half: nothing is writable any more, and the source hears so. */
+/* The handover, first half. The source's right to write is taken away where the fabric can; then the embedder has the
+   word, for as long as it needs: the source hears FINISH_PENDING meanwhile. Until FINISH_RESULT has left the guest is
+   the source's whatever happens. */
 static int rmig__sink_on_finish(struct rmig_sink *s) {
-    if (rmig__sink_deregister_all(s) != RMIG_OK)
-        return rmig__session_end(&s->ss);
-    s->state = RMIG__SINK_HANDOVER;
-    s->ss.handover = "has";
-    return rmig__send(&s->ss, RMIG_MSG_FINISH_RESULT, 1, 0);
+    if (s->ss.taint.status != RMIG_OK)
+        return RMIG__END(&s->ss, RMIG_ERR_SETUP, 0, "a call at the sink was refused, and not forgiven: %.230s",
+                         s->ss.taint.text);
+    rmig__sink_bar(s);
+    bool take = rmig_get(&s->ss.cfg, RMIG_PARAM_AUTO_TAKE) != 0;
+    s->state = take ? RMIG__SINK_TAKEN : RMIG__SINK_TAKING;
+    s->event = take ? RMIG_SINK_NONE : RMIG_SINK_TAKE;
+    return RMIG_OK;
+}
+
+static uint64_t rmig__pending_at(const struct rmig_sink *s) {
+    bool due = s->state == RMIG__SINK_TAKING && (s->ss.peer_features & RMIG_FEATURE_FINISH_PENDING) != 0;
+    return due ? rmig__idle_at(&s->ss) : RMIG_FOREVER;
+}
+
+/* What the source is to hear of the handover now. */
+static int rmig__sink_answer(struct rmig_sink *s) {
+    struct rmig__session *ss = &s->ss;
+    if (rmig__payload(ss) == NULL)
+        return RMIG_OK;
+    if (s->state == RMIG__SINK_TAKEN) {
+        s->state = RMIG__SINK_HANDOVER;
+        ss->handover = "has";
+        return rmig__send(ss, RMIG_MSG_FINISH_RESULT, 1, 0);
+    }
+    return rmig__now(ss) >= rmig__pending_at(s) ? rmig__send(ss, RMIG_MSG_FINISH_PENDING, 1, 0) : RMIG_OK;
 }
 
 static int rmig__sink_dispatch(struct rmig_sink *s, const uint8_t *p, const struct rmig_header *h, uint8_t *out) {
@@ -5300,12 +5499,12 @@ static int rmig__sink_on_message(struct rmig_sink *s, bool *moved) {
     if (s->state == RMIG__SINK_HELLO && h->type == RMIG_MSG_HELLO) {
         status = rmig__sink_on_hello(s, p, h, out);
     } else if (s->state == RMIG__SINK_HANDOVER && h->type == RMIG_MSG_GOODBYE && h->len == 0) {
-        s->state = RMIG__SINK_OVER;
-        s->event = RMIG_SINK_FINISHED;
+        rmig__sink_leave(s);
     } else if (s->state != RMIG__SINK_UP || !s->ready_out) {
         return rmig__sink_bad(s, h,
                               s->state == RMIG__SINK_HELLO      ? "HELLO was due"
                               : s->state == RMIG__SINK_HANDOVER ? "GOODBYE was due"
+                              : s->state >= RMIG__SINK_TAKING   ? "nothing was due before FINISH_RESULT"
                                                                 : "two messages for one READY");
     } else if (h->type == RMIG_MSG_QEMU_FILE && h->len > 0) {
         /* Told again while bytes are left and some were taken, and when nothing else can come. */
@@ -5332,7 +5531,7 @@ static int rmig__sink_on_message(struct rmig_sink *s, bool *moved) {
 }
 
 RMIG__DEF size_t rmig_sink_get(struct rmig_sink *s, void *buf, size_t n) {
-    if (!s->stream_told || s->ss.inbox_count == 0 || s->ss.failed || buf == NULL)
+    if (s == NULL || !s->stream_told || s->ss.inbox_count == 0 || s->ss.failed || buf == NULL)
         return 0;
     const struct rmig__received *r = &s->ss.inbox[0];
     size_t left = r->header.len - s->stream_at;
@@ -5422,16 +5621,17 @@ static int rmig__sink_tables(struct rmig_sink *s, uint32_t count) {
 }
 
 RMIG__DEF int rmig_sink_accept_blocks(struct rmig_sink *s) {
+    if (s == NULL)
+        return RMIG_ERR_ARGUMENT;
     struct rmig__session *ss = &s->ss;
-    if (ss->failed)
-        return ss->failed;
     if (s->state != RMIG__SINK_ASKING)
         return RMIG__REFUSE(ss, RMIG_ERR_STATE, 0, "rmig_sink_accept_blocks: wait for RMIG_SINK_BLOCKS first");
+    if (rmig__untainted(ss) != RMIG_OK)
+        return rmig__untainted(ss);
     uint32_t count = ss->extended ? s->peer_count : s->blocks.count;
     if (!ss->extended && (count == 0 || count > RMIG__V1_BLOCKS_MAX))
-        return RMIG__REFUSE(ss, RMIG_ERR_STATE, 0,
-                            "rmig_sink_accept_blocks: %u blocks; a version 1 source takes 1 to %d", count,
-                            RMIG__V1_BLOCKS_MAX);
+        return RMIG__NO(ss, RMIG_ERR_STATE, 0, "rmig_sink_accept_blocks: %u blocks; a version 1 source takes 1 to %d",
+                        count, RMIG__V1_BLOCKS_MAX);
     uint8_t *out = rmig__payload(ss);
     if (out == NULL)
         return RMIG__END(ss, RMIG_ERR_FABRIC, 0, "no send buffer is free although at most two are in use");
@@ -5449,12 +5649,27 @@ RMIG__DEF int rmig_sink_accept_blocks(struct rmig_sink *s) {
 }
 
 RMIG__DEF int rmig_sink_refuse(struct rmig_sink *s, const char *reason) {
+    if (s == NULL)
+        return RMIG_ERR_ARGUMENT;
     if (s->ss.failed)
         return s->ss.failed;
-    if (s->state <= RMIG__SINK_PARTING || s->state >= RMIG__SINK_RETURNING)
-        return RMIG__REFUSE(&s->ss, RMIG_ERR_STATE, 0, "rmig_sink_refuse: there is no source to refuse");
+    if (s->state <= RMIG__SINK_PARTING || s->state >= RMIG__SINK_TAKEN)
+        return RMIG__NO(&s->ss, RMIG_ERR_STATE, 0, "rmig_sink_refuse: %s",
+                        s->state <= RMIG__SINK_PARTING ? "there is no source to refuse" : "the guest is taken already");
     RMIG__END(&s->ss, RMIG_ERR_SETUP, 0, "refused: %.250s", reason == NULL ? "" : reason);
     return RMIG_OK;
+}
+
+RMIG__DEF int rmig_sink_take(struct rmig_sink *s) {
+    if (s == NULL)
+        return RMIG_ERR_ARGUMENT;
+    if (s->ss.failed == RMIG_OK && s->state != RMIG__SINK_TAKING)
+        return RMIG__REFUSE(&s->ss, RMIG_ERR_STATE, 0, "rmig_sink_take: wait for RMIG_SINK_TAKE first, and take once");
+    if (rmig__untainted(&s->ss) != RMIG_OK)
+        return rmig__untainted(&s->ss);
+    s->state = RMIG__SINK_TAKEN;
+    s->ss.again = true;
+    return rmig__sink_answer(s);
 }
 
 /* Complete once the source has what was put on the return path. What it says on the first connection changes nothing
@@ -5462,14 +5677,16 @@ RMIG__DEF int rmig_sink_refuse(struct rmig_sink *s, const char *reason) {
 static void rmig__sink_returned(struct rmig_sink *s) {
     struct rmig__session *ss = &s->ss;
     if (s->ret.waiting == 0) {
-        s->state = RMIG__SINK_OVER;
-        s->event = RMIG_SINK_FINISHED;
+        rmig__sink_leave(s);
+        rmig__sink_left(s);
     } else if (!ss->disconnected && !ss->broken) {
         ss->disconnected = rmig__ep_ended(ss->ep, &ss->sends_free);
     }
 }
 
 RMIG__DEF int rmig_sink_complete(struct rmig_sink *s) {
+    if (s == NULL)
+        return RMIG_ERR_ARGUMENT;
     if (s->ss.failed)
         return s->ss.failed;
     if (s->ss.extended || s->block == NULL || s->state != RMIG__SINK_UP)
@@ -5477,10 +5694,11 @@ RMIG__DEF int rmig_sink_complete(struct rmig_sink *s) {
             &s->ss, RMIG_ERR_STATE, 0,
             "rmig_sink_complete: only for a version 1 source whose blocks were accepted; others finish by "
             "themselves");
+    if (rmig__untainted(&s->ss) != RMIG_OK)
+        return rmig__untainted(&s->ss);
     if (s->disconnect_told || s->ret.sent > 0 || s->ret.spoke) // the source may take it for complete already
         s->ss.handover = "has";
-    if (rmig__sink_deregister_all(s) != RMIG_OK)
-        return rmig__session_end(&s->ss);
+    rmig__sink_bar(s);
     s->state = RMIG__SINK_RETURNING;
     rmig__return_last_word(s);
     rmig__sink_returned(s);
@@ -5552,12 +5770,18 @@ static int rmig__sink_connection(struct rmig_sink *s, bool *moved) {
     bool handed_over = s->state == RMIG__SINK_HANDOVER && ss->inbox_count > 0 &&
                        ss->inbox[0].header.type == RMIG_MSG_GOODBYE; // nothing behind it counts
     for (unsigned i = 0; i < ss->inbox_count && !handed_over; i++) // also behind what the embedder has not taken yet
-        if (ss->inbox[i].header.type == RMIG_MSG_ERROR)
+        if (ss->inbox[i].header.type == RMIG_MSG_ERROR) {
+            ss->handover = NULL; // a source that gives up before GOODBYE keeps the guest
             return rmig__peer_error(ss, "source", &ss->inbox[i]);
+        }
     if (ss->inbox_count > 0 && s->state != RMIG__SINK_ACCEPTING)
         status = rmig__sink_on_message(s, moved);
+    if (s->state == RMIG__SINK_LEAVING)
+        return RMIG_OK;
     if (status == RMIG_OK && s->event == RMIG_SINK_NONE)
         status = rmig__sink_link(s);
+    if (status == RMIG_OK && (s->state == RMIG__SINK_TAKING || s->state == RMIG__SINK_TAKEN))
+        status = rmig__sink_answer(s);
     if (status != RMIG_OK || s->event != RMIG_SINK_NONE || s->state != RMIG__SINK_UP)
         return status;
     if (!s->ready_out && ss->inbox_count == 0 && !ss->disconnected && rmig__payload(ss) != NULL) {
@@ -5571,6 +5795,10 @@ static int rmig__sink_connection(struct rmig_sink *s, bool *moved) {
 static void rmig__sink_turn(struct rmig_sink *s, bool *moved) {
     if (s->state == RMIG__SINK_PARTING) {
         rmig__sink_part(s, moved);
+        return;
+    }
+    if (s->state == RMIG__SINK_LEAVING) {
+        rmig__sink_left(s);
         return;
     }
     if (s->state == RMIG__SINK_OVER || (s->listener != NULL && rmig__sink_poll_listener(s) != RMIG_OK))
@@ -5602,9 +5830,14 @@ static int rmig__sink_step(struct rmig_sink *s) {
 }
 
 RMIG__DEF int rmig_sink_process(struct rmig_sink *s, struct rmig_sink_event *ev) {
+    if (ev != NULL)
+        memset(ev, 0, sizeof *ev);
+    if (s == NULL)
+        return RMIG_ERR_ARGUMENT;
     if (ev == NULL)
-        return RMIG__REFUSE(&s->ss, RMIG_ERR_ARGUMENT, 0, "rmig_sink_process: ev is NULL");
-    memset(ev, 0, sizeof *ev);
+        return RMIG__NO(&s->ss, RMIG_ERR_ARGUMENT, 0, "rmig_sink_process: ev is NULL");
+    if (s->state == RMIG__SINK_OVER && s->event == RMIG_SINK_NONE)
+        rmig__sink_release(s, RMIG__STEP_RELEASE);
     int status = rmig__sink_step(s);
     s->ss.failure_told = status != RMIG_OK;
     if (status != RMIG_OK)
@@ -5634,6 +5867,8 @@ static size_t rmig__sink_eps(const struct rmig_sink *s, struct rmig_ep **eps) {
 RMIG__DEF int rmig_sink_fds(struct rmig_sink *s, struct rmig_fd *fds, size_t n) {
     struct rmig_ep *eps[3];
     int count = 0;
+    if (s == NULL)
+        return RMIG_ERR_ARGUMENT;
     if (s->ss.failed || s->state == RMIG__SINK_OVER)
         return 0;
     s->ss.no_fds = false;
@@ -5648,22 +5883,27 @@ RMIG__DEF int rmig_sink_fds(struct rmig_sink *s, struct rmig_fd *fds, size_t n) 
 }
 
 RMIG__DEF uint64_t rmig_sink_next_deadline(struct rmig_sink *s) {
+    if (s == NULL)
+        return RMIG_FOREVER;
     if (s->ss.failed)
         return s->ss.failure_told ? RMIG_FOREVER : 0;
     if (s->state == RMIG__SINK_OVER)
-        return s->event != RMIG_SINK_NONE ? 0 : RMIG_FOREVER;
+        return s->event != RMIG_SINK_NONE || s->region_count > 0 ? 0 : RMIG_FOREVER;
     if (s->ss.ready || s->ss.again)
         return 0;
-    if (s->state == RMIG__SINK_PARTING)
+    if (s->state == RMIG__SINK_PARTING || s->state == RMIG__SINK_LEAVING)
         return s->ss.no_fds ? rmig__min(s->part_until, rmig__now(&s->ss) + RMIG__MS) : s->part_until;
     uint64_t at =
         rmig__sink_waits_for(s) == NULL ? RMIG_FOREVER : rmig__after(s->ss.last_progress, rmig__sink_timeout(s));
     at = rmig__min(at, rmig__return_deadline(s));
+    at = rmig__min(at, rmig__payload(&s->ss) != NULL ? rmig__pending_at(s) : RMIG_FOREVER);
     bool poll = s->ss.no_fds || s->ss.unposted_count > 0 || rmig__return_can_send(s);
     return poll ? rmig__min(at, rmig__now(&s->ss) + RMIG__MS) : at;
 }
 
 RMIG__DEF int rmig_sink_wait(struct rmig_sink *s, struct rmig_sink_event *ev, uint64_t timeout_ns) {
+    if (s == NULL || ev == NULL)
+        return rmig_sink_process(s, ev);
     uint64_t until = rmig__after(rmig__now(&s->ss), timeout_ns);
     for (;;) {
         int status = rmig_sink_process(s, ev);
@@ -5673,30 +5913,42 @@ RMIG__DEF int rmig_sink_wait(struct rmig_sink *s, struct rmig_sink_event *ev, ui
         uint64_t deadline = rmig__min(rmig_sink_next_deadline(s), until);
         if (rmig__now(&s->ss) >= until)
             return RMIG_OK;
-        if (s->state == RMIG__SINK_OVER)
-            return RMIG__REFUSE(&s->ss, RMIG_ERR_STATE, 0,
-                                "rmig_sink_wait: the session is finished, no event will come");
         if (deadline == 0)
             continue;
+        if (s->state == RMIG__SINK_OVER)
+            return RMIG__NO(&s->ss, RMIG_ERR_STATE, 0, "rmig_sink_wait: the session is finished, no event will come");
         struct rmig_ep *eps[3];
         size_t n = rmig__sink_eps(s, eps);
         if (n == 0)
-            return RMIG__REFUSE(&s->ss, RMIG_ERR_STATE, 0, "rmig_sink_wait: listen first");
+            return RMIG__NO(&s->ss, RMIG_ERR_STATE, 0, "rmig_sink_wait: listen first");
         if (s->ss.fabric->ops->wait(s->ss.fabric, eps, n, deadline, &s->ss.error) != RMIG_OK)
             return rmig__session_end(&s->ss);
     }
 }
 
+RMIG__DEF void rmig_sink_forgive(struct rmig_sink *s) {
+    if (s != NULL)
+        memset(&s->ss.taint, 0, sizeof s->ss.taint);
+}
+
 RMIG__DEF void rmig_sink_cancel(struct rmig_sink *s) {
-    if (s->ss.failed == RMIG_OK && s->state != RMIG__SINK_OVER)
+    if (s != NULL && s->ss.failed == RMIG_OK && s->state < RMIG__SINK_LEAVING)
         RMIG__END(&s->ss, RMIG_ERR_CANCELLED, 0, "cancelled at the sink");
 }
 
-RMIG__DEF const struct rmig_error *rmig_sink_error(const struct rmig_sink *s) { return &s->ss.error; }
+RMIG__DEF const struct rmig_error *rmig_sink_error(const struct rmig_sink *s) {
+    return s == NULL ? &rmig__no_sink : &s->ss.error;
+}
 
-RMIG__DEF bool rmig_sink_extended(const struct rmig_sink *s) { return s->ss.extended; }
+RMIG__DEF bool rmig_sink_extended(const struct rmig_sink *s) { return s != NULL && s->ss.extended; }
 
-RMIG__DEF void rmig_sink_stats(const struct rmig_sink *s, struct rmig_stats *out) { *out = s->ss.stats; }
+RMIG__DEF void rmig_sink_stats(const struct rmig_sink *s, struct rmig_stats *out) {
+    if (out == NULL)
+        return;
+    memset(out, 0, sizeof *out);
+    if (s != NULL)
+        *out = s->ss.stats;
+}
 
 // >>stats: implementation
 
