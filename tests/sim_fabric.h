@@ -24,7 +24,7 @@ sim_actor and sim_close; the other one's steps must not, since a blocked actor c
 without a fabric's endpoints can be an actor too: a guest that writes its memory, say.
 
 Adversity. Data is read from the source's memory at some time between posting and completion and written to the target's
-at arrival. A connection closed without disconnect loses what was not read yet. See struct sim_config for modes, limits
+at arrival, or part by part until then. A connection closed without disconnect loses what was not read yet. See struct sim_config for modes, limits
 and faults. Misuse of the contract by the caller is printed, counted, and makes sim_clean fail.
 */
 #ifndef RMIG_SIM_FABRIC_H
@@ -66,6 +66,7 @@ enum sim_op {
     SIM_WRITE,
     SIM_POLL,
     SIM_WAIT,
+    SIM_REVOKE,
     SIM_OP_COUNT,
     SIM_TIME = SIM_OP_COUNT // not an operation: a fault at a time
 };
@@ -109,6 +110,8 @@ struct sim_config {
     bool pad_private_data; // to those sizes, as InfiniBand does
     unsigned key_bits; // 32 ... 64
     bool offset_addressing, local_mr, target_must_poll;
+    bool revokes; // caps.revokes
+    uint32_t parts; // a write lands in so many, over the time that it takes on the wire; 0, 1: all at its arrival
     bool no_copy; // writes touch no memory; bounds, keys and access are still checked
     bool no_retry; // a send that finds no receive breaks the connection at once, instead of waiting for one
     bool extra_completions; // some that were not asked for
@@ -127,6 +130,7 @@ struct sim_stats { // of one side
     uint64_t access_errors; // writes from this side that the target refused
     uint64_t regions, regions_peak, registered, registered_peak; // now and at most; bytes
     uint64_t endpoints; // now
+    uint64_t cuts; // of connections, each once
     uint64_t faults; // injected here
     uint64_t steps; // of its actor
 };
@@ -193,6 +197,8 @@ struct sim_ep {
     enum sim_phase phase; // as far as poll has told
     bool ended; // the last event is queued
     bool disconnecting;
+    bool revoked; // the peer may not write any more
+    bool cut;
     char host[64];
     unsigned port;
     uint32_t write_depth, send_depth, recv_depth;
@@ -217,6 +223,9 @@ struct sim_transfer { // a write, a send, or an orderly disconnect on its way
     bool has_mr, signal, fail;
     bool taken; // from local memory
     uint8_t *copy; // what was taken; NULL while taken: at arrival, or nothing is copied
+    uint8_t *target; // where it lands; NULL: nothing has landed
+    uint64_t landed; // bytes
+    uint64_t part_ns; // from one part to the next
     uint64_t arrival;
     struct sim_transfer *next;
 };
@@ -252,6 +261,7 @@ enum sim_event_kind {
     SIM_EV_GONE,
     SIM_EV_TAKE,
     SIM_EV_LEFT,
+    SIM_EV_PART,
     SIM_EV_ARRIVE,
     SIM_EV_RESUME,
     SIM_EV_FAULT
@@ -475,10 +485,16 @@ static inline bool sim_still_registered(struct sim_transfer *t) {
            sim_local_fault(t->conn->end[t->from], t->local, t->length, &t->mr, RMIG_ACCESS_LOCAL_READ) == NULL;
 }
 
+/* Its sender has closed or cut the connection, or died: nothing more is read from its memory. */
+static inline bool sim_lost_sender(const struct sim_transfer *t) {
+    const struct sim_ep *ep = t->conn->end[t->from];
+    return ep == NULL || ep->cut || t->conn->side[t->from]->dead;
+}
+
 /* Takes the data from the sender's memory, into a copy. */
 static inline void sim_take(struct sim_transfer *t) {
     struct sim *sim = t->conn->sim;
-    if (t->taken || t->conn->end[t->from] == NULL || t->conn->side[t->from]->dead)
+    if (t->taken || sim_lost_sender(t))
         return;
     t->taken = true;
     if (!sim_still_registered(t))
@@ -519,7 +535,8 @@ static inline void sim_acknowledge(struct sim_transfer *t, uint64_t time) {
     sim_complete(t, time + sim->cfg.latency_ns + jitter);
 }
 
-static inline void sim_deliver_write(struct sim_transfer *t, uint64_t time) {
+/* Where a write would land; NULL: it may not. */
+static inline uint8_t *sim_write_target(const struct sim_transfer *t) {
     struct sim_conn *conn = t->conn;
     struct sim *sim = conn->sim;
     struct sim_side *target = conn->side[1 - t->from];
@@ -527,14 +544,33 @@ static inline void sim_deliver_write(struct sim_transfer *t, uint64_t time) {
     uint64_t base = r == NULL || sim->cfg.offset_addressing ? 0 : (uint64_t)(uintptr_t)r->address;
     uint64_t offset = t->remote_address - base;
     if (r == NULL || r->ep != conn->end[1 - t->from] || (r->access & RMIG_ACCESS_REMOTE_WRITE) == 0 ||
-        t->remote_address < base || offset > r->length || t->length > r->length - offset) {
+        t->remote_address < base || offset > r->length || t->length > r->length - offset)
+        return NULL;
+    return r->address + offset;
+}
+
+/* Lets a write land up to its byte `upto`. The key counts when the first byte lands: dereg does not stop the others.
+   False: refused, and the connection is broken. */
+static inline bool sim_land(struct sim_transfer *t, uint64_t upto, uint64_t time) {
+    struct sim_conn *conn = t->conn;
+    if (t->target == NULL)
+        t->target = sim_write_target(t);
+    if (t->target == NULL || conn->end[1 - t->from]->revoked) {
         conn->side[t->from]->stats.access_errors++;
         sim_break(conn, t->from, time, 10, "remote access error");
-        return;
+        return false;
     }
-    if (!sim->cfg.no_copy)
-        memcpy(r->address + offset, t->copy != NULL ? t->copy : t->local, (size_t)t->length);
-    conn->side[t->from]->stats.bytes_written += t->length;
+    const uint8_t *from = t->copy != NULL ? t->copy : t->local;
+    if (!conn->sim->cfg.no_copy)
+        memcpy(t->target + t->landed, from + t->landed, (size_t)(upto - t->landed));
+    t->landed = upto;
+    return true;
+}
+
+static inline void sim_deliver_write(struct sim_transfer *t, uint64_t time) {
+    if (!sim_land(t, t->length, time))
+        return;
+    t->conn->side[t->from]->stats.bytes_written += t->length;
     sim_acknowledge(t, time);
 }
 
@@ -569,7 +605,7 @@ static inline void sim_deliver_send(struct sim_transfer *t, uint64_t time) {
 static inline bool sim_is_lost(struct sim_transfer *t) {
     struct sim_conn *conn = t->conn;
     struct sim_dir *dir = &conn->dir[t->from];
-    bool sender_gone = conn->end[t->from] == NULL || conn->side[t->from]->dead;
+    bool sender_gone = sim_lost_sender(t);
     if (conn->sim->silent || conn->broken || conn->end[1 - t->from] == NULL || conn->down[1 - t->from] ||
         conn->side[1 - t->from]->dead)
         return true;
@@ -640,6 +676,16 @@ static inline void sim_arrive(struct sim_transfer *t, uint64_t time) {
     dir->waiting_last = t;
 }
 
+/* A part of a write is there, and not the last. Behind what waits at the target it waits too. */
+static inline void sim_on_part(struct sim_transfer *t, uint64_t time) {
+    const struct sim *sim = t->conn->sim;
+    uint64_t upto = sim_min(t->landed + t->length / sim->cfg.parts + 1, t->length - 1);
+    if (sim_is_lost(t) || t->fail || t->conn->dir[t->from].waiting != NULL || (!t->taken && !sim_still_registered(t)))
+        return;
+    if (sim_land(t, upto, time) && time + t->part_ns < t->arrival)
+        sim_schedule(t->conn->sim, time + t->part_ns, SIM_EV_PART, t->conn, t->from, t);
+}
+
 /* Puts a transfer on the wire: when it leaves, when it arrives, when its data is taken. */
 static inline void sim_transmit(struct sim_ep *ep, struct sim_transfer *t) {
     struct sim *sim = ep->side->sim;
@@ -671,6 +717,10 @@ static inline void sim_transmit(struct sim_ep *ep, struct sim_transfer *t) {
     }
     if (cfg->mode == SIM_LOCAL)
         sim_schedule(sim, start + span, SIM_EV_LEFT, ep->conn, ep->end, t);
+    t->arrival = arrival;
+    t->part_ns = cfg->parts < 2 ? 0 : span / cfg->parts;
+    if (t->kind == SIM_TRANSFER_WRITE && t->part_ns > 0 && !cfg->target_must_poll)
+        sim_schedule(sim, arrival - span + t->part_ns, SIM_EV_PART, ep->conn, ep->end, t);
     sim_schedule(sim, arrival, SIM_EV_ARRIVE, ep->conn, ep->end, t);
 }
 
@@ -802,6 +852,9 @@ static inline void sim_happen(struct sim *sim, const struct sim_event *ev) {
         if (!conn->broken && conn->end[ev->end] != NULL && !ev->transfer->fail)
             sim_complete(ev->transfer, ev->time);
         break;
+    case SIM_EV_PART:
+        sim_on_part(ev->transfer, ev->time);
+        break;
     case SIM_EV_ARRIVE:
         sim_arrive(ev->transfer, ev->time);
         break;
@@ -830,7 +883,7 @@ static inline void sim_catch_up(struct sim *sim, uint64_t time) {
 static inline const char *sim_op_name(enum sim_op op) {
     static const char *const names[SIM_OP_COUNT] = {"open",   "listen", "open_request", "reject", "connect",
                                                     "accept", "reg",    "dereg",        "recv",   "send",
-                                                    "write",  "poll",   "wait"};
+                                                    "write",  "poll",   "wait",         "revoke"};
     return names[op];
 }
 
@@ -1036,7 +1089,7 @@ static inline int sim_op_reject(struct rmig_ep *listener, void *request, const u
 static inline int sim_op_connect(struct rmig_ep *base, const uint8_t *data, size_t n, struct rmig_error *err) {
     struct sim_ep *ep = sim_ep_of(base);
     struct sim *sim = ep->side->sim;
-    if (ep->conn == NULL || ep->end != 0 || (ep->phase != SIM_RESOLVED && ep->phase != SIM_ENDED))
+    if (ep->conn == NULL || ep->cut || ep->end != 0 || (ep->phase != SIM_RESOLVED && ep->phase != SIM_ENDED))
         return sim_misuse(ep, "connect", err);
     int status = sim_check_private(data, n, sim->cfg.private_data_request, err);
     if (status != RMIG_OK)
@@ -1059,7 +1112,7 @@ static inline int sim_op_connect(struct rmig_ep *base, const uint8_t *data, size
 static inline int sim_op_accept(struct rmig_ep *base, const uint8_t *data, size_t n, struct rmig_error *err) {
     struct sim_ep *ep = sim_ep_of(base);
     struct sim *sim = ep->side->sim;
-    if (ep->conn == NULL || ep->end != 1 || (ep->phase != SIM_RESOLVED && ep->phase != SIM_ENDED))
+    if (ep->conn == NULL || ep->cut || ep->end != 1 || (ep->phase != SIM_RESOLVED && ep->phase != SIM_ENDED))
         return sim_misuse(ep, "accept", err);
     int status = sim_check_private(data, n, sim->cfg.private_data_reply, err);
     if (status != RMIG_OK)
@@ -1083,6 +1136,8 @@ static inline int sim_op_accept(struct rmig_ep *base, const uint8_t *data, size_
 
 static inline void sim_op_disconnect(struct rmig_ep *base) {
     struct sim_ep *ep = sim_ep_of(base);
+    if (ep->cut)
+        sim_misuse(ep, "disconnect after cut", NULL);
     if (ep->conn == NULL || ep->disconnecting || ep->ended || ep->side->dead || !ep->conn->up[ep->end])
         return;
     ep->disconnecting = true;
@@ -1096,18 +1151,38 @@ static inline void sim_close_listener(struct sim_ep *ep) {
             sim_refuse(conn, ep->side->time, "connection refused: the listener was closed");
 }
 
-static inline void sim_close_connection(struct sim_ep *ep) {
+/* Tells the peer that this end is no more. */
+static inline void sim_leave(struct sim_ep *ep) {
     struct sim_conn *conn = ep->conn;
     struct sim *sim = ep->side->sim;
-    conn->end[ep->end] = NULL;
     if (ep->end == 1 && !conn->answered)
         sim_refuse(conn, ep->side->time, "connection refused: the peer closed it");
     else if ((ep->end == 1 || conn->asked) && !ep->side->dead) {
         uint64_t time = ep->side->time + sim->cfg.latency_ns;
-        if (ep->disconnecting)
+        if (ep->disconnecting && !ep->cut)
             time = sim_max(time, conn->dir[ep->end].last_arrival);
         sim_schedule(sim, time, SIM_EV_GONE, conn, 1 - ep->end, NULL);
     }
+}
+
+static inline void sim_close_connection(struct sim_ep *ep) {
+    ep->conn->end[ep->end] = NULL;
+    if (!ep->cut)
+        sim_leave(ep);
+}
+
+/* What has left this end may still reach the peer; nothing reaches this end. */
+static inline void sim_op_cut(struct rmig_ep *base) {
+    struct sim_ep *ep = sim_ep_of(base);
+    if (ep->conn == NULL)
+        sim_violate(ep->side->sim, "cut of a listener");
+    if (ep->conn == NULL || ep->cut)
+        return;
+    ep->cut = ep->ended = true;
+    ep->conn->down[ep->end] = true;
+    ep->out_head = ep->out_count = 0;
+    ep->side->stats.cuts++;
+    sim_leave(ep);
 }
 
 static inline void sim_forget_regions(struct sim_ep *ep) {
@@ -1141,7 +1216,7 @@ static inline void sim_op_close(struct rmig_ep *base) {
 static inline int sim_op_caps(struct rmig_ep *base, struct rmig_fabric_caps *caps, struct rmig_error *err) {
     struct sim_ep *ep = sim_ep_of(base);
     const struct sim_config *cfg = &ep->side->sim->cfg;
-    if (ep->conn == NULL || ep->phase < SIM_RESOLVED)
+    if (ep->conn == NULL || ep->cut || ep->phase < SIM_RESOLVED)
         return sim_misuse(ep, "caps", err);
     memset(caps, 0, sizeof *caps);
     caps->write_max = cfg->write_max;
@@ -1158,6 +1233,7 @@ static inline int sim_op_caps(struct rmig_ep *base, struct rmig_fabric_caps *cap
     caps->local_mr = cfg->local_mr;
     caps->offset_addressing = cfg->offset_addressing;
     caps->target_must_poll = cfg->target_must_poll;
+    caps->revokes = cfg->revokes;
     return RMIG_OK;
 }
 
@@ -1190,7 +1266,7 @@ static inline int sim_op_reg(struct rmig_ep *base, void *address, uint64_t lengt
     struct sim_ep *ep = sim_ep_of(base);
     struct sim_side *side = ep->side;
     const struct sim_config *cfg = &side->sim->cfg;
-    if (ep->conn == NULL || ep->phase < SIM_RESOLVED)
+    if (ep->conn == NULL || ep->cut || ep->phase < SIM_RESOLVED)
         return sim_misuse(ep, "reg", err);
     if (length == 0 || length > cfg->registration_max || access == 0 || access > 7) {
         sim_violate(side->sim, "registration of %llu bytes, access %u", (unsigned long long)length, access);
@@ -1246,12 +1322,24 @@ static inline int sim_op_dereg(struct rmig_ep *base, struct rmig_mr *mr, struct 
     return fault == SIM_FAULT_ERROR ? sim_injected(side, SIM_DEREG, err) : RMIG_OK;
 }
 
+static inline int sim_op_revoke(struct rmig_ep *base, struct rmig_error *err) {
+    struct sim_ep *ep = sim_ep_of(base);
+    if (!ep->side->sim->cfg.revokes || ep->conn == NULL || ep->cut || ep->phase < SIM_UP)
+        return sim_misuse(ep, "revoke", err);
+    if (sim_inject(ep->side, SIM_REVOKE) == SIM_FAULT_ERROR)
+        return sim_injected(ep->side, SIM_REVOKE, err);
+    if (ep->phase == SIM_ENDED)
+        return rmig_fail(err, RMIG_ERR_PEER_GONE, 107, "revoke: the connection is over: %s", ep->conn->text[ep->end]);
+    ep->revoked = true;
+    return RMIG_OK;
+}
+
 // >>operations: transfers
 
 /* Whether the endpoint can take work at all: RMIG_OK, or why not. */
 static inline int sim_can_post(struct sim_ep *ep, enum sim_op op, struct rmig_error *err) {
     enum sim_phase from = op == SIM_RECV ? SIM_RESOLVED : SIM_UP;
-    if (ep->conn == NULL || ep->phase < from)
+    if (ep->conn == NULL || ep->cut || ep->phase < from)
         return sim_misuse(ep, sim_op_name(op), err);
     if (ep->phase == SIM_ENDED || ep->disconnecting)
         return rmig_fail(err, RMIG_ERR_FABRIC, 107, "%s: the connection is over: %s", sim_op_name(op),
@@ -1388,7 +1476,7 @@ static inline int sim_op_write(struct rmig_ep *base, const struct rmig_write *wr
 /* When poll on the endpoint has something: the time, or RMIG_FOREVER. */
 static inline uint64_t sim_ep_next(const struct sim_ep *ep) {
     uint64_t next = ep->out_head < ep->out_count ? ep->out[ep->out_head].time : RMIG_FOREVER;
-    if (ep->conn == NULL || !ep->side->sim->cfg.target_must_poll || ep->side->dead || ep->side->sim->silent)
+    if (ep->conn == NULL || ep->cut || !ep->side->sim->cfg.target_must_poll || ep->side->dead || ep->side->sim->silent)
         return next;
     const struct sim_transfer *t = ep->conn->dir[1 - ep->end].waiting;
     return t == NULL || sim_lacks_receive(t) ? next : sim_min(next, t->arrival);
@@ -1424,8 +1512,10 @@ static inline void sim_told(struct sim_ep *ep, const struct sim_out *out) {
 }
 
 static inline int sim_op_fds(struct rmig_ep *base, struct rmig_fd *fds, size_t n, bool *ready, struct rmig_error *err) {
-    (void)fds, (void)n, (void)err;
+    (void)fds, (void)n;
     struct sim_ep *ep = sim_ep_of(base);
+    if (ep->cut)
+        return sim_misuse(ep, "fds after cut", err);
     sim_catch_up(ep->side->sim, ep->side->time);
     *ready = sim_ep_next(ep) <= ep->side->time;
     return 0;
@@ -1508,6 +1598,8 @@ static inline int sim_op_poll(struct rmig_ep *base, struct rmig_fabric_event *ev
                               struct rmig_error *err) {
     struct sim_ep *ep = sim_ep_of(base);
     struct sim_side *side = ep->side;
+    if (ep->cut)
+        return sim_misuse(ep, "poll after cut", err);
     side->time += side->sim->cfg.cpu[side->index].poll;
     if (sim_inject(side, SIM_POLL) == SIM_FAULT_ERROR)
         return sim_injected(side, SIM_POLL, err);
@@ -1531,6 +1623,9 @@ static inline int sim_op_wait(struct rmig_fabric *f, struct rmig_ep *const *eps,
     struct sim_side *side = (struct sim_side *)f;
     if (sim_inject(side, SIM_WAIT) == SIM_FAULT_ERROR)
         return sim_injected(side, SIM_WAIT, err);
+    for (size_t i = 0; i < n; i++)
+        if (sim_ep_of(eps[i])->cut)
+            return sim_misuse(sim_ep_of(eps[i]), "wait after cut", err);
     bool was_running = side->running;
     struct rmig_error why;
     memset(&why, 0, sizeof why);
@@ -1590,6 +1685,7 @@ static inline void sim_defaults(struct sim_config *cfg, enum sim_mode mode, uint
     cfg->private_data_reply = 196;
     cfg->key_bits = mode == SIM_UNORDERED ? 64 : 32;
     cfg->local_mr = true;
+    cfg->revokes = true;
     cfg->random_max = 1;
     cfg->max_steps = 100000000;
 }
@@ -1619,6 +1715,8 @@ static inline void sim_vary(struct sim_config *cfg, uint64_t seed) {
     cfg->local_mr = sim_below(&dice, 2) == 0;
     cfg->target_must_poll = sim_below(&dice, 2) == 0;
     cfg->extra_completions = sim_below(&dice, 2) == 0;
+    cfg->revokes = sim_below(&dice, 2) == 0;
+    cfg->parts = (uint32_t)sim_below(&dice, 6);
 }
 
 static inline void sim_check_config(const struct sim_config *cfg) {
@@ -1670,6 +1768,8 @@ static inline struct sim *sim_open(const struct sim_config *cfg) {
         .write = sim_op_write,
         .poll = sim_op_poll,
         .fds = sim_op_fds,
+        .revoke = sim_op_revoke,
+        .cut = sim_op_cut,
     };
     sim_check_config(cfg);
     struct sim *sim = sim_grow(NULL, 1, sizeof *sim);
