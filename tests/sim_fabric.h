@@ -1839,6 +1839,15 @@ static inline void sim_kill(struct sim *sim, unsigned side) {
 }
 static inline void sim_silence(struct sim *sim) { sim->silent = true; }
 
+/* Regions of this side that a peer can write now. */
+static inline uint64_t sim_exposed(const struct sim *sim, unsigned side) {
+    uint64_t n = 0;
+    for (uint32_t i = 0; i < sim->side[side].region_count; i++) {
+        const struct sim_region *r = &sim->side[side].regions[i];
+        n += r->live && (r->access & RMIG_ACCESS_REMOTE_WRITE) != 0 && !r->ep->cut && !r->ep->revoked;
+    }
+    return n;
+}
 static inline const struct sim_stats *sim_stats(const struct sim *sim, unsigned side) { return &sim->side[side].stats; }
 
 /* The same for two runs that went the same way. */
