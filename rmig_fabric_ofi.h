@@ -115,6 +115,7 @@ RMIG_API const char *rmig_ofi_provider(const struct rmig_fabric *f);
 // >>ofi: libfabric and the operating system
 
 #include <errno.h>
+#include <fcntl.h>
 #include <netdb.h>
 #include <netinet/in.h>
 #include <poll.h>
@@ -125,9 +126,11 @@ RMIG_API const char *rmig_ofi_provider(const struct rmig_fabric *f);
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/mman.h>
+#include <sys/random.h>
 #include <sys/socket.h>
 #include <sys/uio.h>
 #include <time.h>
+#include <unistd.h>
 
 #include <rdma/fabric.h>
 #include <rdma/fi_cm.h>
@@ -172,13 +175,6 @@ struct rmig__ofi_net { // one per libfabric fabric: the scope of event queues an
     struct fid_fabric *fabric;
 };
 
-struct rmig__ofi_domain { // one per adapter or interface: the scope of completion queues, registrations and connections
-    struct rmig__ofi_domain *next;
-    struct rmig__ofi_net *net;
-    struct fi_info *info;
-    struct fid_domain *domain;
-};
-
 struct rmig__ofi_range { // to be populated
     uintptr_t at, end;
     const void *owner; // the registration
@@ -200,9 +196,7 @@ struct rmig__ofi {
     bool poll;
     bool delivery; // completions mean delivery
     uint64_t order; // message order asked for
-    uint32_t keys; // registrations made so far
     struct rmig__ofi_net *nets;
-    struct rmig__ofi_domain *domains;
     bool no_populate;
     struct rmig__ofi_populator *populator; // NULL: not started
 };
@@ -250,7 +244,7 @@ enum rmig__ofi_state { RMIG__OFI_RESOLVED, RMIG__OFI_IDLE, RMIG__OFI_CONNECTING,
 struct rmig__ofi_conn {
     struct rmig__ofi_ep head;
     enum rmig__ofi_state state;
-    struct rmig__ofi_domain *domain;
+    struct fid_domain *domain; // its own: a key is good in all of its domain, and nowhere else
     struct rmig__ofi_listener *from; // passive side, until accepted
     struct fid_ep *ep;
     struct fid_cq *cq;
@@ -466,6 +460,8 @@ static struct fi_info *rmig__ofi_hints(const char *provider, bool delivery, uint
 static bool rmig__ofi_usable(const struct fi_info *info) {
     if (info->ep_attr->type != FI_EP_MSG || (info->domain_attr->mr_mode & ~RMIG__OFI_MR_MODE) != 0)
         return false;
+    if ((info->domain_attr->mr_mode & FI_MR_PROV_KEY) == 0 && info->domain_attr->mr_key_size < sizeof(uint32_t))
+        return false; // keys that can be guessed
     return info->addr_format == FI_SOCKADDR || info->addr_format == FI_SOCKADDR_IN ||
            info->addr_format == FI_SOCKADDR_IN6;
 }
@@ -566,7 +562,7 @@ static int rmig__ofi_resolve(const struct rmig__ofi *f, const char *address, boo
                      passive ? "listen on" : "reach", address, fi_strerror(-ret));
 }
 
-// >>ofi: fabrics and domains, cached
+// >>ofi: fabrics, cached
 
 static int rmig__ofi_get_net(struct rmig__ofi *f, const struct fi_info *info, struct rmig__ofi_net **out,
                              struct rmig_error *err) {
@@ -598,70 +594,9 @@ static bool rmig__ofi_pins(const struct fi_info *info) { // whoever makes keys o
     return (info->domain_attr->mr_mode & (FI_MR_ALLOCATED | FI_MR_PROV_KEY)) != 0;
 }
 
-/* With a cache of registrations the same memory, registered twice, gets the same key twice, and keeps it when it is
-   deregistered. */
-static bool rmig__ofi_caches(const struct rmig__ofi_domain *d) {
-    struct fid_mr *mr[2] = {NULL, NULL};
-    const size_t page = 4096;
-    if ((d->info->domain_attr->mr_mode & FI_MR_PROV_KEY) == 0)
-        return false;
-    void *probe = mmap(NULL, page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (probe == MAP_FAILED)
-        return false;
-    for (int i = 0; i < 2; i++)
-        if (fi_mr_reg(d->domain, probe, page, FI_REMOTE_WRITE, 0, 0, 0, &mr[i], NULL) != 0)
-            mr[i] = NULL;
-    bool same = mr[0] != NULL && mr[1] != NULL && fi_mr_key(mr[0]) == fi_mr_key(mr[1]) &&
-                fi_mr_key(mr[0]) != FI_KEY_NOTAVAIL; // known only once bound to an endpoint: it tells nothing
-    for (int i = 0; i < 2; i++)
-        if (mr[i] != NULL)
-            fi_close(&mr[i]->fid);
-    munmap(probe, page);
-    return same;
-}
-
-static int rmig__ofi_get_domain(struct rmig__ofi *f, struct rmig__ofi_net *net, const struct fi_info *info,
-                                struct rmig__ofi_domain **out, struct rmig_error *err) {
-    struct rmig__ofi_domain *d;
-    for (d = f->domains; d != NULL; d = d->next)
-        if (d->net == net && d->info->domain_attr->mr_mode == info->domain_attr->mr_mode &&
-            strcmp(rmig__ofi_name(d->info->domain_attr->name), rmig__ofi_name(info->domain_attr->name)) == 0)
-            break;
-    *out = d;
-    if (d != NULL)
-        return RMIG_OK;
-    d = (struct rmig__ofi_domain *)rmig__ofi_alloc(1, sizeof *d);
-    if (d == NULL)
-        return rmig_fail(err, RMIG_ERR_NO_MEMORY, 0, "out of memory for a domain");
-    d->net = net;
-    d->info = fi_dupinfo(info);
-    int ret = d->info == NULL ? -FI_ENOMEM : fi_domain(net->fabric, d->info, &d->domain, NULL);
-    if (ret != 0) {
-        if (d->info != NULL)
-            fi_freeinfo(d->info);
-        rmig__ofi_free(d);
-        return rmig__ofi_fail(err, RMIG_ERR_FABRIC, ret, "fi_domain");
-    }
-    d->next = f->domains; // from here on close_fabric frees it
-    f->domains = d;
-    if (rmig__ofi_caches(d))
-        return rmig_fail(err, RMIG_ERR_FABRIC, 0,
-                         "libfabric's registration cache is on, so that a peer could write memory after it was "
-                         "deregistered: start the program with FI_MR_CACHE_MAX_COUNT=0");
-    *out = d;
-    return RMIG_OK;
-}
-
 static void rmig__ofi_close_fabric(struct rmig_fabric *base) {
     struct rmig__ofi *f = (struct rmig__ofi *)(void *)base;
     rmig__ofi_populate_stop(f);
-    while (f->domains != NULL) {
-        struct rmig__ofi_domain *d = f->domains;
-        f->domains = d->next;
-        fi_close(&d->domain->fid);
-        fi_freeinfo(d->info);
-        rmig__ofi_free(d);
-    }
     while (f->nets != NULL) {
         struct rmig__ofi_net *net = f->nets;
         f->nets = net->next;
@@ -903,6 +838,88 @@ static int rmig__ofi_reject(struct rmig_ep *ep, void *request, const uint8_t *da
     return RMIG_OK;
 }
 
+// >>ofi: keys
+// Who knows a key can write, so nobody may guess one: each is drawn from the system's random numbers. Where the
+// provider makes the keys it has an adapter, which checks the connection too.
+
+static int rmig__ofi_random(void *out, size_t n) {
+    ssize_t got = getrandom(out, n, 0);
+    if (got == (ssize_t)n)
+        return 0;
+    int fd = open("/dev/urandom", O_RDONLY | O_CLOEXEC);
+    if (fd < 0)
+        return -errno;
+    got = read(fd, out, n);
+    int code = got < 0 ? errno : EIO;
+    close(fd);
+    return got == (ssize_t)n ? 0 : -code;
+}
+
+/* Not 0, which means none, and at most 32 bits: version 1 peers carry no more. */
+static int rmig__ofi_draw_key(uint64_t *out) {
+    uint32_t key = 0;
+    int ret = 0;
+    while (key == 0 && ret == 0)
+        ret = rmig__ofi_random(&key, sizeof key);
+    *out = key;
+    return ret;
+}
+
+static int rmig__ofi_try_reg(struct rmig__ofi_conn *c, void *address, uint64_t length, uint64_t access,
+                             struct fid_mr **mr) {
+    int mode = c->head.info->domain_attr->mr_mode, ret = -FI_ENOKEY;
+    for (int i = 0; i < 64 && ret == -FI_ENOKEY; i++) { // a key that is drawn may be in use
+        uint64_t key = 0;
+        ret = (mode & FI_MR_PROV_KEY) != 0 ? 0 : rmig__ofi_draw_key(&key);
+        if (ret == 0)
+            ret = fi_mr_reg(c->domain, address, (size_t)length, access, 0, key, 0, mr, NULL);
+    }
+    if (ret != 0 || (mode & FI_MR_ENDPOINT) == 0)
+        return ret;
+    ret = fi_mr_bind(*mr, &c->ep->fid, 0);
+    if (ret == 0)
+        ret = fi_mr_enable(*mr);
+    if (ret != 0)
+        fi_close(&(*mr)->fid);
+    return ret;
+}
+
+/* With a cache of registrations the same memory, registered twice, gets the same key twice, and keeps it when it is
+   deregistered. Each domain has a cache of its own, so each is asked. */
+static int rmig__ofi_check_cache(struct rmig__ofi_conn *c, struct rmig_error *err) {
+    struct fid_mr *mr[2] = {NULL, NULL};
+    uint64_t key[2] = {FI_KEY_NOTAVAIL, FI_KEY_NOTAVAIL};
+    const size_t page = 4096;
+    if ((c->head.info->domain_attr->mr_mode & FI_MR_PROV_KEY) == 0)
+        return RMIG_OK;
+    void *probe = mmap(NULL, page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    int ret = probe == MAP_FAILED ? -errno : 0;
+    for (int i = 0; i < 2 && ret == 0; i++) {
+        ret = rmig__ofi_try_reg(c, probe, page, FI_REMOTE_WRITE, &mr[i]);
+        if (ret != 0)
+            mr[i] = NULL;
+        else
+            key[i] = fi_mr_key(mr[i]);
+    }
+    for (int i = 0; i < 2; i++)
+        if (mr[i] != NULL)
+            fi_close(&mr[i]->fid);
+    if (probe != MAP_FAILED)
+        munmap(probe, page);
+    if (ret == 0 && (key[0] == FI_KEY_NOTAVAIL || key[1] == FI_KEY_NOTAVAIL))
+        ret = -FI_ENOKEY;
+    if (ret != 0)
+        return rmig_fail(err, RMIG_ERR_FABRIC, -ret,
+                         "libfabric provider '%s': whether its registration cache is off cannot be told, since "
+                         "registering a page twice failed: %s",
+                         rmig__ofi_of(&c->head.base)->provider, fi_strerror(-ret));
+    if (key[0] != key[1])
+        return RMIG_OK;
+    return rmig_fail(err, RMIG_ERR_FABRIC, 0,
+                     "libfabric's registration cache is on, so that a peer could write memory after it was "
+                     "deregistered: start the program with FI_MR_CACHE_MAX_COUNT=0");
+}
+
 // >>ofi: connections, made and freed
 
 static void rmig__ofi_free_conn(struct rmig__ofi_conn *c) {
@@ -915,6 +932,8 @@ static void rmig__ofi_free_conn(struct rmig__ofi_conn *c) {
     }
     if (c->cq != NULL)
         fi_close(&c->cq->fid);
+    if (c->domain != NULL)
+        fi_close(&c->domain->fid);
     if (c->head.eq != NULL)
         fi_close(&c->head.eq->fid);
     if (c->head.info != NULL)
@@ -958,13 +977,21 @@ static int rmig__ofi_make_ops(struct rmig__ofi_conn *c, const struct rmig_ep_con
     return RMIG_OK;
 }
 
+static int rmig__ofi_open_domain(struct rmig__ofi_conn *c, struct rmig_error *err) {
+    int ret = fi_domain(c->head.net->fabric, c->head.info, &c->domain, NULL);
+    if (ret == 0)
+        return RMIG_OK;
+    c->domain = NULL;
+    return rmig__ofi_fail(err, RMIG_ERR_FABRIC, ret, "fi_domain");
+}
+
 static int rmig__ofi_open_cq(struct rmig__ofi_conn *c, struct rmig_error *err) {
     struct fi_cq_attr attr;
     memset(&attr, 0, sizeof attr);
     attr.size = (size_t)c->send_depth + c->write_depth + c->recv_depth;
     attr.format = FI_CQ_FORMAT_MSG;
     attr.wait_obj = FI_WAIT_FD;
-    if (c->head.waitable && fi_cq_open(c->domain->domain, &attr, &c->cq, NULL) == 0) {
+    if (c->head.waitable && fi_cq_open(c->domain, &attr, &c->cq, NULL) == 0) {
         if (rmig__ofi_has_fd(&c->cq->fid))
             return RMIG_OK;
         fi_close(&c->cq->fid);
@@ -972,7 +999,7 @@ static int rmig__ofi_open_cq(struct rmig__ofi_conn *c, struct rmig_error *err) {
     c->cq = NULL;
     c->head.waitable = false;
     attr.wait_obj = FI_WAIT_NONE;
-    int ret = fi_cq_open(c->domain->domain, &attr, &c->cq, NULL);
+    int ret = fi_cq_open(c->domain, &attr, &c->cq, NULL);
     return ret == 0 ? RMIG_OK : rmig__ofi_fail(err, RMIG_ERR_FABRIC, ret, "fi_cq_open");
 }
 
@@ -986,7 +1013,7 @@ static int rmig__ofi_build_conn(struct rmig__ofi *f, struct rmig__ofi_conn *c, c
     else
         status = rmig__ofi_get_net(f, info, &c->head.net, err);
     if (status == RMIG_OK)
-        status = rmig__ofi_get_domain(f, c->head.net, info, &c->domain, err);
+        status = rmig__ofi_open_domain(c, err);
     if (status == RMIG_OK)
         status = rmig__ofi_make_ops(c, cfg, err);
     if (status == RMIG_OK)
@@ -996,7 +1023,7 @@ static int rmig__ofi_build_conn(struct rmig__ofi *f, struct rmig__ofi_conn *c, c
     if (status != RMIG_OK)
         return status;
     c->ordered_completions = (info->tx_attr->comp_order & RMIG__OFI_STRICT) == RMIG__OFI_STRICT;
-    int ret = fi_endpoint(c->domain->domain, c->head.info, &c->ep, NULL);
+    int ret = fi_endpoint(c->domain, c->head.info, &c->ep, NULL);
     if (ret != 0) {
         c->ep = NULL;
         return rmig__ofi_fail(err, RMIG_ERR_FABRIC, ret, "fi_endpoint");
@@ -1010,6 +1037,9 @@ static int rmig__ofi_build_conn(struct rmig__ofi *f, struct rmig__ofi_conn *c, c
         ret = fi_enable(c->ep);
     if (ret != 0)
         return rmig__ofi_fail(err, RMIG_ERR_FABRIC, ret, "enabling an endpoint");
+    status = rmig__ofi_check_cache(c, err);
+    if (status != RMIG_OK)
+        return status;
     c->cm_data_max = rmig__ofi_cm_data_max(&c->ep->fid);
     if (c->cm_data_max < 8)
         return rmig_fail(err, RMIG_ERR_FABRIC, 0,
@@ -1462,37 +1492,6 @@ static int rmig__ofi_caps(struct rmig_ep *ep, struct rmig_fabric_caps *caps, str
     return RMIG_OK;
 }
 
-/* A key of ours: unique, not 0, at most 32 bits so that version 1 peers can carry it, and scattered so that a peer's
-   wrong arithmetic hits no other region. */
-static uint64_t rmig__ofi_next_key(struct rmig__ofi *f, size_t key_size) {
-    uint32_t mask = key_size >= 4 ? UINT32_MAX : ((uint32_t)1 << (8 * key_size)) - 1;
-    uint32_t key = 0;
-    while (key == 0)
-        key = (++f->keys * 0x9e3779b1u) & mask; // odd factor: a bijection
-    return key;
-}
-
-static int rmig__ofi_try_reg(struct rmig__ofi_conn *c, void *address, uint64_t length, uint64_t access,
-                             struct fid_mr **mr) {
-    const struct fi_domain_attr *attr = c->head.info->domain_attr;
-    struct rmig__ofi *f = rmig__ofi_of(&c->head.base);
-    int ret = -FI_ENOKEY;
-    for (int i = 0; i < 64 && ret == -FI_ENOKEY; i++) { // a key may still be in use after 2^32 registrations
-        uint64_t key = (attr->mr_mode & FI_MR_PROV_KEY) != 0 ? 0 : rmig__ofi_next_key(f, attr->mr_key_size);
-        ret = fi_mr_reg(c->domain->domain, address, (size_t)length, access, 0, key, 0, mr, NULL);
-    }
-    if (ret != 0)
-        return ret;
-    if ((attr->mr_mode & FI_MR_ENDPOINT) != 0) {
-        ret = fi_mr_bind(*mr, &c->ep->fid, 0);
-        if (ret == 0)
-            ret = fi_mr_enable(*mr);
-        if (ret != 0)
-            fi_close(&(*mr)->fid);
-    }
-    return ret;
-}
-
 // >>ofi: registering
 
 static int rmig__ofi_reg(struct rmig_ep *ep, void *address, uint64_t length, unsigned access, struct rmig_mr *mr,
@@ -1522,9 +1521,16 @@ static int rmig__ofi_reg(struct rmig_ep *ep, void *address, uint64_t length, uns
         return rmig_fail(err, RMIG_ERR_REGISTRATION, -ret,
                          "libfabric provider '%s': registering %llu bytes at %p failed: %s", rmig__ofi_of(ep)->provider,
                          (unsigned long long)length, address, fi_strerror(-ret));
+    uint64_t key = fi_mr_key(fid);
+    if (remote && (key == 0 || key == FI_KEY_NOTAVAIL)) {
+        fi_close(&fid->fid);
+        return rmig_fail(err, RMIG_ERR_REGISTRATION, 0,
+                         "libfabric provider '%s' gave %llu bytes at %p no key that a peer could use",
+                         rmig__ofi_of(ep)->provider, (unsigned long long)length, address);
+    }
     mr->handle = fid;
     mr->desc = fi_mr_desc(fid);
-    mr->key = fi_mr_key(fid);
+    mr->key = key == FI_KEY_NOTAVAIL ? 0 : key;
     mr->remote_address = (c->head.info->domain_attr->mr_mode & FI_MR_VIRT_ADDR) != 0 ? (uint64_t)(uintptr_t)address : 0;
     if ((access & RMIG_ACCESS_REMOTE_WRITE) != 0 && !rmig__ofi_pins(c->head.info))
         rmig__ofi_populate(rmig__ofi_of(ep), address, length, fid);
