@@ -922,14 +922,24 @@ static int rmig__ofi_check_cache(struct rmig__ofi_conn *c, struct rmig_error *er
 
 // >>ofi: connections, made and freed
 
-static void rmig__ofi_free_conn(struct rmig__ofi_conn *c) {
+/* The provider reads nothing more for an endpoint that is closed, a write that has half arrived neither; closing its
+   regions would not stop that. */
+static void rmig__ofi_sever(struct rmig__ofi_conn *c) {
     if (c->ep != NULL)
         fi_close(&c->ep->fid);
     if (c->from != NULL) { // opened from a request and never accepted: the request is still to be freed, after its user
-        if (c->ep != NULL)
+        if (c->ep != NULL) {
             fi_reject(c->from->pep, c->head.info->handle, NULL, 0);
+            c->head.info->handle = NULL;
+        }
         rmig__ofi_release_listener(c->from);
     }
+    c->ep = NULL;
+    c->from = NULL;
+}
+
+static void rmig__ofi_free_conn(struct rmig__ofi_conn *c) {
+    rmig__ofi_sever(c);
     if (c->cq != NULL)
         fi_close(&c->cq->fid);
     if (c->domain != NULL)
@@ -1449,6 +1459,15 @@ static int rmig__ofi_accept(struct rmig_ep *ep, const uint8_t *data, size_t n, s
     return RMIG_OK;
 }
 
+static void rmig__ofi_cut(struct rmig_ep *ep) {
+    struct rmig__ofi_conn *c = (struct rmig__ofi_conn *)(void *)ep;
+    if (c->head.listener) // nobody writes through one
+        return;
+    rmig__ofi_sever(c);
+    rmig__ofi_end(c, RMIG_FEV_DISCONNECTED, 0, "cut by this side");
+    c->state = RMIG__OFI_ENDED;
+}
+
 static void rmig__ofi_disconnect(struct rmig_ep *ep) {
     struct rmig__ofi_conn *c = (struct rmig__ofi_conn *)(void *)ep;
     if (c->head.listener || c->leaving)
@@ -1501,6 +1520,8 @@ static int rmig__ofi_reg(struct rmig_ep *ep, void *address, uint64_t length, uns
     uint64_t flags = 0;
     if (c->head.listener)
         return rmig_fail(err, RMIG_ERR_STATE, 0, "reg: the endpoint is a listener");
+    if (c->ep == NULL)
+        return rmig_fail(err, RMIG_ERR_STATE, 0, "reg: the connection was cut");
     if (address == NULL || length == 0 || length > SIZE_MAX)
         return rmig_fail(err, RMIG_ERR_ARGUMENT, 0, "reg: %llu bytes at %p: a range of memory is needed",
                          (unsigned long long)length, address);
@@ -1825,6 +1846,8 @@ static const struct rmig_fabric_ops rmig__ofi_ops = {
     rmig__ofi_fds,
     NULL, // reg_dmabuf
     NULL, // lockable: the provider's own refusal comes with the registration
+    NULL, // revoke: a write whose header has arrived outlives its region
+    rmig__ofi_cut,
 };
 
 RMIG__DEF struct rmig_fabric *rmig_ofi_open(const struct rmig_ofi_options *options, struct rmig_error *err) {

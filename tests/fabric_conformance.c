@@ -8,6 +8,7 @@
 #include "../rmig.h"
 #include "../rmig_fabric_ofi.h"
 #include "../rmig_fabric_verbs.h"
+#include "half_write.h"
 #include "sim_fabric.h"
 
 #include <criterion/criterion.h>
@@ -1506,6 +1507,130 @@ CONFORMANCE(work_posted_after_the_end_fails_or_vanishes) {
     drop(w, &out);
     leave_pair(w, &a, &p);
 }
+
+// >>writes that have half arrived
+
+enum cut_depth { CUT, CUT_AND_DEREGISTER, CUT_AND_CLOSE, CUT_DEPTHS };
+
+/* A write is held half-way at the target, which then cuts the connection. What comes afterwards lands nowhere, though
+   other connections of the same fabric go on. */
+static void cut_half_way(struct world *w, enum cut_depth depth) {
+    enum { SIZE = 1 << 20, HALF = 300000 };
+    struct end a, p, b, q;
+    struct half_write proxy;
+    static uint8_t then[SIZE];
+    listen_on(w, any_port(false));
+    half_write_open(&proxy, w->address);
+    connect_pair(w, &b, &q);
+    snprintf(w->address, sizeof w->address, "%s", proxy.address);
+    connect_pair(w, &a, &p);
+    send_message(w, &a, &p);
+    struct region src = region(w, &a, SIZE, ALL_ACCESS), dst = region(w, &p, SIZE, ALL_ACCESS);
+    memset(src.p, 0xee, SIZE);
+    half_write_hold(&proxy, 0, HALF);
+    struct rmig_write write = make_write(&src, 0, &dst, 0, SIZE, 1, true);
+    write_all(w, &a, &write, 1);
+    uint64_t deadline = world_now(w) + 2 * LIMIT;
+    while (!half_write_held(&proxy, 0) || dst.p[HALF / 2] == 0) {
+        cr_assert_lt(world_now(w), deadline, "%s: half a write did not come through", w->name);
+        pump(w);
+    }
+    p.ops->cut(p.ep);
+    p.quiet = true;
+    memcpy(then, dst.p, SIZE);
+    cr_assert_eq(then[SIZE - 1], 0, "%s: the whole write is there", w->name);
+    if (depth == CUT_AND_DEREGISTER)
+        deregister(w, &dst);
+    if (depth == CUT_AND_CLOSE) {
+        deregister(w, &dst);
+        leave(w, &p);
+    }
+    half_write_release(&proxy);
+    cr_assert(half_write_wait_over(&proxy, 0, SIZE, 20), "%s: the rest was not sent on", w->name);
+    a.quiet = true;
+    for (int i = 0; i < 20; i++) {
+        struct rmig_fabric_event e;
+        send_message(w, &b, &q);
+        send_message(w, &q, &b);
+        if (p.ep != NULL)
+            cr_assert_leq(p.ops->poll(p.ep, &e, 1, NULL), 0, "%s: an event after cut", w->name);
+    }
+    cr_assert_eq(memcmp(then, dst.p, SIZE), 0, "%s: memory changed after the connection was cut", w->name);
+    if (depth == CUT)
+        deregister(w, &dst);
+    munmap(dst.p, SIZE);
+    drop(w, &src);
+    leave(w, &b);
+    leave(w, &q);
+    leave_pair(w, &a, &p);
+    half_write_close(&proxy);
+}
+
+/* Over the providers that speak TCP; a simulated world has nothing that a proxy could hold. */
+#define OVER_TCP(behaviour)                                                                                            \
+    static void behaviour(struct world *w);                                                                            \
+    ParameterizedTestParameters(ofi, behaviour) {                                                                      \
+        static size_t rows[FABRICS];                                                                                   \
+        return cr_make_param_array(size_t, rows, choose_tcp_rows(rows));                                               \
+    }                                                                                                                  \
+    ParameterizedTest(size_t *row, ofi, behaviour, .timeout = 120) {                                                   \
+        struct world w = {0};                                                                                          \
+        w.name = fabrics[*row].name;                                                                                   \
+        fabrics[*row].open(&w);                                                                                        \
+        behaviour(&w);                                                                                                 \
+        world_close(&w);                                                                                               \
+    }                                                                                                                  \
+    static void behaviour(struct world *w)
+
+static size_t choose_tcp_rows(size_t *rows) {
+    size_t n = 0;
+    for (size_t i = 0; i < FABRICS; i++)
+        if (fabrics[i].real && !fabrics[i].rdma)
+            rows[n++] = i;
+    return n;
+}
+
+OVER_TCP(cut_is_safe_in_every_state) {
+    struct end a, p, b, q;
+    struct rmig_fabric_event e;
+    connect_pair(w, &b, &q);
+    for (int state = 0; state < 4; state++) { // resolved, requested, accepted, up
+        open_active(w, &a, w->address);
+        if (state > 0)
+            start_connect(w, &a, "request.", 8);
+        if (state > 0)
+            open_passive(w, &p, expect(w, &w->listener, RMIG_FEV_REQUEST)->e.request);
+        if (state > 1)
+            start_accept(w, &p, "reply...", 8);
+        if (state > 2) {
+            expect(w, &a, RMIG_FEV_ESTABLISHED);
+            expect(w, &p, RMIG_FEV_ESTABLISHED);
+        }
+        struct end *ends[] = {&a, state > 0 ? &p : &a};
+        for (int i = 0; i < 4; i++) {
+            const struct rmig_fabric_ops *ops = ends[i % 2]->ops;
+            struct rmig_ep *ep = ends[i % 2]->ep;
+            struct rmig_error err = {0};
+            uint8_t byte = 0;
+            ops->cut(ep);
+            cr_assert_leq(ops->poll(ep, &e, 1, NULL), 0, "%s: an event after cut", w->name);
+            cr_assert_lt(ops->recv(ep, &byte, 1, NULL, 1, &err), 0, "%s: a receive after cut", w->name);
+            cr_assert_lt(ops->send(ep, &byte, 1, NULL, 1, &err), 0, "%s: a send after cut", w->name);
+            ops->disconnect(ep);
+        }
+        leave(w, &a);
+        if (state > 0)
+            leave(w, &p);
+    }
+    send_message(w, &b, &q);
+    leave(w, &b);
+    leave(w, &q);
+    leave(w, &w->listener);
+}
+
+OVER_TCP(cut_ends_a_write_that_has_half_arrived) { cut_half_way(w, CUT); }
+OVER_TCP(cut_and_dereg_end_a_write_that_has_half_arrived) { cut_half_way(w, CUT_AND_DEREGISTER); }
+OVER_TCP(cut_and_close_end_a_write_that_has_half_arrived) { cut_half_way(w, CUT_AND_CLOSE); }
 
 // >>closing in every state
 
