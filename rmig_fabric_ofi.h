@@ -196,6 +196,7 @@ struct rmig__ofi {
     bool poll;
     bool delivery; // completions mean delivery
     uint64_t order; // message order asked for
+    bool shared; // receive contexts of their own are bound to endpoints: see rmig__ofi_negotiate
     struct rmig__ofi_net *nets;
     bool no_populate;
     struct rmig__ofi_populator *populator; // NULL: not started
@@ -247,6 +248,7 @@ struct rmig__ofi_conn {
     struct fid_domain *domain; // its own: a key is good in all of its domain, and nowhere else
     struct rmig__ofi_listener *from; // passive side, until accepted
     struct fid_ep *ep;
+    struct fid_ep *context; // takes the receives; NULL: ep does
     struct fid_cq *cq;
     char peer[300]; // address, for texts
     size_t cm_data_max;
@@ -430,7 +432,7 @@ static void rmig__ofi_populate_stop(struct rmig__ofi *f) {
 
 // >>ofi: choosing a provider, resolving addresses
 
-static struct fi_info *rmig__ofi_hints(const char *provider, bool delivery, uint64_t order) {
+static struct fi_info *rmig__ofi_hints(const char *provider, bool delivery, uint64_t order, bool shared) {
     struct fi_info *h = fi_allocinfo();
     if (h == NULL)
         return NULL;
@@ -438,6 +440,8 @@ static struct fi_info *rmig__ofi_hints(const char *provider, bool delivery, uint
     h->mode = FI_CONTEXT | FI_CONTEXT2;
     h->addr_format = FI_SOCKADDR;
     h->ep_attr->type = FI_EP_MSG;
+    if (shared)
+        h->ep_attr->rx_ctx_cnt = FI_SHARED_CONTEXT;
     h->domain_attr->threading = FI_THREAD_DOMAIN;
     h->domain_attr->control_progress = FI_PROGRESS_MANUAL; // no threads behind our back
     h->domain_attr->data_progress = FI_PROGRESS_MANUAL;
@@ -469,7 +473,7 @@ static bool rmig__ofi_usable(const struct fi_info *info) {
 /* The first usable offer for the fabric's provider; the caller frees it. tx, rx: queue sizes wanted, 0: its default. */
 static int rmig__ofi_getinfo(const struct rmig__ofi *f, const char *host, const char *port, uint64_t flags, size_t tx,
                              size_t rx, struct fi_info **out) {
-    struct fi_info *list = NULL, *i, *h = rmig__ofi_hints(f->provider, f->delivery, f->order);
+    struct fi_info *list = NULL, *i, *h = rmig__ofi_hints(f->provider, f->delivery, f->order, f->shared);
     *out = NULL;
     if (h == NULL)
         return -FI_ENOMEM;
@@ -488,22 +492,34 @@ static int rmig__ofi_getinfo(const struct rmig__ofi *f, const char *host, const 
     return ret;
 }
 
-/* Sets delivery and order to the best that the provider can. */
+static bool rmig__ofi_pins(const struct fi_info *info) { // whoever makes keys or wants memory to exist has an adapter
+    return (info->domain_attr->mr_mode & (FI_MR_ALLOCATED | FI_MR_PROV_KEY)) != 0;
+}
+
+/* Sets delivery and order to the best that the provider can. In libfabric's providers in software a tagged message
+   follows the endpoint's pointer to a receive context, which there may be none: one for each endpoint is asked for
+   where it can be had. Adapters have no such parser, and iWARP has no such contexts. */
 static bool rmig__ofi_negotiate(struct rmig__ofi *f) {
     for (int attempt = 0; attempt < 3; attempt++) {
         struct fi_info *info;
         f->delivery = attempt != 1;
         f->order = attempt == 2 ? FI_ORDER_SAS : RMIG__OFI_ORDER;
+        f->shared = false;
         if (rmig__ofi_getinfo(f, NULL, NULL, 0, 0, 0, &info) != 0)
             continue;
+        f->shared = !rmig__ofi_pins(info);
         fi_freeinfo(info);
+        if (f->shared && rmig__ofi_getinfo(f, NULL, NULL, 0, 0, 0, &info) == 0)
+            fi_freeinfo(info);
+        else
+            f->shared = false;
         return true;
     }
     return false;
 }
 
 static int rmig__ofi_choose(struct rmig__ofi *f, const char *wanted, struct rmig_error *err) {
-    struct fi_info *list = NULL, *h = rmig__ofi_hints(wanted, false, 0);
+    struct fi_info *list = NULL, *h = rmig__ofi_hints(wanted, false, 0, false);
     bool found = false;
     if (h == NULL)
         return rmig_fail(err, RMIG_ERR_NO_MEMORY, 0, "out of memory for libfabric's hints");
@@ -588,10 +604,6 @@ static int rmig__ofi_get_net(struct rmig__ofi *f, const struct fi_info *info, st
     f->nets = net;
     *out = net;
     return RMIG_OK;
-}
-
-static bool rmig__ofi_pins(const struct fi_info *info) { // whoever makes keys or wants memory to exist has an adapter
-    return (info->domain_attr->mr_mode & (FI_MR_ALLOCATED | FI_MR_PROV_KEY)) != 0;
 }
 
 static void rmig__ofi_close_fabric(struct rmig_fabric *base) {
@@ -940,6 +952,8 @@ static void rmig__ofi_sever(struct rmig__ofi_conn *c) {
 
 static void rmig__ofi_free_conn(struct rmig__ofi_conn *c) {
     rmig__ofi_sever(c);
+    if (c->context != NULL)
+        fi_close(&c->context->fid);
     if (c->cq != NULL)
         fi_close(&c->cq->fid);
     if (c->domain != NULL)
@@ -1013,6 +1027,34 @@ static int rmig__ofi_open_cq(struct rmig__ofi_conn *c, struct rmig_error *err) {
     return ret == 0 ? RMIG_OK : rmig__ofi_fail(err, RMIG_ERR_FABRIC, ret, "fi_cq_open");
 }
 
+static int rmig__ofi_open_ep(struct rmig__ofi_conn *c, struct rmig_error *err) {
+    struct fi_info *info = c->head.info;
+    int ret = 0;
+    if (info->ep_attr->rx_ctx_cnt == FI_SHARED_CONTEXT) {
+        info->rx_attr->size = c->recv_depth;
+        ret = fi_srx_context(c->domain, info->rx_attr, &c->context, NULL);
+        if (ret != 0) {
+            c->context = NULL;
+            return rmig__ofi_fail(err, RMIG_ERR_FABRIC, ret, "fi_srx_context");
+        }
+    }
+    ret = fi_endpoint(c->domain, info, &c->ep, NULL);
+    if (ret != 0) {
+        c->ep = NULL;
+        return rmig__ofi_fail(err, RMIG_ERR_FABRIC, ret, "fi_endpoint");
+    }
+    ret = fi_ep_bind(c->ep, &c->head.eq->fid, 0);
+    if (ret == 0)
+        ret = fi_ep_bind(c->ep, &c->cq->fid, FI_TRANSMIT | FI_SELECTIVE_COMPLETION);
+    if (ret == 0)
+        ret = fi_ep_bind(c->ep, &c->cq->fid, FI_RECV);
+    if (ret == 0 && c->context != NULL)
+        ret = fi_ep_bind(c->ep, &c->context->fid, 0);
+    if (ret == 0)
+        ret = fi_enable(c->ep);
+    return ret == 0 ? RMIG_OK : rmig__ofi_fail(err, RMIG_ERR_FABRIC, ret, "enabling an endpoint");
+}
+
 /* Makes everything from c->head.info; what was made before a failure is in *c. */
 static int rmig__ofi_build_conn(struct rmig__ofi *f, struct rmig__ofi_conn *c, const struct rmig_ep_config *cfg,
                                 struct rmig_error *err) {
@@ -1032,21 +1074,10 @@ static int rmig__ofi_build_conn(struct rmig__ofi *f, struct rmig__ofi_conn *c, c
         status = rmig__ofi_open_cq(c, err);
     if (status != RMIG_OK)
         return status;
+    status = rmig__ofi_open_ep(c, err);
+    if (status != RMIG_OK)
+        return status;
     c->ordered_completions = (info->tx_attr->comp_order & RMIG__OFI_STRICT) == RMIG__OFI_STRICT;
-    int ret = fi_endpoint(c->domain, c->head.info, &c->ep, NULL);
-    if (ret != 0) {
-        c->ep = NULL;
-        return rmig__ofi_fail(err, RMIG_ERR_FABRIC, ret, "fi_endpoint");
-    }
-    ret = fi_ep_bind(c->ep, &c->head.eq->fid, 0);
-    if (ret == 0)
-        ret = fi_ep_bind(c->ep, &c->cq->fid, FI_TRANSMIT | FI_SELECTIVE_COMPLETION);
-    if (ret == 0)
-        ret = fi_ep_bind(c->ep, &c->cq->fid, FI_RECV);
-    if (ret == 0)
-        ret = fi_enable(c->ep);
-    if (ret != 0)
-        return rmig__ofi_fail(err, RMIG_ERR_FABRIC, ret, "enabling an endpoint");
     status = rmig__ofi_check_cache(c, err);
     if (status != RMIG_OK)
         return status;
@@ -1601,7 +1632,8 @@ static int rmig__ofi_recv(struct rmig_ep *ep, void *buf, uint64_t n, const struc
     struct rmig__ofi_op *op = c->free_recvs[c->free_recv_count - 1];
     op->id = id;
     op->done = op->told = false;
-    ssize_t ret = fi_recv(c->ep, buf, (size_t)n, mr == NULL ? NULL : mr->desc, FI_ADDR_UNSPEC, op);
+    ssize_t ret = fi_recv(c->context != NULL ? c->context : c->ep, buf, (size_t)n, mr == NULL ? NULL : mr->desc,
+                          FI_ADDR_UNSPEC, op);
     if (ret == -FI_EAGAIN)
         return rmig_fail(err, RMIG_ERR_FULL, FI_EAGAIN, "recv: the provider's queue is full");
     if (ret != 0)
