@@ -169,12 +169,6 @@ extern "C" {
 #define RMIG__OFI_SOFT_WRITE                                                                                           \
     1048576 // longer writes fall out of the caches of a provider in software: measured, a quarter slower
 
-struct rmig__ofi_net { // one per libfabric fabric: the scope of event queues and listeners
-    struct rmig__ofi_net *next;
-    struct fi_info *info;
-    struct fid_fabric *fabric;
-};
-
 struct rmig__ofi_range { // to be populated
     uintptr_t at, end;
     const void *owner; // the registration
@@ -197,7 +191,6 @@ struct rmig__ofi {
     bool delivery; // completions mean delivery
     uint64_t order; // message order asked for
     bool shared; // receive contexts of their own are bound to endpoints: see rmig__ofi_negotiate
-    struct rmig__ofi_net *nets;
     bool no_populate;
     struct rmig__ofi_populator *populator; // NULL: not started
 };
@@ -206,7 +199,7 @@ struct rmig__ofi_ep { // what listeners and connections share
     struct rmig_ep base;
     bool listener;
     bool waitable;
-    struct rmig__ofi_net *net;
+    struct fid_fabric *fabric; // its own: see rmig__ofi_open_fabric
     struct fid_eq *eq;
     struct fi_info *info;
 };
@@ -578,44 +571,22 @@ static int rmig__ofi_resolve(const struct rmig__ofi *f, const char *address, boo
                      passive ? "listen on" : "reach", address, fi_strerror(-ret));
 }
 
-// >>ofi: fabrics, cached
+// >>ofi: fabrics and event queues
 
-static int rmig__ofi_get_net(struct rmig__ofi *f, const struct fi_info *info, struct rmig__ofi_net **out,
-                             struct rmig_error *err) {
-    struct rmig__ofi_net *net;
-    for (net = f->nets; net != NULL; net = net->next)
-        if (strcmp(rmig__ofi_name(net->info->fabric_attr->name), rmig__ofi_name(info->fabric_attr->name)) == 0)
-            break;
-    *out = net;
-    if (net != NULL)
+/* Each endpoint has a libfabric fabric of its own. Providers progress all of a fabric in whatever call comes along, and
+   connections that have not asked yet point to the listener that took them, even when it is closed: what comes on them
+   is never read if nothing of its fabric is left. */
+static int rmig__ofi_open_fabric(struct rmig__ofi_ep *ep, struct fi_info *info, struct rmig_error *err) {
+    int ret = fi_fabric(info->fabric_attr, &ep->fabric, NULL);
+    if (ret == 0)
         return RMIG_OK;
-    net = (struct rmig__ofi_net *)rmig__ofi_alloc(1, sizeof *net);
-    if (net == NULL)
-        return rmig_fail(err, RMIG_ERR_NO_MEMORY, 0, "out of memory for a fabric");
-    net->info = fi_dupinfo(info);
-    int ret = net->info == NULL ? -FI_ENOMEM : fi_fabric(net->info->fabric_attr, &net->fabric, NULL);
-    if (ret != 0) {
-        if (net->info != NULL)
-            fi_freeinfo(net->info);
-        rmig__ofi_free(net);
-        return rmig__ofi_fail(err, RMIG_ERR_FABRIC, ret, "fi_fabric");
-    }
-    net->next = f->nets;
-    f->nets = net;
-    *out = net;
-    return RMIG_OK;
+    ep->fabric = NULL;
+    return rmig__ofi_fail(err, RMIG_ERR_FABRIC, ret, "fi_fabric");
 }
 
 static void rmig__ofi_close_fabric(struct rmig_fabric *base) {
     struct rmig__ofi *f = (struct rmig__ofi *)(void *)base;
     rmig__ofi_populate_stop(f);
-    while (f->nets != NULL) {
-        struct rmig__ofi_net *net = f->nets;
-        f->nets = net->next;
-        fi_close(&net->fabric->fid);
-        fi_freeinfo(net->info);
-        rmig__ofi_free(net);
-    }
     rmig__ofi_free(f);
 }
 
@@ -629,7 +600,7 @@ static int rmig__ofi_open_eq(struct rmig__ofi_ep *ep, bool poll_only, struct rmi
     struct fi_eq_attr attr;
     memset(&attr, 0, sizeof attr);
     attr.wait_obj = FI_WAIT_FD;
-    if (!poll_only && fi_eq_open(ep->net->fabric, &attr, &ep->eq, NULL) == 0) {
+    if (!poll_only && fi_eq_open(ep->fabric, &attr, &ep->eq, NULL) == 0) {
         ep->waitable = rmig__ofi_has_fd(&ep->eq->fid);
         if (ep->waitable)
             return RMIG_OK;
@@ -637,7 +608,7 @@ static int rmig__ofi_open_eq(struct rmig__ofi_ep *ep, bool poll_only, struct rmi
     }
     ep->eq = NULL;
     attr.wait_obj = FI_WAIT_NONE;
-    int ret = fi_eq_open(ep->net->fabric, &attr, &ep->eq, NULL);
+    int ret = fi_eq_open(ep->fabric, &attr, &ep->eq, NULL);
     return ret == 0 ? RMIG_OK : rmig__ofi_fail(err, RMIG_ERR_FABRIC, ret, "fi_eq_open");
 }
 
@@ -660,6 +631,8 @@ static void rmig__ofi_release_listener(struct rmig__ofi_listener *l) {
         fi_close(&l->pep->fid);
     if (l->head.eq != NULL)
         fi_close(&l->head.eq->fid);
+    if (l->head.fabric != NULL)
+        fi_close(&l->head.fabric->fid);
     if (l->head.info != NULL)
         fi_freeinfo(l->head.info);
     rmig__ofi_free(l);
@@ -750,12 +723,12 @@ static int rmig__ofi_start_listener(struct rmig__ofi *f, struct rmig__ofi_listen
                                     struct rmig_error *err) {
     int status = rmig__ofi_resolve(f, address, true, 0, 0, &l->head.info, err);
     if (status == RMIG_OK)
-        status = rmig__ofi_get_net(f, l->head.info, &l->head.net, err);
+        status = rmig__ofi_open_fabric(&l->head, l->head.info, err);
     if (status == RMIG_OK)
         status = rmig__ofi_open_eq(&l->head, f->poll, err);
     if (status != RMIG_OK)
         return status;
-    int ret = fi_passive_ep(l->head.net->fabric, l->head.info, &l->pep, NULL);
+    int ret = fi_passive_ep(l->head.fabric, l->head.info, &l->pep, NULL);
     if (ret == 0)
         ret = fi_pep_bind(l->pep, &l->head.eq->fid, 0);
     if (ret == 0)
@@ -960,6 +933,8 @@ static void rmig__ofi_free_conn(struct rmig__ofi_conn *c) {
         fi_close(&c->domain->fid);
     if (c->head.eq != NULL)
         fi_close(&c->head.eq->fid);
+    if (c->head.fabric != NULL)
+        fi_close(&c->head.fabric->fid);
     if (c->head.info != NULL)
         fi_freeinfo(c->head.info);
     rmig__ofi_free(c->ops);
@@ -1002,7 +977,7 @@ static int rmig__ofi_make_ops(struct rmig__ofi_conn *c, const struct rmig_ep_con
 }
 
 static int rmig__ofi_open_domain(struct rmig__ofi_conn *c, struct rmig_error *err) {
-    int ret = fi_domain(c->head.net->fabric, c->head.info, &c->domain, NULL);
+    int ret = fi_domain(c->head.fabric, c->head.info, &c->domain, NULL);
     if (ret == 0)
         return RMIG_OK;
     c->domain = NULL;
@@ -1059,11 +1034,8 @@ static int rmig__ofi_open_ep(struct rmig__ofi_conn *c, struct rmig_error *err) {
 static int rmig__ofi_build_conn(struct rmig__ofi *f, struct rmig__ofi_conn *c, const struct rmig_ep_config *cfg,
                                 struct rmig_error *err) {
     const struct fi_info *info = c->head.info;
-    int status = RMIG_OK;
-    if (c->from != NULL)
-        c->head.net = c->from->head.net; // a request's info need not name its fabric as the listener's does
-    else
-        status = rmig__ofi_get_net(f, info, &c->head.net, err);
+    // A request's info need not name its fabric as the listener's does.
+    int status = rmig__ofi_open_fabric(&c->head, c->from != NULL ? c->from->head.info : c->head.info, err);
     if (status == RMIG_OK)
         status = rmig__ofi_open_domain(c, err);
     if (status == RMIG_OK)
@@ -1789,7 +1761,7 @@ static int rmig__ofi_fds(struct rmig_ep *ep, struct rmig_fd *fds, size_t n, bool
     }
     if (*ready)
         return (int)count;
-    int ret = fi_trywait(head->net->fabric, fid, (int)count);
+    int ret = fi_trywait(head->fabric, fid, (int)count);
     if (ret != 0 && ret != -FI_EAGAIN)
         return rmig__ofi_fail(err, RMIG_ERR_FABRIC, ret, "fi_trywait");
     *ready = ret == -FI_EAGAIN;
