@@ -5975,7 +5975,7 @@ RMIG__DEF void rmig_sink_stats(const struct rmig_sink *s, struct rmig_stats *out
 // >>stats: implementation
 
 RMIG__DEF uint64_t rmig_expected_downtime_ns(const struct rmig_stats *stats, uint64_t dirty) {
-    if (stats->throughput == 0)
+    if (stats == NULL || stats->throughput == 0)
         return RMIG_FOREVER;
     double ns = (double)dirty * 1e9 / (double)stats->throughput + 2.0 * (double)stats->message_rtt_ns;
     return ns >= 1.8e19 ? RMIG_FOREVER : (uint64_t)ns;
