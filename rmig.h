@@ -5,53 +5,76 @@ rmig.h - move a running VM's memory to another host by RDMA
         #define RMIG_IMPLEMENTATION
     before including this file in exactly *one* C or C++ file, and nothing
     special in all others. Then pick a fabric:
-        #include "rmig_fabric_ofi.h"      libfabric: tcp, verbs, EFA, ...
+        #include "rmig_fabric_ofi.h"      libfabric: tcp on any machine
+        #include "rmig_fabric_verbs.h"    libibverbs: InfiniBand, RoCE, iWARP
 
     The core needs a 64-bit host and libc, nothing else. C11 or C++17.
 
 QUICK START
 
-    The source, in the hypervisor that owns the running guest:
+    The source, in the hypervisor that owns the running guest. Behind open no status is looked at
+    but the last: a call that was refused makes finish fail (see ERRORS).
 
-        struct rmig_error err;
-        struct rmig_config cfg = {0};                   // all defaults
-        rmig_set_param(&cfg, "chunk-size", "2M", &err);
-        struct rmig_fabric *fabric = rmig_ofi_open(NULL, &err);
-        struct rmig_source *src;
-        rmig_source_open(fabric, &cfg, &src, &err);
-        struct rmig_block_desc ram = {0};
-        ram.name = "ram"; ram.host = mem; ram.length = size;
-        uint32_t block;
-        rmig_source_add_block(src, &ram, &block);
-        rmig_source_connect(src, "10.0.0.2:4444");
-        rmig_source_begin_round(src);
-        rmig_source_save_range(src, block, 0, size);    // first everything,
-        rmig_source_end_round(src);                     // then what KVM's dirty log says:
-        rmig_source_begin_round(src);                   //   again and again, at last with the guest stopped
-        rmig_source_save_bitmap(src, block, dirty_log, 0, pages);
-        rmig_source_end_round(src);
-        rmig_source_put(src, &device_state, sizeof device_state);
-        if (rmig_source_finish(src) == RMIG_OK) the_guest_now_runs_there();
-        else fprintf(stderr, "%s\n", rmig_source_error(src)->text);
-        rmig_source_close(src);
-        rmig_fabric_close(fabric);
-
-    The sink:
-
-        struct rmig_sink *sink;
-        rmig_sink_open(fabric, &cfg, &sink, &err);
-        rmig_sink_listen(sink, "0.0.0.0:4444");
-        struct rmig_sink_event ev;
-        while (rmig_sink_wait(sink, &ev, RMIG_FOREVER) == RMIG_OK && ev.type != RMIG_SINK_FINISHED) {
-            if (ev.type == RMIG_SINK_BLOCKS) {          // ev.block_count, rmig_sink_peer_block()
-                rmig_sink_add_block(sink, &ram, &block);
-                rmig_sink_accept_blocks(sink);
-            }
-            while (ev.type == RMIG_SINK_STREAM && (got = rmig_sink_get(sink, state + n, sizeof state - n)) > 0)
-                n += got;
+        // 0: the guest runs at the other end. -1: it is still ours. 1: ask the other end before running it here.
+        int migrate_out(const char *address, void *mem, uint64_t size, const uint64_t *dirty_log, const void *state,
+                        size_t state_size) {
+            struct rmig_error err;
+            struct rmig_source *src = NULL;
+            uint32_t block = 0;
+            struct rmig_fabric *fabric = rmig_ofi_open(NULL, &err);
+            if (fabric == NULL || rmig_source_open(fabric, NULL, &src, &err) != RMIG_OK) // NULL: all defaults
+                return fprintf(stderr, "source: %s\n", err.text), rmig_fabric_close(fabric), -1;
+            struct rmig_block_desc ram = {"ram", mem, size, 0, RMIG_BACKING_UNKNOWN, -1, 0};
+            rmig_source_add_block(src, &ram, &block);
+            rmig_source_connect(src, address);                     // "10.0.0.2:4444"
+            rmig_source_begin_round(src);
+            rmig_source_save_range(src, block, 0, size);           // first everything,
+            rmig_source_end_round(src);
+            rmig_source_begin_round(src);                          // then what KVM's dirty log says: again and
+            rmig_source_save_bitmap(src, block, dirty_log, 0, (size + 4095) / 4096); // again, at last with it stopped
+            rmig_source_end_round(src);
+            rmig_source_put(src, state, state_size);
+            int rc = rmig_source_finish(src);
+            if (rc != RMIG_OK)
+                fprintf(stderr, "source: %s\n", rmig_source_error(src)->text);
+            rmig_source_close(src);
+            rmig_fabric_close(fabric);
+            return rc == RMIG_OK ? 0 : rc == RMIG_ERR_HANDOVER ? 1 : -1;
         }
 
-    examples/minimal.c is that, whole. docs/embedding.md has the event loop,
+    The sink. It has the last word: before rmig_sink_take it does everything that can fail.
+
+        // The bytes of state that came with the guest, which is ours. -1: it is not. -2: ask the other end.
+        int64_t migrate_in(const char *address, void *mem, uint64_t size, void *state, size_t state_max) {
+            struct rmig_error err;
+            struct rmig_sink *sink = NULL;
+            struct rmig_sink_event ev = {RMIG_SINK_NONE, 0, 0, 0};
+            size_t have = 0;
+            struct rmig_fabric *fabric = rmig_ofi_open(NULL, &err);
+            if (fabric == NULL || rmig_sink_open(fabric, NULL, &sink, &err) != RMIG_OK)
+                return fprintf(stderr, "sink: %s\n", err.text), rmig_fabric_close(fabric), -1;
+            struct rmig_block_desc ram = {"ram", mem, size, 0, RMIG_BACKING_UNKNOWN, -1, 0};
+            rmig_sink_add_block(sink, &ram, NULL);
+            int rc = rmig_sink_listen(sink, address);              // ":4444"
+            while (rc == RMIG_OK && ev.type != RMIG_SINK_FINISHED) {
+                rc = rmig_sink_wait(sink, &ev, RMIG_FOREVER);
+                if (ev.type == RMIG_SINK_BLOCKS)                   // rmig_sink_peer_block() says what the source has
+                    rmig_sink_accept_blocks(sink);
+                size_t got = rmig_sink_get(sink, (char *)state + have, state_max - have);
+                have += got;
+                if (got < ev.stream_bytes)
+                    rmig_sink_refuse(sink, "the state is too large");
+                if (ev.type == RMIG_SINK_TAKE)                     // all is there: make devices of the state, then
+                    rmig_sink_take(sink);
+            }
+            if (rc != RMIG_OK)
+                fprintf(stderr, "sink: %s\n", rmig_sink_error(sink)->text);
+            rmig_sink_close(sink);
+            rmig_fabric_close(fabric);
+            return rc == RMIG_OK ? (int64_t)have : rc == RMIG_ERR_HANDOVER ? -2 : -1;
+        }
+
+    examples/minimal.c is both ends in one program. docs/embedding.md has the event loop,
     the convergence loop and what to do about errors.
 
 MACROS TO OVERRIDE, before the include (the implementation and all users alike)
@@ -750,7 +773,7 @@ RMIG_API int rmig_decode_register_result(const uint8_t *p, size_t n, struct rmig
     X(6, registration_max) /* bytes of one registration at the sender */                                               \
     X(7, idle_max) /* ns without a message after which the sender gives up; 0: never */                                \
     X(8, status) /* HELLO_RESULT: 0, or 1: refused, with a reason */                                                   \
-    X(10, features) /* RMIG_FEATURE_*: what the sender knows; what both know holds */
+    X(11, features) /* RMIG_FEATURE_*: what the sender knows; what both know holds */
 #define RMIG_HELLO_REASON_TAG 9 // text, not NUL-terminated
 #define RMIG_FEATURE_FINISH_PENDING 1u // a sink that needs time to answer FINISH says so again and again
 struct rmig_hello {
@@ -2106,11 +2129,13 @@ static size_t rmig__put_tlv(uint8_t *out, uint32_t tag, const void *value, size_
     memcpy(out + 4, value, n);
     return 4 + n;
 }
+/* Tags of release 0.1.0 are always there; those that came later only if they say something. */
+#define RMIG__HELLO_SAYS(tag, value) ((tag) < RMIG_HELLO_REASON_TAG || (value) != 0)
 RMIG__DEF int rmig_encode_hello(uint8_t *out, size_t cap, const struct rmig_hello *in) {
     const char *nul = (const char *)memchr(in->reason, '\0', sizeof in->reason);
     size_t reason = nul == NULL ? sizeof in->reason : (size_t)(nul - in->reason);
     size_t need = reason == 0 ? 0 : 4 + reason;
-#define RMIG__X(tag, name) need += 4 + 8;
+#define RMIG__X(tag, name) need += RMIG__HELLO_SAYS(tag, in->name) ? 4 + 8 : 0;
     RMIG_HELLO_LIST(RMIG__X)
 #undef RMIG__X
     if (cap < need)
@@ -2119,7 +2144,7 @@ RMIG__DEF int rmig_encode_hello(uint8_t *out, size_t cap, const struct rmig_hell
     uint8_t value[8];
 #define RMIG__X(tag, name)                                                                                             \
     rmig__put_be64(value, in->name);                                                                                   \
-    at += rmig__put_tlv(out + at, tag, value, sizeof value);
+    at += RMIG__HELLO_SAYS(tag, in->name) ? rmig__put_tlv(out + at, tag, value, sizeof value) : 0;
     RMIG_HELLO_LIST(RMIG__X)
 #undef RMIG__X
     if (reason != 0)
