@@ -597,10 +597,14 @@ static int rmig__verbs_reject(struct rmig_ep *ep, void *request, const uint8_t *
 
 // >>verbs: connections, made and freed
 
-static void rmig__verbs_free_queues(struct rmig__verbs_conn *c) {
+static void rmig__verbs_free_qp(struct rmig__verbs_conn *c) {
     if (c->qp)
         rdma_destroy_qp(c->head.id);
     c->qp = false;
+}
+
+static void rmig__verbs_free_queues(struct rmig__verbs_conn *c) {
+    rmig__verbs_free_qp(c);
     for (int q = 0; q < 2; q++) {
         if (c->cq[q] != NULL)
             ibv_destroy_cq(c->cq[q]);
@@ -1215,6 +1219,41 @@ static void rmig__verbs_disconnect(struct rmig_ep *ep) {
     rmig__verbs_leave(c);
 }
 
+// >>verbs: the end of the peer's writes
+
+/*
+Two ways. A queue pair that is destroyed takes nothing any more: destroying waits for what the adapter is at, which
+moving it to the error state need not. And a queue pair may lose IBV_ACCESS_REMOTE_WRITE while it goes on: the adapter
+looks at that with each packet. But drivers may drop such a change without a word (Broadcom's always lets the peer
+write, Intel's only ever adds rights), and over iWARP the rights are those of the moment of connecting. So revoke is
+offered only where the driver is known to pass it on.
+*/
+
+static const uint32_t rmig__verbs_revoking[] = {
+    // by vendor_id
+    0x02c9, // Mellanox, NVIDIA
+    0xffffff // the kernel's software RoCE
+};
+
+static bool rmig__verbs_revokes(const struct rmig__verbs_conn *c) {
+    bool known = false;
+    for (size_t i = 0; i < sizeof rmig__verbs_revoking / sizeof rmig__verbs_revoking[0]; i++)
+        known = known || rmig__verbs_revoking[i] == c->device.vendor_id;
+    return known && c->head.id->verbs->device->transport_type == IBV_TRANSPORT_IB;
+}
+
+static void rmig__verbs_cut(struct rmig_ep *ep) {
+    struct rmig__verbs_conn *c = (struct rmig__verbs_conn *)(void *)ep;
+    if (c->head.listener)
+        return;
+    /* The peer hears of it now, not when the id is destroyed. While an iWARP connection is being made this would wait. */
+    if (c->qp && c->connected && c->state != RMIG__VERBS_ENDED && !c->left)
+        rdma_disconnect(c->head.id);
+    rmig__verbs_free_qp(c);
+    rmig__verbs_end(c, RMIG_FEV_DISCONNECTED, 0, "cut by this side");
+    c->state = RMIG__VERBS_ENDED;
+}
+
 // >>verbs: capabilities, memory
 
 static uint64_t rmig__verbs_write_max(const struct rmig__verbs_conn *c) {
@@ -1242,6 +1281,7 @@ static int rmig__verbs_caps(struct rmig_ep *ep, struct rmig_fabric_caps *caps, s
     caps->local_mr = true;
     caps->offset_addressing = false;
     caps->target_must_poll = false;
+    caps->revokes = rmig__verbs_revokes(c);
     return RMIG_OK;
 }
 
@@ -1390,6 +1430,23 @@ static int rmig__verbs_check_up(const struct rmig__verbs_conn *c, const char *wh
     if (c->state != RMIG__VERBS_UP || c->leaving)
         return rmig_fail(err, RMIG_ERR_STATE, 0, "%s: the endpoint is %s", what,
                          c->leaving ? "disconnecting" : "not connected");
+    return RMIG_OK;
+}
+
+static int rmig__verbs_revoke(struct rmig_ep *ep, struct rmig_error *err) {
+    struct rmig__verbs_conn *c = (struct rmig__verbs_conn *)(void *)ep;
+    struct ibv_qp_attr attr;
+    int status = rmig__verbs_check_up(c, "revoke", err);
+    if (status != RMIG_OK)
+        return status;
+    if (!rmig__verbs_revokes(c))
+        return rmig_fail(err, RMIG_ERR_STATE, EOPNOTSUPP, "revoke: %s is not known to take the right to write away",
+                         rmig__verbs_device_name(c->head.id));
+    memset(&attr, 0, sizeof attr);
+    attr.qp_state = IBV_QPS_RTS; // where it is; access flags: none
+    int code = ibv_modify_qp(c->head.id->qp, &attr, IBV_QP_STATE | IBV_QP_ACCESS_FLAGS);
+    if (code != 0)
+        return rmig__verbs_fail(err, code, "taking the peer's right to write away");
     return RMIG_OK;
 }
 
@@ -1683,6 +1740,8 @@ static const struct rmig_fabric_ops *rmig__verbs_ops(void) {
         rmig__verbs_fds,
         rmig__verbs_reg_dmabuf,
         rmig__verbs_lockable,
+        rmig__verbs_revoke,
+        rmig__verbs_cut,
     };
     return &ops;
 }
