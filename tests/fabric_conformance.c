@@ -63,12 +63,16 @@ static void open_sim(struct world *w, const struct sim_config *cfg) {
 static void open_sim_ordered(struct world *w) {
     struct sim_config cfg;
     sim_defaults(&cfg, SIM_ORDERED, 1);
+    cfg.bandwidth = 1000000000;
+    cfg.parts = 7;
     open_sim(w, &cfg);
 }
 
 static void open_sim_unordered(struct world *w) {
     struct sim_config cfg;
     sim_defaults(&cfg, SIM_UNORDERED, 2);
+    cfg.bandwidth = 1000000000;
+    cfg.parts = 7;
     cfg.extra_completions = true;
     open_sim(w, &cfg);
 }
@@ -104,6 +108,7 @@ static void open_sim_slow(struct world *w) {
     struct sim_config cfg;
     sim_defaults(&cfg, SIM_LOCAL, 6);
     cfg.bandwidth = 100000000;
+    cfg.parts = 1000;
     cfg.latency_ns = SIM_MS;
     open_sim(w, &cfg);
 }
@@ -1765,6 +1770,164 @@ CONFORMANCE(a_listener_can_be_closed_in_every_state) {
         close_active(w, &s);
         close_passive(w, &s);
     }
+}
+
+// >>the end of the peer's writes
+
+enum { FLOOD = 4, FLOOD_WRITE = 8 << 20 }; // writes at once at most, bytes of each
+
+struct flood { // large writes under way
+    struct end a, p;
+    struct region src, dst;
+    uint64_t n;
+};
+
+static void cut(struct end *end) {
+    end->ops->cut(end->ep);
+    end->quiet = true; // not even to be polled any more
+}
+
+static void start_flood(struct world *w, struct flood *f) {
+    struct rmig_write writes[FLOOD];
+    connect_pair(w, &f->a, &f->p);
+    f->n = f->a.caps.write_depth < FLOOD ? f->a.caps.write_depth : FLOOD;
+    f->src = region(w, &f->a, FLOOD_WRITE, ALL_ACCESS);
+    f->dst = region(w, &f->p, f->n * FLOOD_WRITE, ALL_ACCESS);
+    memset(f->src.p, 0xee, FLOOD_WRITE);
+    for (uint64_t i = 0; i < f->n; i++)
+        writes[i] = make_write(&f->src, 0, &f->dst, i * FLOOD_WRITE, FLOOD_WRITE, i, true);
+    write_all(w, &f->a, writes, f->n);
+}
+
+static void end_flood(struct world *w, struct flood *f) {
+    drop(w, &f->dst);
+    drop(w, &f->src);
+    leave(w, &f->a);
+    leave(w, &f->p);
+}
+
+/* Until the first byte of the nth write is there. */
+static void await_landing(struct world *w, const struct flood *f, uint64_t nth) {
+    for (uint64_t deadline = world_now(w) + 2 * LIMIT; f->dst.p[nth * FLOOD_WRITE] == 0; pump(w))
+        cr_assert_lt(world_now(w), deadline, "%s: write %llu does not land", w->name, (unsigned long long)nth);
+}
+
+static void let_pass(struct world *w, uint64_t ns) {
+    for (uint64_t until = world_now(w) + 2 * ns; world_now(w) < until;)
+        pump(w);
+}
+
+/* From now on nothing lands. What was still to land is lost, and so the connection: its end is waited for. */
+static void check_quiet(struct world *w, struct flood *f) {
+    size_t n = f->dst.n;
+    uint8_t *now = pages(n);
+    memcpy(now, f->dst.p, n);
+    bool all = now[n - 1] == 0xee;
+    cr_assert(!all || w->sim == NULL || w->sim->cfg.parts < 2, "%s: all has landed already: this shows nothing",
+              w->name);
+    let_pass(w, 200 * SIM_MS);
+    for (size_t i = 0; i < n; i++)
+        cr_assert_eq(now[i], f->dst.p[i], "%s: byte %zu of %zu landed too late", w->name, i, n);
+    if (!all)
+        expect_end_of(w, &f->a);
+    munmap(now, n);
+}
+
+CONFORMANCE(nothing_lands_after_cut) {
+    for (int late = 0; late < 2; late++) {
+        struct flood f;
+        start_flood(w, &f);
+        await_landing(w, &f, late == 0 ? 0 : f.n - 1);
+        cut(&f.p);
+        check_quiet(w, &f);
+        expect_end_of(w, &f.a);
+        end_flood(w, &f);
+    }
+    leave(w, &w->listener);
+}
+
+CONFORMANCE(both_ends_can_cut) {
+    for (int late = 0; late < 2; late++) {
+        struct flood f;
+        start_flood(w, &f);
+        await_landing(w, &f, late == 0 ? 0 : f.n - 1);
+        cut(&f.a);
+        expect_end_of(w, &f.p);
+        cut(&f.p);
+        end_flood(w, &f);
+    }
+    leave(w, &w->listener);
+}
+
+CONFORMANCE(a_connection_can_be_cut_in_every_state) {
+    listen_on(w, any_port(false));
+    for (int state = 0; state < STATES; state++)
+        for (int order = 0; order < 2; order++) {
+            struct stage s;
+            struct end a, p;
+            reach(w, &s, (enum state)state);
+            if (order == 0)
+                cut(&s.a);
+            for (int twice = 0; s.passive && twice < 2; twice++)
+                cut(&s.p);
+            for (int i = 0; i < 5; i++)
+                pump(w);
+            close_passive(w, &s);
+            cut(&s.a);
+            close_active(w, &s);
+            refuse_pending(w);
+            connect_pair(w, &a, &p); // nothing is left that disturbs the next
+            send_message(w, &a, &p);
+            leave(w, &a);
+            leave(w, &p);
+        }
+    leave(w, &w->listener);
+}
+
+static bool revoke_writes(struct world *w, struct end *end) {
+    struct rmig_error err = {0};
+    if (!end->caps.revokes)
+        return false;
+    cr_assert_eq(end->ops->revoke(end->ep, &err), RMIG_OK, "%s: revoke: %s", w->name, err.text);
+    return true;
+}
+
+CONFORMANCE(a_write_after_revoke_is_refused_and_messages_go_on) {
+    struct end a, p;
+    connect_pair(w, &a, &p);
+    struct region src = region(w, &a, GUARD, ALL_ACCESS), dst = region(w, &p, GUARD, ALL_ACCESS);
+    memset(src.p, 0xee, GUARD);
+    struct rmig_write write = make_write(&src, 0, &dst, 0, GUARD, 1, true);
+    write_all(w, &a, &write, 1);
+    settle(w, &a, &p, &write, 1);
+    memset(dst.p, 0x5a, GUARD);
+    if (revoke_writes(w, &p)) {
+        send_message(w, &a, &p);
+        send_message(w, &p, &a);
+        write.id = 2;
+        cr_assert_eq(post_writes(w, &a, &write, 1), 1);
+        expect_end_of(w, &a);
+        cr_assert(!a.caps.completion_is_delivery || find(&a, RMIG_FEV_WRITE, 2, false) == NULL, "%s: it completed",
+                  w->name);
+        let_pass(w, 200 * SIM_MS);
+        for (size_t i = 0; i < GUARD; i++)
+            cr_assert_eq(dst.p[i], 0x5a, "%s: byte %zu was written after revoke", w->name, i);
+    }
+    drop(w, &dst);
+    drop(w, &src);
+    leave_pair(w, &a, &p);
+}
+
+CONFORMANCE(nothing_lands_after_revoke) {
+    for (int late = 0; late < 2; late++) {
+        struct flood f;
+        start_flood(w, &f);
+        await_landing(w, &f, late == 0 ? 0 : f.n - 1);
+        if (revoke_writes(w, &f.p))
+            check_quiet(w, &f);
+        end_flood(w, &f);
+    }
+    leave(w, &w->listener);
 }
 
 // >>waiting
