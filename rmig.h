@@ -485,23 +485,30 @@ struct rmig_block {
     uint64_t fd_offset;
 };
 
-/* The table of RAM blocks: index = order of addition, search by guest offset and by name in O(log n). Zero-initialised
-   works. */
+/* A block's place in two search trees, the first by guest offset, the second by name: in each what hangs below it, lower
+   and higher. A block is its index + 1 there, 0 is none. */
+struct rmig_blocks_node {
+    uint32_t below[2][2];
+};
+
+/* The table of RAM blocks: index = order of addition; addition, search by guest offset and by name in O(log n), in
+   whatever order they were added. Zero-initialised works. */
 struct rmig_blocks {
     struct rmig_block *block; // by index
-    uint32_t *by_offset, *by_name; // indexes, sorted
+    struct rmig_blocks_node *node; // by index
+    uint32_t root[2]; // of the trees
     uint32_t count, capacity;
     uint32_t last; // where the last search by offset hit
 };
 
 RMIG_API void rmig_blocks_init(struct rmig_blocks *t);
 RMIG_API void rmig_blocks_free(struct rmig_blocks *t);
-/* Adds a block. Returns RMIG_OK and the index (0, 1, 2 ...), or RMIG_ERR_ARGUMENT (empty or long name, NULL host,
-   length 0, wrap-around of host or guest range, duplicate name, overlap of guest ranges: the text names both blocks),
-   or RMIG_ERR_NO_MEMORY. */
+/* Adds a block. Returns RMIG_OK and the index (0, 1, 2 ...), or RMIG_ERR_ARGUMENT (no table, empty or long name, NULL
+   host, length 0, wrap-around of host or guest range, duplicate name, overlap of guest ranges: the text names both
+   blocks), or RMIG_ERR_NO_MEMORY. */
 RMIG_API int rmig_blocks_add(struct rmig_blocks *t, const struct rmig_block_desc *desc, uint32_t *index,
                              struct rmig_error *err);
-/* RMIG_OK and the index, or RMIG_ERR_ARGUMENT if there is none (a hole, an unknown name). */
+/* RMIG_OK and the index (may be NULL), or RMIG_ERR_ARGUMENT if there is none (a hole, an unknown name, no table). */
 RMIG_API int rmig_blocks_by_name(const struct rmig_blocks *t, const char *name, uint32_t *index);
 RMIG_API int rmig_blocks_by_offset(struct rmig_blocks *t, uint64_t guest_offset, uint32_t *index);
 
@@ -1687,40 +1694,74 @@ RMIG__DEF size_t rmig_param_list(struct rmig_param_info *out, size_t n) {
 
 // >>block: implementation
 
-RMIG__DEF void rmig_blocks_init(struct rmig_blocks *t) { memset(t, 0, sizeof *t); }
+RMIG__DEF void rmig_blocks_init(struct rmig_blocks *t) {
+    if (t != NULL)
+        memset(t, 0, sizeof *t);
+}
 
 RMIG__DEF void rmig_blocks_free(struct rmig_blocks *t) {
+    if (t == NULL)
+        return;
     for (uint32_t i = 0; i < t->count; i++)
         rmig__release(t->block[i].name);
     rmig__release(t->block);
-    rmig__release(t->by_offset);
-    rmig__release(t->by_name);
+    rmig__release(t->node);
     rmig_blocks_init(t);
 }
 
-/* First place in the sorted part of an order whose block is not below: by guest offset, or by name. */
-static uint32_t rmig__lower_offset(const struct rmig_blocks *t, uint64_t offset) {
-    uint32_t low = 0, high = t->count;
-    while (low < high) {
-        uint32_t middle = low + (high - low) / 2;
-        if (t->block[t->by_offset[middle]].guest_offset < offset)
-            low = middle + 1;
-        else
-            high = middle;
-    }
-    return low;
+/* The two orders are treaps: search trees in which no block hangs below one of lower rank. The ranks are as good as
+   random whatever the names and offsets are, so the trees are about 2 log2 n deep. */
+enum { RMIG__BY_OFFSET, RMIG__BY_NAME };
+
+static uint32_t rmig__blocks_rank(uint32_t i) {
+    i = (i ^ i >> 16) * 0x85ebca6bu;
+    i = (i ^ i >> 13) * 0xc2b2ae35u;
+    return i ^ i >> 16;
 }
 
-static uint32_t rmig__lower_name(const struct rmig_blocks *t, const char *name) {
-    uint32_t low = 0, high = t->count;
-    while (low < high) {
-        uint32_t middle = low + (high - low) / 2;
-        if (strcmp(t->block[t->by_name[middle]].name, name) < 0)
-            low = middle + 1;
-        else
-            high = middle;
+static bool rmig__blocks_before(const struct rmig_blocks *t, int order, uint32_t a, uint32_t b) {
+    if (order == RMIG__BY_OFFSET)
+        return t->block[a].guest_offset < t->block[b].guest_offset;
+    return strcmp(t->block[a].name, t->block[b].name) < 0;
+}
+
+/* Block i takes the place of the first one of lower rank on its way down. What hung there is divided: what is before i
+   hangs below it on one side, the rest on the other. */
+static void rmig__blocks_insert(struct rmig_blocks *t, int order, uint32_t i) {
+    uint32_t *at = &t->root[order];
+    while (*at != 0 && rmig__blocks_rank(*at - 1) >= rmig__blocks_rank(i))
+        at = &t->node[*at - 1].below[order][rmig__blocks_before(t, order, *at - 1, i)];
+    uint32_t rest = *at;
+    uint32_t *side[2] = {&t->node[i].below[order][0], &t->node[i].below[order][1]};
+    *at = i + 1;
+    while (rest != 0) {
+        bool before = rmig__blocks_before(t, order, rest - 1, i);
+        *side[!before] = rest;
+        side[!before] = &t->node[rest - 1].below[order][before];
+        rest = *side[!before];
     }
-    return low;
+    *side[0] = *side[1] = 0;
+}
+
+/* The last block that begins at or before the offset, and the first one that begins behind it: index + 1, 0 is none. */
+static void rmig__blocks_around(const struct rmig_blocks *t, uint64_t offset, uint32_t *before, uint32_t *behind) {
+    *before = *behind = 0;
+    for (uint32_t at = t->root[RMIG__BY_OFFSET]; at != 0;) {
+        bool is_before = t->block[at - 1].guest_offset <= offset;
+        *(is_before ? before : behind) = at;
+        at = t->node[at - 1].below[RMIG__BY_OFFSET][is_before];
+    }
+}
+
+/* The block of that name: index + 1, 0 is none. */
+static uint32_t rmig__blocks_named(const struct rmig_blocks *t, const char *name) {
+    uint32_t at = t->root[RMIG__BY_NAME];
+    for (int order = 1; at != 0 && order != 0;) {
+        order = strcmp(name, t->block[at - 1].name);
+        if (order != 0)
+            at = t->node[at - 1].below[RMIG__BY_NAME][order > 0];
+    }
+    return at;
 }
 
 static int rmig__blocks_check(const struct rmig_block_desc *d, struct rmig_error *err) {
@@ -1768,39 +1809,32 @@ static bool rmig__blocks_grow(struct rmig_blocks *t) {
     void *block = RMIG_REALLOC(t->block, capacity * sizeof *t->block);
     if (block != NULL)
         t->block = (struct rmig_block *)block;
-    void *by_offset = RMIG_REALLOC(t->by_offset, capacity * sizeof *t->by_offset);
-    if (by_offset != NULL)
-        t->by_offset = (uint32_t *)by_offset;
-    void *by_name = RMIG_REALLOC(t->by_name, capacity * sizeof *t->by_name);
-    if (by_name != NULL)
-        t->by_name = (uint32_t *)by_name;
-    if (block == NULL || by_offset == NULL || by_name == NULL)
+    void *node = RMIG_REALLOC(t->node, capacity * sizeof *t->node);
+    if (node != NULL)
+        t->node = (struct rmig_blocks_node *)node;
+    if (block == NULL || node == NULL)
         return false;
     t->capacity = capacity;
     return true;
 }
 
-static void rmig__order_insert(uint32_t *order, uint32_t count, uint32_t at, uint32_t index) {
-    memmove(order + at + 1, order + at, (count - at) * sizeof *order);
-    order[at] = index;
-}
-
 RMIG__DEF int rmig_blocks_add(struct rmig_blocks *t, const struct rmig_block_desc *desc, uint32_t *index,
                               struct rmig_error *err) {
-    if (desc == NULL)
-        return rmig_fail(err, RMIG_ERR_ARGUMENT, 0, "block: the description is NULL");
+    uint32_t before, behind;
+    if (t == NULL || desc == NULL)
+        return rmig_fail(err, RMIG_ERR_ARGUMENT, 0, "block: the %s is NULL", t == NULL ? "table" : "description");
     int status = rmig__blocks_check(desc, err);
     if (status != RMIG_OK)
         return status;
-    uint32_t at_name = rmig__lower_name(t, desc->name);
-    if (at_name < t->count && strcmp(t->block[t->by_name[at_name]].name, desc->name) == 0)
+    uint32_t same = rmig__blocks_named(t, desc->name);
+    if (same != 0)
         return rmig_fail(err, RMIG_ERR_ARGUMENT, 0, "block \"%.100s\": there is a block %u of that name already",
-                         desc->name, t->by_name[at_name]);
-    uint32_t at_offset = rmig__lower_offset(t, desc->guest_offset);
-    if (at_offset < t->count)
-        status = rmig__blocks_overlap(t, desc, t->by_offset[at_offset], err);
-    if (status == RMIG_OK && at_offset > 0)
-        status = rmig__blocks_overlap(t, desc, t->by_offset[at_offset - 1], err);
+                         desc->name, same - 1);
+    rmig__blocks_around(t, desc->guest_offset, &before, &behind);
+    if (before != 0)
+        status = rmig__blocks_overlap(t, desc, before - 1, err);
+    if (status == RMIG_OK && behind != 0)
+        status = rmig__blocks_overlap(t, desc, behind - 1, err);
     if (status != RMIG_OK)
         return status;
     size_t name_size = strlen(desc->name) + 1;
@@ -1816,8 +1850,8 @@ RMIG__DEF int rmig_blocks_add(struct rmig_blocks *t, const struct rmig_block_des
     b->backing = desc->backing;
     b->fd = desc->fd;
     b->fd_offset = desc->fd_offset;
-    rmig__order_insert(t->by_name, t->count, at_name, t->count);
-    rmig__order_insert(t->by_offset, t->count, at_offset, t->count);
+    rmig__blocks_insert(t, RMIG__BY_OFFSET, t->count);
+    rmig__blocks_insert(t, RMIG__BY_NAME, t->count);
     if (index != NULL)
         *index = t->count;
     t->count++;
@@ -1825,27 +1859,26 @@ RMIG__DEF int rmig_blocks_add(struct rmig_blocks *t, const struct rmig_block_des
 }
 
 RMIG__DEF int rmig_blocks_by_name(const struct rmig_blocks *t, const char *name, uint32_t *index) {
-    uint32_t at = name == NULL ? t->count : rmig__lower_name(t, name);
-    if (at >= t->count || strcmp(t->block[t->by_name[at]].name, name) != 0)
+    uint32_t found = t == NULL || name == NULL ? 0 : rmig__blocks_named(t, name);
+    if (found == 0)
         return RMIG_ERR_ARGUMENT;
-    *index = t->by_name[at];
+    if (index != NULL)
+        *index = found - 1;
     return RMIG_OK;
 }
 
 RMIG__DEF int rmig_blocks_by_offset(struct rmig_blocks *t, uint64_t guest_offset, uint32_t *index) {
+    uint32_t found, behind;
+    if (t == NULL)
+        return RMIG_ERR_ARGUMENT;
     if (t->last >= t->count || guest_offset - t->block[t->last].guest_offset >= t->block[t->last].length) {
-        uint32_t at = rmig__lower_offset(t, guest_offset);
-        if (at >= t->count || t->block[t->by_offset[at]].guest_offset != guest_offset) {
-            if (at == 0)
-                return RMIG_ERR_ARGUMENT;
-            at--;
-        }
-        uint32_t found = t->by_offset[at];
-        if (guest_offset - t->block[found].guest_offset >= t->block[found].length)
+        rmig__blocks_around(t, guest_offset, &found, &behind);
+        if (found == 0 || guest_offset - t->block[found - 1].guest_offset >= t->block[found - 1].length)
             return RMIG_ERR_ARGUMENT;
-        t->last = found;
+        t->last = found - 1;
     }
-    *index = t->last;
+    if (index != NULL)
+        *index = t->last;
     return RMIG_OK;
 }
 
