@@ -101,8 +101,9 @@ THREADS
 ERRORS
 
     Functions return RMIG_OK (0), RMIG_PENDING (1: not finished yet) or a negative
-    enum rmig_status. Statuses above RMIG_SESSION_ERRORS (-1 ... -99) say that this call
-    was refused and nothing changed. Those below (-100 ...) end the session: call close.
+    enum rmig_status. After statuses above RMIG_SESSION_ERRORS (-1 ... -99) the session goes on: this
+    call was refused and nothing changed (but for RMIG_ERR_FORGOTTEN: the sink has let a source go).
+    Those below (-100 ...) end the session: call close.
     rmig_source_error() and rmig_sink_error() say what happened, in words.
 
     Nobody has to look at every status. A block, pages or stream bytes that a call refused are
@@ -286,8 +287,8 @@ extern "C" {
 
 // >>status
 
-/* Every status: name, value, what it means, what to do. -1 ... -99: this call was refused and nothing changed.
-   -100 ...: the session is over. */
+/* Every status: name, value, what it means, what to do. -1 ... -99: the session goes on; this call was refused and
+   nothing changed, but for FORGOTTEN. -100 ...: the session is over. */
 #define RMIG_STATUS_LIST(X)                                                                                            \
     X(OK, 0, "ok", "")                                                                                                 \
     X(PENDING, 1, "not finished yet", "call process again when a descriptor is ready or the deadline has come")        \
@@ -297,6 +298,8 @@ extern "C" {
     X(ERR_FULL, -4, "no room now", "let the session make progress and call again")                                     \
     X(ERR_NO_MEMORY, -5, "out of memory", "free memory, or use larger chunks: tables grow with the chunk count")       \
     X(ERR_WIRE, -6, "malformed message", "the bytes do not follow the protocol")                                       \
+    X(ERR_FORGOTTEN, -7, "the source was refused and is forgotten",                                                    \
+      "the sink listens on; see the text for what did not suit")                                                       \
     X(ERR_TIMEOUT, -100, "the peer is silent", "check the network, or raise io-timeout or connect-timeout")            \
     X(ERR_PEER_GONE, -101, "the peer went away", "look at the other end for the reason")                               \
     X(ERR_PROTOCOL, -102, "the peer broke the protocol", "the other end is not a healthy rmig or QEMU")                \
@@ -1107,6 +1110,9 @@ struct rmig_sink;
 enum rmig_sink_event_type {
     RMIG_SINK_NONE,
     RMIG_SINK_CONNECTED, // a source is there; comes again for the next one if this one is forgotten
+    RMIG_SINK_FORGOTTEN, // a source was let go before its migration had begun: rmig_sink_error says why, the sink listens
+                         // on. Also for one that never came to CONNECTED. What it named and what it put into the stream
+                         // is void; the blocks added here stay. An answer that BLOCKS waited for is not wanted any more
     RMIG_SINK_BLOCKS, // the source asks for the blocks: add those missing, then rmig_sink_accept_blocks or
                       // rmig_sink_refuse; it waits meanwhile, up to its io-timeout: have memory that takes long to make
                       // ready before
@@ -1131,20 +1137,22 @@ RMIG_API int rmig_sink_open(struct rmig_fabric *fabric, const struct rmig_config
 /* As rmig_source_close. After bytes on a return path it waits up to 1 s until the source, which has them, has left. */
 RMIG_API void rmig_sink_close(struct rmig_sink *s);
 /* Listens on "host:port" (port 0: any free one). Requests that are not a migration are rejected, and listening goes
-   on. So it does after a source that breaks the protocol, leaves or falls silent before its migration has begun: with a
-   HELLO that was accepted, or in version 1 with stream bytes or the question for the blocks. That source is forgotten,
-   rmig_sink_error says why, and RMIG_SINK_CONNECTED comes again with the next. Nothing can have been written: no memory
-   is registered before the blocks are agreed. */
+   on. A migration begins when rmig_sink_accept_blocks has returned RMIG_OK; in version 1 with stream bytes or the
+   question for the blocks. Whatever a source says or does before, and whatever fails at this end on its account (out of
+   memory, no descriptor left, RLIMIT_MEMLOCK), costs that source its connection: it is told why, RMIG_SINK_FORGOTTEN
+   comes, and the sink listens on. Nothing can have been written: no memory is registered before the blocks are
+   agreed. */
 RMIG_API int rmig_sink_listen(struct rmig_sink *s, const char *address);
 RMIG_API int rmig_sink_address(struct rmig_sink *s, char *buf, size_t n); // as really bound
 
 /* Any time before accept_blocks. With an extended source blocks are matched by name; with a plain version 1 source by
    order of addition. */
 RMIG_API int rmig_sink_add_block(struct rmig_sink *s, const struct rmig_block_desc *desc, uint32_t *index);
-/* What the source said of its block i < block_count. Valid until close. */
+/* What the source said of its block i < block_count. Until close, or until the source is forgotten. */
 RMIG_API int rmig_sink_peer_block(struct rmig_sink *s, uint32_t i, struct rmig_block_entry *out);
-/* After RMIG_SINK_BLOCKS. RMIG_ERR_SETUP if a block of the source is missing or has another length; both ends then say
-   which. */
+/* After RMIG_SINK_BLOCKS, which may come again with another source: blocks are added once. RMIG_ERR_FORGOTTEN if a block
+   of the source is missing here or has another length, or if the tables cannot be had: both ends say which and why, and
+   RMIG_SINK_FORGOTTEN follows. From a version 1 source, whose migration has begun, that ends the session. */
 RMIG_API int rmig_sink_accept_blocks(struct rmig_sink *s);
 
 /* After RMIG_SINK_TAKE, which a source of the extension brings about by finish: the guest becomes this end's. The source
@@ -1157,8 +1165,9 @@ RMIG_API int rmig_sink_accept_blocks(struct rmig_sink *s);
    takes by itself, and there is no RMIG_SINK_TAKE. RMIG_ERR_STATE at any other time. Does not block. */
 RMIG_API int rmig_sink_take(struct rmig_sink *s);
 /* Refuses the source, from its connection until rmig_sink_take: the guest stays there, and its calls return
-   RMIG_ERR_REFUSED with the reason (up to 250 bytes; NULL: none). RMIG_OK; the session is over: process returns
-   RMIG_ERR_SETUP. RMIG_ERR_STATE when there is no source, or the guest is taken. */
+   RMIG_ERR_REFUSED with the reason (up to 250 bytes; NULL: none). Before its migration has begun RMIG_SINK_FORGOTTEN
+   follows and the sink listens on; afterwards the session is over, and process returns RMIG_ERR_SETUP. RMIG_ERR_STATE when
+   there is no source, or the guest is taken. */
 RMIG_API int rmig_sink_refuse(struct rmig_sink *s, const char *reason);
 
 /* Copies up to n stream bytes that have arrived; returns how many, 0: none now. */
@@ -4552,6 +4561,8 @@ RMIG__DEF void rmig_source_stats(const struct rmig_source *s, struct rmig_stats 
 #define RMIG__V1_UNIT RMIG_CHUNK_SIZE_MAX // safe whatever chunk size a version 1 source uses: it is not on the wire
 #define RMIG__V1_BYTES_PER_US 16 // slowest link that a silent version 1 source is granted: 16 MB/s
 #define RMIG__V1_BLOCKS_MAX (RMIG_PAYLOAD_MAX / RMIG_RAM_BLOCK_SIZE)
+#define RMIG__STEP_REQUESTS 16 // to connect, taken or rejected in one call
+#define RMIG__ADDRESS_MAX 128
 
 struct rmig__sink_block {
     uint32_t local; // index in the table of blocks
@@ -4612,13 +4623,15 @@ struct rmig__return {
 
 struct rmig_sink {
     struct rmig__session ss;
-    struct rmig_ep *listener;
+    struct rmig_ep *listener; // NULL: not yet, or nobody else may come
+    char address[RMIG__ADDRESS_MAX]; // where it was, once it is closed
+    unsigned requests; // to connect, in this call of process
     struct rmig_blocks blocks;
     enum rmig__sink_state state;
     struct rmig_private_data asked; // by the source
     uint64_t accepted_at; // when its request came
     uint8_t answer[RMIG_PRIVATE_DATA_SIZE];
-    bool begun; // the migration: from here on a failure of the source is the session's
+    bool begun; // the migration: from here on a failure of the source is the session's, and nobody else may come
     uint64_t part_until; // PARTING, LEAVING
     bool barred; // the source's right to write is gone
     struct rmig__return ret;
@@ -4642,6 +4655,7 @@ struct rmig_sink {
     size_t stream_at; // bytes taken of the QEMU_FILE in the inbox
     bool stream_told, stream_taken, disconnect_told;
     enum rmig_sink_event_type event; // to be delivered
+    struct rmig_error forgotten; // why: other calls may be refused before the event is delivered
 };
 
 RMIG__DEF int rmig_sink_open(struct rmig_fabric *fabric, const struct rmig_config *cfg, struct rmig_sink **out,
@@ -4861,15 +4875,15 @@ RMIG__DEF int rmig_sink_return_put(struct rmig_sink *s, const void *data, size_t
     if (ss->failed)
         return ss->failed;
     if (!s->begun || ss->extended || s->state >= RMIG__SINK_RETURNING)
-        return RMIG__REFUSE(ss, RMIG_ERR_STATE, 0,
+        return RMIG__NO(ss, RMIG_ERR_STATE, 0,
                             "rmig_sink_return_put: only for a version 1 source, after its first message and before "
                             "rmig_sink_complete");
     if (n > RMIG__RETURN_MAX || (data == NULL && n > 0))
-        return RMIG__REFUSE(ss, RMIG_ERR_ARGUMENT, 0,
+        return RMIG__NO(ss, RMIG_ERR_ARGUMENT, 0,
                             "rmig_sink_return_put: %zu bytes at %p: must be at most %d, not at NULL", n, data,
                             RMIG__RETURN_MAX);
     if (r->ep == NULL && r->broken.status == RMIG_OK)
-        return RMIG__REFUSE(ss, RMIG_ERR_STATE, 0,
+        return RMIG__NO(ss, RMIG_ERR_STATE, 0,
                             "rmig_sink_return_put: the source has opened no return path; it does so before its first "
                             "message, or not at all");
     if (r->ep == NULL)
@@ -4927,10 +4941,17 @@ RMIG__DEF int rmig_sink_listen(struct rmig_sink *s, const char *address) {
 RMIG__DEF int rmig_sink_address(struct rmig_sink *s, char *buf, size_t n) {
     if (s == NULL)
         return RMIG_ERR_ARGUMENT;
-    if (s->listener == NULL)
-        return RMIG__NO(&s->ss, RMIG_ERR_STATE, 0, "rmig_sink_address: listen first");
+    if (s->listener == NULL && s->address[0] == '\0')
+        return RMIG__NO(&s->ss, RMIG_ERR_STATE, 0, "rmig_sink_address: none is known; listen first");
     if (buf == NULL || n == 0)
         return RMIG__NO(&s->ss, RMIG_ERR_ARGUMENT, 0, "rmig_sink_address: buf is NULL or empty; 64 bytes suffice");
+    if (s->listener == NULL && n <= strlen(s->address))
+        return RMIG__NO(&s->ss, RMIG_ERR_ARGUMENT, 0, "rmig_sink_address: buf has %zu bytes, \"%s\" needs %zu", n,
+                        s->address, strlen(s->address) + 1);
+    if (s->listener == NULL) {
+        memcpy(buf, s->address, strlen(s->address) + 1);
+        return RMIG_OK;
+    }
     return s->ss.fabric->ops->address(s->listener, buf, n, &s->ss.error);
 }
 
@@ -4970,33 +4991,60 @@ static void rmig__sink_reject(struct rmig_sink *s, const struct rmig_fabric_even
     rmig__trace(&s->ss, "rejected a request: %s", why);
 }
 
-static void rmig__sink_forget(struct rmig_sink *s) {
-    rmig__trace(&s->ss, "forgot a source, listening again: %s", s->ss.error.text);
-    rmig__return_drop(s);
-    rmig__session_drop(&s->ss);
-    s->ready_out = false;
-    s->state = RMIG__SINK_LISTENING;
+/* What was made for one source goes. What another finds is as after listen, with the blocks that were added. */
+static void rmig__sink_forget_tables(struct rmig_sink *s) {
+    rmig__release(s->peer);
+    rmig__release(s->names);
+    rmig__release(s->block);
+    rmig__release(s->units);
+    rmig__release(s->region);
+    s->peer = NULL;
+    s->names = NULL;
+    s->block = NULL;
+    s->units = NULL;
+    s->region = NULL;
+    s->peer_count = s->peer_capacity = s->peer_total = 0;
+    s->names_size = s->names_capacity = 0;
+    s->block_count = s->region_count = s->region_capacity = s->region_free = 0;
+    s->ram_bytes = s->ss.stats.stream_bytes = 0;
+    s->stream_at = 0;
+    s->ready_out = s->stream_told = s->stream_taken = false;
 }
 
-/* What a source does before its migration has begun costs it its connection, and not the sink, which another may be on
-   its way to. The reason stays in ss->error. */
+/* Why a source is let go is in ss->error, and the embedder hears of it. Each step delivers one event, so there is none
+   that this one could hide: what calls this looks at nothing else afterwards. */
+static void rmig__sink_tell_forgotten(struct rmig_sink *s) {
+    RMIG_ASSERT(s->event == RMIG_SINK_NONE);
+    s->event = RMIG_SINK_FORGOTTEN;
+    s->forgotten = s->ss.error;
+    rmig__trace(&s->ss, "forgets a source: %s", s->ss.error.text);
+}
+
+/* What a source does before its migration has begun, and what this end cannot do for it, costs it its connection, and
+   not the sink, which another may be on its way to. Does nothing if the session has not failed, or for good. */
 static void rmig__sink_spare(struct rmig_sink *s) {
     struct rmig__session *ss = &s->ss;
-    if (s->begun || ss->failed == RMIG_OK || ss->failed == RMIG_ERR_SETUP || ss->failed == RMIG_ERR_CANCELLED)
+    if (s->begun || ss->failed == RMIG_OK || ss->failed == RMIG_ERR_CANCELLED || ss->ep == NULL)
         return;
     ss->failed = RMIG_OK;
     ss->broken = true; // it hears no more than its last words
     ss->again = true;
-    s->event = RMIG_SINK_NONE;
+    bool parting = s->state == RMIG__SINK_PARTING;
     s->state = RMIG__SINK_PARTING;
-    s->part_until = ss->last_words ? rmig__after(rmig__now(ss), RMIG__LINGER) : 0;
+    s->part_until = ss->last_words && !parting ? rmig__after(rmig__now(ss), RMIG__LINGER) : 0;
+    if (parting)
+        return; // that was told before
     rmig__return_drop(s);
+    rmig__sink_forget_tables(s);
+    rmig__sink_tell_forgotten(s);
 }
 
 static void rmig__sink_part(struct rmig_sink *s, bool *moved) {
     if (rmig__now(&s->ss) < s->part_until && !rmig__ep_ended(s->ss.ep, NULL))
         return;
-    rmig__sink_forget(s);
+    rmig__session_drop(&s->ss);
+    s->state = RMIG__SINK_LISTENING;
+    rmig__trace(&s->ss, "listening again");
     *moved = true;
 }
 
@@ -5010,6 +5058,8 @@ static void rmig__sink_accept(struct rmig_sink *s, const struct rmig_fabric_even
     if (ss->fabric->ops->open_request(s->listener, e->request, &cfg, &ss->ep, &ss->error) != RMIG_OK) {
         ss->ep = NULL;
         rmig__sink_reject(s, e, ss->error.text);
+        RMIG_LOG(ss->error.text);
+        rmig__sink_tell_forgotten(s);
         return;
     }
     s->state = RMIG__SINK_ACCEPTING;
@@ -5021,10 +5071,11 @@ static void rmig__sink_accept(struct rmig_sink *s, const struct rmig_fabric_even
     if (rmig_get(&ss->cfg, RMIG_PARAM_EXTENSION))
         answer.flags |= s->asked.flags & RMIG_FLAG_EXTENSION;
     rmig_encode_private_data(s->answer, sizeof s->answer, &answer);
-    if (rmig__session_setup(ss) != RMIG_OK)
-        return; // this end's own trouble: the session ends with it
-    if (ss->fabric->ops->accept(ss->ep, s->answer, sizeof s->answer, &ss->error) != RMIG_OK) {
-        rmig__sink_forget(s);
+    int status = rmig__session_setup(ss);
+    if (status == RMIG_OK && ss->fabric->ops->accept(ss->ep, s->answer, sizeof s->answer, &ss->error) != RMIG_OK)
+        status = rmig__session_end(ss);
+    if (status != RMIG_OK) {
+        rmig__sink_spare(s);
         return;
     }
     ss->extended = (answer.flags & RMIG_FLAG_EXTENSION) != 0;
@@ -5062,6 +5113,7 @@ static void rmig__return_open(struct rmig_sink *s, const struct rmig_fabric_even
     if (s->ss.fabric->ops->open_request(s->listener, e->request, &cfg, &r->ep, &err) != RMIG_OK) {
         r->ep = NULL;
         rmig__sink_reject(s, e, err.text);
+        rmig__return_break(s, RMIG_ERR_FABRIC, err.provider_code, err.text);
         return;
     }
     memset(&r->broken, 0, sizeof r->broken);
@@ -5088,9 +5140,15 @@ static void rmig__sink_on_request(struct rmig_sink *s, const struct rmig_fabric_
     }
 }
 
+/* Takes requests until there is something to tell, and so many in one call of process: strangers may knock without
+   end. */
 static int rmig__sink_poll_listener(struct rmig_sink *s) {
-    for (;;) {
+    while (s->event == RMIG_SINK_NONE) {
         struct rmig_fabric_event e;
+        if (s->requests == RMIG__STEP_REQUESTS) {
+            s->ss.again = true;
+            break;
+        }
         int n = s->ss.fabric->ops->poll(s->listener, &e, 1, &s->ss.error);
         if (n < 0 && s->ss.ep != NULL) { // the migration under way does not need it
             rmig__trace(&s->ss, "listener: %s", s->ss.error.text);
@@ -5099,12 +5157,25 @@ static int rmig__sink_poll_listener(struct rmig_sink *s) {
         if (n < 0)
             return rmig__session_end(&s->ss);
         if (n == 0)
-            return s->ss.failed;
+            break;
+        s->requests++;
         if (e.type == RMIG_FEV_REQUEST)
             rmig__sink_on_request(s, &e);
-        if (e.type == RMIG_FEV_ERROR)
+        if (e.type == RMIG_FEV_ERROR) // one request's, not the listener's
             rmig__trace(&s->ss, "listener: %s", e.text);
     }
+    return s->ss.failed;
+}
+
+/* The migration has begun: the sink is this source's, which has opened all the connections that it will. */
+static void rmig__sink_begin(struct rmig_sink *s) {
+    s->begun = true;
+    if (s->listener == NULL)
+        return;
+    if (s->ss.fabric->ops->address(s->listener, s->address, sizeof s->address, NULL) != RMIG_OK)
+        s->address[0] = '\0';
+    s->ss.fabric->ops->close(s->listener);
+    s->listener = NULL;
 }
 
 // --- the end
@@ -5149,6 +5220,7 @@ static int rmig__sink_on_hello(struct rmig_sink *s, const uint8_t *p, const stru
     if (rmig_decode_hello(p, h->len, &hello) < 0)
         return rmig__sink_bad(s, h, "its entries are malformed");
     rmig__fill_hello(ss, &answer);
+    answer.features &= hello.features;
     bool fixed = (ss->cfg.set_ & (1u << RMIG_PARAM_CHUNK_SIZE)) != 0;
     uint64_t own = answer.chunk_size, asked = hello.chunk_size;
     bool is_size = rmig__is_power_of_two(asked) && asked >= RMIG_CHUNK_SIZE_MIN && asked <= RMIG_CHUNK_SIZE_MAX;
@@ -5175,7 +5247,6 @@ static int rmig__sink_on_hello(struct rmig_sink *s, const uint8_t *p, const stru
         ss->broken = ss->last_words = true; // the reason is on its way: no ERROR behind it
         return RMIG__END(ss, valid ? RMIG_ERR_SETUP : RMIG_ERR_PROTOCOL, 0, "refused the source: %s", answer.reason);
     }
-    s->begun = true;
     s->chunk_size = asked;
     s->unit = asked;
     s->state = RMIG__SINK_UP;
@@ -5523,7 +5594,7 @@ static int rmig__sink_dispatch(struct rmig_sink *s, const uint8_t *p, const stru
             break;
         if (s->block != NULL)
             return rmig__sink_say_ram_blocks(s); // asked again: the same answer, nothing registered twice
-        s->begun = true;
+        rmig__sink_begin(s);
         s->state = RMIG__SINK_ASKING;
         s->event = RMIG_SINK_BLOCKS;
         return RMIG_OK;
@@ -5587,7 +5658,8 @@ static int rmig__sink_on_message(struct rmig_sink *s, bool *moved) {
     } else if (h->type == RMIG_MSG_QEMU_FILE && h->len > 0) {
         /* Told again while bytes are left and some were taken, and when nothing else can come. */
         bool link_down = s->ss.disconnected || s->ss.broken;
-        s->begun = true;
+        if (!s->ss.extended)
+            rmig__sink_begin(s);
         if (!s->stream_told || s->stream_taken || link_down) {
             s->ss.stats.stream_bytes += s->stream_told ? 0 : h->len;
             s->stream_told = true;
@@ -5716,8 +5788,11 @@ RMIG__DEF int rmig_sink_accept_blocks(struct rmig_sink *s) {
     int status = rmig__sink_tables(s, count);
     if (status == RMIG_OK)
         status = rmig__check_lockable(ss, &s->blocks, (s->asked.flags & RMIG_FLAG_PIN_ALL) != 0 ? UINT64_MAX : s->unit);
-    if (status != RMIG_OK)
-        return status;
+    if (status != RMIG_OK) {
+        rmig__sink_spare(s);
+        return s->begun ? status : RMIG_ERR_FORGOTTEN;
+    }
+    rmig__sink_begin(s);
     s->state = RMIG__SINK_UP;
     ss->again = true;
     if (!ss->extended)
@@ -5737,6 +5812,7 @@ RMIG__DEF int rmig_sink_refuse(struct rmig_sink *s, const char *reason) {
                             ? "the guest is taken already"
                             : "there is no source to refuse");
     RMIG__END(&s->ss, RMIG_ERR_SETUP, 0, "refused: %.250s", reason == NULL ? "" : reason);
+    rmig__sink_spare(s);
     return RMIG_OK;
 }
 
@@ -5881,7 +5957,8 @@ static void rmig__sink_turn(struct rmig_sink *s, bool *moved) {
         rmig__sink_left(s);
         return;
     }
-    if (s->state == RMIG__SINK_OVER || (s->listener != NULL && rmig__sink_poll_listener(s) != RMIG_OK))
+    if (s->state == RMIG__SINK_OVER || (s->listener != NULL && rmig__sink_poll_listener(s) != RMIG_OK) ||
+        s->event != RMIG_SINK_NONE)
         return;
     int status = rmig__return_poll(s);
     if (status == RMIG_OK && s->state == RMIG__SINK_RETURNING)
@@ -5896,6 +5973,7 @@ static void rmig__sink_turn(struct rmig_sink *s, bool *moved) {
 static int rmig__sink_step(struct rmig_sink *s) {
     bool moved = true;
     s->ss.again = s->ss.ready = false;
+    s->requests = 0;
     for (unsigned turns = 0; moved && s->event == RMIG_SINK_NONE && s->ss.failed == RMIG_OK; turns++) {
         if (turns == 16) {
             s->ss.again = true;
@@ -5927,6 +6005,8 @@ RMIG__DEF int rmig_sink_process(struct rmig_sink *s, struct rmig_sink_event *ev)
     ev->round = s->event == RMIG_SINK_ROUND ? s->ss.stats.rounds : 0;
     ev->stream_bytes = s->event == RMIG_SINK_STREAM ? s->ss.inbox[0].header.len - s->stream_at : 0;
     s->event = RMIG_SINK_NONE;
+    if (ev->type == RMIG_SINK_FORGOTTEN)
+        s->ss.error = s->forgotten;
     if (ev->type != RMIG_SINK_NONE)
         s->ss.again = true;
     return RMIG_OK;
@@ -5955,8 +6035,10 @@ RMIG__DEF int rmig_sink_fds(struct rmig_sink *s, struct rmig_fd *fds, size_t n) 
     size_t ep_count = rmig__sink_eps(s, eps);
     for (size_t i = 0; i < ep_count; i++) {
         int got = rmig__session_fds(&s->ss, eps[i], fds + count, n - (size_t)count);
-        if (got < 0)
-            return got;
+        if (got < 0) {
+            rmig__sink_spare(s);
+            return s->ss.failed != RMIG_OK ? s->ss.failed : count;
+        }
         count += got;
     }
     return count;
@@ -5999,10 +6081,14 @@ RMIG__DEF int rmig_sink_wait(struct rmig_sink *s, struct rmig_sink_event *ev, ui
             return RMIG__NO(&s->ss, RMIG_ERR_STATE, 0, "rmig_sink_wait: the session is finished, no event will come");
         struct rmig_ep *eps[3];
         size_t n = rmig__sink_eps(s, eps);
-        if (n == 0)
+        if (n == 0 && s->state == RMIG__SINK_NEW)
             return RMIG__NO(&s->ss, RMIG_ERR_STATE, 0, "rmig_sink_wait: listen first");
-        if (s->ss.fabric->ops->wait(s->ss.fabric, eps, n, deadline, &s->ss.error) != RMIG_OK)
-            return rmig__session_end(&s->ss);
+        if (n == 0 && deadline == RMIG_FOREVER)
+            return RMIG__NO(&s->ss, RMIG_ERR_STATE, 0, "rmig_sink_wait: no connection is left, no event will come");
+        if (s->ss.fabric->ops->wait(s->ss.fabric, eps, n, deadline, &s->ss.error) != RMIG_OK) {
+            rmig__session_end(&s->ss);
+            rmig__sink_spare(s); // it may be the source's connection that cannot be waited for
+        }
     }
 }
 

@@ -401,8 +401,9 @@ struct play {
     char text[sizeof((struct rmig_error *)0)->text];
 
     struct rmig_sink *sink;
-    unsigned connected, rounds, taken, finished, disconnected;
-    bool think; // the embedder takes its time over the blocks
+    unsigned connected, rounds, taken, finished, disconnected, forgotten;
+    struct rmig_error why; // what the last source was forgotten for
+    bool blocks_added, think; // the embedder takes its time over the blocks
     bool returns; // it answers the first stream bytes on the return path, and the last, which complete the migration
     uint8_t stream[STREAM_MAX]; // received by rmig's sink, or to be sent by its source
     size_t stream_size, stream_due;
@@ -476,11 +477,12 @@ static struct {
     const struct rmig_fabric_ops *below;
     struct rmig_fabric_ops ops;
     struct {
+        struct rmig_ep *ep;
         void *handle;
         uint64_t length;
         bool exposed; // the peer can write it
     } region[REGIONS_MAX];
-    uint64_t regions, peak, exposed, bytes;
+    uint64_t regions, peak, exposed, bytes, rejects;
     int64_t endpoints;
 } held;
 
@@ -491,6 +493,7 @@ static int held_reg(struct rmig_ep *ep, void *address, uint64_t length, unsigned
         return status;
     cr_assert_lt(held.regions, (uint64_t)REGIONS_MAX);
     bool exposed = (access & RMIG_ACCESS_REMOTE_WRITE) != 0;
+    held.region[held.regions].ep = ep;
     held.region[held.regions].handle = mr->handle;
     held.region[held.regions].length = length;
     held.region[held.regions++].exposed = exposed;
@@ -509,6 +512,27 @@ static int held_dereg(struct rmig_ep *ep, struct rmig_mr *mr, struct rmig_error 
     held.bytes -= held.region[i].length;
     held.region[i] = held.region[--held.regions];
     return held.below->dereg(ep, mr, err);
+}
+
+/* Nothing of the peer lands on this endpoint any more. */
+static void held_bar(const struct rmig_ep *ep) {
+    for (uint64_t i = 0; i < held.regions; i++)
+        if (held.region[i].ep == ep && held.region[i].exposed) {
+            held.region[i].exposed = false;
+            held.exposed--;
+        }
+}
+
+static int held_revoke(struct rmig_ep *ep, struct rmig_error *err) {
+    int status = held.below->revoke(ep, err);
+    if (status == RMIG_OK)
+        held_bar(ep);
+    return status;
+}
+
+static void held_cut(struct rmig_ep *ep) {
+    held.below->cut(ep);
+    held_bar(ep);
 }
 
 static int held_listen(struct rmig_fabric *f, const char *address, struct rmig_ep **ep, struct rmig_error *err) {
@@ -531,6 +555,12 @@ static int held_open_request(struct rmig_ep *listener, void *request, const stru
     return status;
 }
 
+static int held_reject(struct rmig_ep *listener, void *request, const uint8_t *private_data, size_t n,
+                       struct rmig_error *err) {
+    held.rejects++;
+    return held.below->reject(listener, request, private_data, n, err);
+}
+
 static void held_close(struct rmig_ep *ep) {
     held.endpoints--;
     held.below->close(ep);
@@ -542,9 +572,12 @@ static void hold(struct rmig_fabric *f) {
     held.ops = *f->ops;
     held.ops.reg = held_reg;
     held.ops.dereg = held_dereg;
+    held.ops.revoke = held.below->revoke == NULL ? NULL : held_revoke;
+    held.ops.cut = held_cut;
     held.ops.listen = held_listen;
     held.ops.open = held_open;
     held.ops.open_request = held_open_request;
+    held.ops.reject = held_reject;
     held.ops.close = held_close;
     f->ops = &held.ops;
 }
@@ -774,7 +807,7 @@ static uint64_t sink_over(struct play *p, int status) { return over(p, status, r
 
 static int give_blocks(struct play *p) {
     int status = RMIG_OK;
-    for (unsigned i = 0; i < BLOCKS && status == RMIG_OK; i++) {
+    for (unsigned i = 0; i < BLOCKS && status == RMIG_OK && !p->blocks_added; i++) {
         struct rmig_block_desc d = {0};
         d.name = p->ram[i].name;
         d.host = p->ram[i].host;
@@ -782,7 +815,10 @@ static int give_blocks(struct play *p) {
         d.guest_offset = (uint64_t)i << 36;
         status = rmig_sink_add_block(p->sink, &d, NULL);
     }
-    return status == RMIG_OK ? rmig_sink_accept_blocks(p->sink) : status;
+    p->blocks_added = true;
+    if (status == RMIG_OK)
+        status = rmig_sink_accept_blocks(p->sink);
+    return status == RMIG_ERR_FORGOTTEN ? RMIG_OK : status; // the event follows
 }
 
 static const uint8_t pong[8] = {0, 2, 0, 4, 0, 0, 0, 1}, shut[8] = {0, 1, 0, 4, 0, 0, 0, 0};
@@ -794,7 +830,8 @@ static int answer_stream(struct play *p, bool first) {
     status = rmig_sink_return_put(p->sink, shut, sizeof shut);
     if (status == RMIG_OK)
         status = rmig_sink_complete(p->sink);
-    cr_assert(status < 0 || held.exposed == 0, "complete leaves memory that the source can write");
+    cr_assert(status < 0 || held.exposed == 0 || !p->sink->ss.caps.revokes,
+              "complete leaves memory that the source can write");
     return status;
 }
 
@@ -808,6 +845,11 @@ static uint64_t sink_step(void *user, uint64_t now) {
     switch (ev.type) {
     case RMIG_SINK_CONNECTED:
         p->connected++;
+        break;
+    case RMIG_SINK_FORGOTTEN:
+        p->forgotten++;
+        p->why = *rmig_sink_error(p->sink);
+        p->stream_size = 0;
         break;
     case RMIG_SINK_BLOCKS:
         status = p->think ? RMIG_OK : give_blocks(p);
@@ -1743,24 +1785,28 @@ static void serve_extended(struct play *p) {
 }
 
 static bool is_listening(const struct raw *r) { return r->play->done || (held.regions == 0 && held.endpoints == 1); }
-static bool has_error(const struct raw *r) { return r->play->done || rmig_sink_error(r->play->sink)->text[0] != '\0'; }
+static bool has_forgotten(const struct raw *r) { return r->play->done || r->play->forgotten > 0; }
 
 /* The sink says why it forgot the source and holds nothing for it any more. */
 static void check_forgotten(struct play *p, int status, const char *needles) {
     bool extended = get_be32(p->raw.private_data + 4) == EXTENSION;
-    cr_assert(raw_until(&p->raw, has_error, status == RMIG_ERR_TIMEOUT ? 5 * SIM_SECOND : SIM_SECOND),
-              "the sink says nothing");
+    struct rmig_block_entry entry;
+    cr_assert(raw_until(&p->raw, has_forgotten, status == RMIG_ERR_TIMEOUT ? 5 * SIM_SECOND : SIM_SECOND),
+              "the embedder is not told");
     cr_assert_not(p->done, "the sink has ended: %s", p->text);
-    struct rmig_error why = *rmig_sink_error(p->sink);
+    struct rmig_error why = p->why;
     check_failure(p, why.status, why.text, status, needles);
     if (status == RMIG_ERR_PROTOCOL && strstr(why.text, "refused") == NULL)
         check_told(p, why.text, extended);
     cr_assert(raw_until(&p->raw, is_listening, 150 * SIM_MS), "%llu regions and %lld endpoints are left",
               (unsigned long long)held.regions, (long long)held.endpoints);
     cr_assert_not(rmig_sink_extended(p->sink) || rmig_sink_has_return_path(p->sink));
+    cr_assert_eq(rmig_sink_peer_block(p->sink, 0, &entry), RMIG_ERR_ARGUMENT, "a block of it is still known");
+    cr_assert_eq(p->forgotten, 1u, "it was told %u times", p->forgotten);
     check_untouched(p);
     raw_drop(&p->raw);
-    p->connected = 0;
+    p->connected = p->forgotten = 0;
+    p->think = false;
 }
 
 /* The source is forgotten, and an honest one is served by the same sink. */
@@ -1773,13 +1819,17 @@ static void sink_must_forget(struct play *p, int status, const char *needles) {
     play_free(p);
 }
 
-/* A session that has come so far; the source does the rest; rmig's sink must say so. */
+/* A session that has come so far; the source does the rest; rmig's sink must say so. An extended source whose blocks
+   are not agreed yet is forgotten. */
 #define TO_SINK(name, stage, status, needles, ...)                                                                     \
     Test(hostile_source, name) {                                                                                       \
         struct play *p = sink_at(stage);                                                                               \
         struct raw *r = &p->raw;                                                                                       \
         __VA_ARGS__;                                                                                                   \
-        sink_must_fail(p, RMIG_ERR_##status, needles);                                                                 \
+        if (stage == X_CONNECTED || stage == X_READY)                                                                  \
+            sink_must_forget(p, RMIG_ERR_##status, needles);                                                           \
+        else                                                                                                           \
+            sink_must_fail(p, RMIG_ERR_##status, needles);                                                             \
     }
 
 /* The same before its migration has begun: the sink forgets the source. */
@@ -1858,7 +1908,7 @@ Test(hostile_source, a_second_connection) {
     raw_open(&second, p, p->fabric[0]);
     for (unsigned i = 0; i < 20; i++) {
         raw_connect(&second, good_data, sizeof good_data, RECEIVES);
-        cr_assert(second.rejected);
+        cr_assert(second.gone && !second.established);
         raw_drop(&second);
     }
     stock_pass(q, every_page);
@@ -2247,8 +2297,7 @@ static void hello_refused(struct play *p, const char *needles) {
     cr_assert(r->gone, "the sink did not hang up");
 }
 
-/* What makes no sense is the source's fault: it is forgotten. Where two ends are set to different values the operator
-   of the sink wants to know: the session ends. */
+/* It is forgotten, and the operator of the sink learns what did not suit. */
 static void hello_forgotten(struct play *p, const char *needles) {
     hello_refused(p, needles);
     sink_must_forget(p, RMIG_ERR_PROTOCOL, needles);
@@ -2288,7 +2337,9 @@ Test(hostile_source, hello_with_another_chunk_size_than_was_set) {
     connect_with(&p->raw, EXTENSION, RECEIVES);
     cr_assert(SAY_HELLO(&p->raw, T_HELLO, 2 * MIB));
     hello_refused(p, "chunk-size|2097152|4194304");
-    sink_must_fail(p, RMIG_ERR_SETUP, "chunk-size|2097152|4194304");
+    check_forgotten(p, RMIG_ERR_SETUP, "chunk-size|2097152|4194304");
+    serve_stock(p);
+    play_free(p);
 }
 
 /* Unknown tags are skipped, however often they come and however long they are; limits beyond all bounds count as the
@@ -2358,12 +2409,7 @@ Test(hostile_source, blocks_with_a_name_twice) {
     n += put_block(bytes + n, RAM_LENGTH, 0, "ram");
     n += put_block(bytes + n, RAM_LENGTH, (uint64_t)1 << 36, "ram");
     cr_assert(say_bytes(&p->raw, T_BLOCKS, 2, (uint32_t)n, bytes, n));
-    pass_time(&p->raw, SIM_SECOND);
-    cr_assert(p->done, "two blocks of one name were accepted");
-    cr_assert(p->status == RMIG_ERR_PROTOCOL || p->status == RMIG_ERR_SETUP, "%s: %s", rmig_status_name(p->status),
-              p->text);
-    check_text(p->text, "ram");
-    play_free(p);
+    sink_must_forget(p, RMIG_ERR_PROTOCOL, "\"ram\" twice");
 }
 
 /* While the embedder looks for its blocks. The sink may find fault with a message at once, or after the answer. */
@@ -2533,7 +2579,7 @@ TO_FORGET(error_at_first, V1_READY, REFUSED, "source gave up", SAY_EMPTY(r, T_ER
 TO_SINK(error_without_text, V1_BLOCKS, REFUSED, "source gave up", SAY_EMPTY(r, T_ERROR))
 TO_SINK(error_with_text, X_BLOCKS, REFUSED, "source gave up|no disk",
         say_bytes(r, T_ERROR, 1, 7, (const uint8_t *)"no disk", 7))
-TO_SINK(error_after_finish, X_FINISH, HANDOVER, "no disk", say_bytes(r, T_ERROR, 1, 7, (const uint8_t *)"no disk", 7))
+TO_SINK(error_after_finish, X_FINISH, REFUSED, "no disk", say_bytes(r, T_ERROR, 1, 7, (const uint8_t *)"no disk", 7))
 TO_SINK(error_with_control_characters, X_BLOCKS, REFUSED, "source gave up",
         say_bytes(r, T_ERROR, 1, 12, (const uint8_t *)"\x1b[2J\r\n\t\a\0\x7f\x80\xff", 12))
 TO_SINK(error_with_format, X_BLOCKS, REFUSED, "%s%n%1000000d",
@@ -2743,9 +2789,9 @@ static void x_go(struct raw *r, enum source_stage stage) {
 }
 
 static void check_hello(const struct raw *r) {
-    static const uint16_t tags[8] = {1, 2, 3, 4, 5, 6, 7, 8};
-    cr_assert_eq(r->m.len, 96u);
-    for (unsigned i = 0; i < 8; i++)
+    static const uint16_t tags[9] = {1, 2, 3, 4, 5, 6, 7, 8, 11};
+    cr_assert_eq(r->m.len, 108u);
+    for (unsigned i = 0; i < 9; i++)
         cr_assert_eq(get_be32(r->m.payload + 12 * i), (uint32_t)tags[i] << 16 | 8, "entry %u", i);
     cr_assert_eq(get_be64(r->m.payload + 4), MIB, "chunk_size");
 }
@@ -3434,7 +3480,7 @@ static void turned_away(struct play *p, uint32_t flags) {
     raw_open(&more, p, p->fabric[0]);
     pack(data, "ww", (const uint64_t[]){1, flags});
     raw_connect(&more, data, sizeof data, RECEIVES);
-    cr_assert(more.rejected, "%s", more.text);
+    cr_assert(more.gone && !more.established, "%s", more.text); // rejected, or nobody listens any more
     raw_close(&more);
 }
 
@@ -3629,10 +3675,10 @@ Test(return_path, never_established) {
     cr_assert(SAY(r, T_QEMU_FILE, 0, "q", 1));
     expect(r, T_READY);
     pass_time(r, 19 * SIM_SECOND / 10);
-    cr_assert(!p->done && held.endpoints == 3 && !rmig_sink_has_return_path(p->sink));
+    cr_assert(!p->done && held.endpoints == 2 && !rmig_sink_has_return_path(p->sink)); // the listener is closed
     SAY(r, T_QEMU_FILE, 0, "q", 1);
     pass_time(r, SIM_SECOND / 5);
-    cr_assert(!p->done && held.endpoints == 2, "%s", p->text);
+    cr_assert(!p->done && held.endpoints == 1, "%s", p->text);
     cr_assert_eq(put_back(p, pong, sizeof pong), RMIG_ERR_TIMEOUT);
     broken_with_bytes(p, &back, RMIG_ERR_TIMEOUT, "return path|8 bytes|no connection|2s (connect-timeout)");
 }
@@ -3666,7 +3712,7 @@ static struct play *shut_waits(struct raw *back) {
     cr_assert_eq(held.exposed, 1u);
     cr_assert_eq(put_back(p, shut, sizeof shut), RMIG_OK);
     cr_assert_eq(rmig_sink_complete(p->sink), RMIG_OK);
-    cr_assert_eq(held.exposed, 0u, "complete leaves memory that the source can write");
+    cr_assert(held.exposed == 0 || !p->sink->ss.caps.revokes, "complete leaves memory that the source can write");
     cr_assert_eq(rmig_sink_return_put(p->sink, pong, sizeof pong), RMIG_ERR_STATE);
     pass_time(back, SIM_SECOND);
     cr_assert(!p->done && p->finished == 0);
@@ -3949,7 +3995,7 @@ Test(hostile_source, the_next_comes_while_the_sink_parts_with_one) {
     pack(data, "ww", (const uint64_t[]){1, EXTENSION});
     raw_connect(&bad, data, sizeof data, 0);
     SAY_EMPTY(&bad, T_GOODBYE);
-    cr_assert(raw_until(&bad, has_error, SIM_SECOND));
+    cr_assert(raw_until(&bad, has_forgotten, SIM_SECOND));
     cr_assert_eq(rmig_sink_error(p->sink)->status, RMIG_ERR_PROTOCOL);
     p->connected = 0;
     serve_stock(p);
@@ -3965,7 +4011,7 @@ Test(hostile_source, cancel_while_the_sink_parts_with_one) {
         p->raw.by_hand = true;
         connect_with(&p->raw, EXTENSION, 0);
         SAY_EMPTY(&p->raw, T_GOODBYE);
-        cr_assert(raw_until(&p->raw, has_error, SIM_SECOND));
+        cr_assert(raw_until(&p->raw, has_forgotten, SIM_SECOND));
         cr_assert(cancel == 0 || rmig_sink_refuse(p->sink, "no") == RMIG_ERR_STATE);
         if (cancel) {
             rmig_sink_cancel(p->sink);
@@ -3975,4 +4021,123 @@ Test(hostile_source, cancel_while_the_sink_parts_with_one) {
         }
         play_free(p);
     }
+}
+
+/* The embedder does not want this source: told why, it goes, and the blocks that were added serve the next. */
+Test(hostile_source, refused_by_the_embedder_while_it_thinks) {
+    struct play *p = sink_at(X_READY);
+    struct raw *r = &p->raw;
+    p->think = true;
+    cr_assert(say_both_blocks(r));
+    pass_time(r, SIM_MS);
+    wake_sink(p);
+    cr_assert_eq(rmig_sink_refuse(p->sink, "not this guest"), RMIG_OK);
+    cr_assert_eq(rmig_sink_accept_blocks(p->sink), RMIG_ERR_STATE);
+    expect(r, T_ERROR);
+    cr_assert(r->m.len > 14 && memcmp(r->m.payload + r->m.len - 14, "not this guest", 14) == 0);
+    cr_assert(raw_until(r, has_forgotten, SIM_SECOND));
+    sink_must_forget(p, RMIG_ERR_SETUP, "not this guest");
+}
+
+/* Three sources name blocks that are not here, then one comes whose blocks are: they were added once. */
+Test(hostile_source, blocks_that_differ_three_times) {
+    struct play *p = sink_at(X_READY);
+    struct raw *r = &p->raw;
+    for (unsigned i = 0; i < 3; i++) {
+        cr_assert(say_blocks(r, 1, 0, i == 1 ? "rom" : "ram", RAM_LENGTH + PAGE));
+        check_forgotten(p, RMIG_ERR_SETUP, i == 1 ? "\"rom\"|4198400" : "\"ram\"|4198400|4194304");
+        connect_with(r, EXTENSION, RECEIVES);
+        go_extended(r, X_READY);
+        p->connected = 0;
+    }
+    raw_leave(r);
+    sink_must_forget(p, RMIG_ERR_PEER_GONE, "source went away");
+}
+
+/* Bytes that a forgotten source put into the stream are nobody's. */
+Test(hostile_source, stream_bytes_go_with_their_source) {
+    struct play *p = sink_at(X_READY);
+    struct raw *r = &p->raw;
+    uint8_t byte;
+    cr_assert(SAY(r, T_QEMU_FILE, 0, "q", 1));
+    expect(r, T_READY);
+    cr_assert_eq(p->stream_size, 8u);
+    play_actor(p, NULL);
+    cr_assert(SAY(r, T_QEMU_FILE, 0, "qq", 1, 2));
+    pass_time(r, SIM_MS);
+    struct rmig_sink_event ev;
+    do {
+        sim_spend(p->sim, 1, SIM_MS);
+        cr_assert_eq(rmig_sink_process(p->sink, &ev), RMIG_OK);
+    } while (ev.type != RMIG_SINK_STREAM);
+    cr_assert_eq(rmig_sink_get(p->sink, &byte, 1), 1u);
+    cr_assert_eq(rmig_sink_refuse(p->sink, "no"), RMIG_OK);
+    cr_assert_eq(rmig_sink_get(p->sink, &byte, 1), 0u);
+    wake_sink(p);
+    sink_must_forget(p, RMIG_ERR_SETUP, "no");
+}
+
+/* What fails at this end on account of one source costs that source its connection, and the embedder learns why. */
+static void one_fails(enum sim_op op, const char *needles) {
+    struct play *p = play_new(SIM_ORDERED);
+    struct raw *r = &p->raw;
+    p->world.faults[0] = (struct sim_fault){SIM_FAULT_ERROR, op, 1, 1};
+    play_sink(p, RAM_LENGTH, ROM_LENGTH);
+    raw_connect(r, good_data, sizeof good_data, RECEIVES);
+    cr_assert(r->gone && !r->established);
+    cr_assert_leq(held.rejects, 1u, "one request was rejected %llu times", (unsigned long long)held.rejects);
+    check_forgotten(p, RMIG_ERR_FABRIC, needles);
+    serve_stock(p);
+    play_free(p);
+}
+Test(hostile_source, request_cannot_be_opened) { one_fails(SIM_OPEN_REQUEST, "open_request"); }
+Test(hostile_source, control_buffers_cannot_be_registered) { one_fails(SIM_REG, "reg"); }
+Test(hostile_source, receive_cannot_be_posted) { one_fails(SIM_RECV, "recv"); }
+Test(hostile_source, request_cannot_be_accepted) { one_fails(SIM_ACCEPT, "accept"); }
+
+/* 200 strangers knock at once: a call takes 16 of them and comes back, and the migration that is under way goes on. */
+Test(hostile_source, a_flood_of_requests) {
+    SIM_ONLY;
+    struct play *p = sink_at(X_READY);
+    struct raw *r = &p->raw;
+    struct rmig_ep *ep[200];
+    struct rmig_error err = {0};
+    struct rmig_fabric_event e;
+    struct rmig_sink_event ev;
+    char address[80];
+    play_actor(p, NULL);
+    for (unsigned i = 0; i < 200; i++)
+        cr_assert_eq(r->ops->open(r->fabric, p->address, &raw_depths, &ep[i], &err), RMIG_OK, "%s", err.text);
+    pass_time(r, SIM_MS);
+    for (unsigned i = 0; i < 200; i++) {
+        cr_assert(r->ops->poll(ep[i], &e, 1, &err) == 1 && e.type == RMIG_FEV_RESOLVED);
+        cr_assert_eq(r->ops->connect(ep[i], good_data, sizeof good_data, &err), RMIG_OK, "%s", err.text);
+    }
+    pass_time(r, SIM_MS);
+    sim_spend(p->sim, 1, 10 * SIM_MS);
+    for (unsigned calls = 1; held.rejects < 200; calls++) {
+        uint64_t before = held.rejects;
+        cr_assert_leq(calls, 20u, "only %llu of 200 were rejected", (unsigned long long)held.rejects);
+        cr_assert_eq(rmig_sink_process(p->sink, &ev), RMIG_OK);
+        cr_assert_leq(held.rejects - before, 16u);
+        cr_assert(held.rejects == 200 || rmig_sink_next_deadline(p->sink) == 0, "it would sleep");
+    }
+    for (unsigned i = 0; i < 200; i++)
+        r->ops->close(ep[i]);
+    wake_sink(p);
+    cr_assert(say_both_blocks(r));
+    expect(r, T_BLOCKS_RESULT);
+    cr_assert_eq(held.endpoints, 1, "the listener is open although nobody else may come");
+    cr_assert_eq(rmig_sink_address(p->sink, address, sizeof address), RMIG_OK);
+    cr_assert_str_eq(address, p->address);
+    cr_assert_eq(rmig_sink_address(p->sink, address, strlen(p->address)), RMIG_ERR_ARGUMENT);
+    play_free(p);
+}
+
+/* A version 1 source may open its return path before it has said anything, and no connection afterwards. */
+Test(return_path, nobody_is_listened_to_behind_the_first_message) {
+    struct raw back;
+    struct play *p = with_return_path(&back);
+    cr_assert_eq(held.endpoints, 2);
+    free_with_return_path(p, &back);
 }
