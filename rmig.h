@@ -2961,30 +2961,37 @@ static int rmig__session_fds(struct rmig__session *ss, struct rmig_ep *ep, struc
     return got;
 }
 
-/* A private mapping on huge pages has a name in the list of mappings, and no other sign. */
-static bool rmig__anonymous_huge(const void *at) {
-    char line[256], piece[1024];
-    size_t length = 0;
-    ssize_t got = 0;
-    bool found = false;
-    int fd = open("/proc/self/maps", O_RDONLY | RMIG__O_CLOEXEC);
-    while (fd >= 0 && !found && (got = read(fd, piece, sizeof piece)) > 0) {
-        for (ssize_t i = 0; i < got && !found; i++) {
-            if (piece[i] != '\n') {
-                length += length < sizeof line - 1;
-                line[length - 1] = piece[i];
-                continue;
-            }
-            line[length] = '\0';
-            length = 0;
-            char *end;
-            uint64_t from = strtoull(line, &end, 16), to = *end == '-' ? strtoull(end + 1, NULL, 16) : 0;
-            found = from <= (uint64_t)(uintptr_t)at && (uint64_t)(uintptr_t)at < to;
-        }
+/* A private mapping on huge pages of hugetlbfs has a name in the list of mappings, which is read once for all blocks. */
+struct rmig__span {
+    uint64_t from, to; // addresses
+};
+
+static int rmig__span_order(const void *a, const void *b) {
+    const struct rmig__span *x = (const struct rmig__span *)a, *y = (const struct rmig__span *)b;
+    return x->from < y->from ? -1 : x->from > y->from;
+}
+
+/* How many bytes of the n spans, which it sorts, are on huge pages: by a list of mappings, in ascending order. */
+static uint64_t rmig__anonymous_huge(int maps_fd, struct rmig__span *span, size_t n) {
+    struct rmig__lines lines;
+    uint64_t huge = 0;
+    size_t first = 0;
+    lines.fd = maps_fd;
+    lines.at = lines.n = 0;
+    if (n > 0)
+        qsort(span, n, sizeof *span, rmig__span_order);
+    while (first < n && rmig__lines_next(&lines)) {
+        char *end;
+        uint64_t from = strtoull(lines.line, &end, 16), to = *end == '-' ? strtoull(end + 1, NULL, 16) : 0;
+        while (first < n && span[first].to <= from)
+            first++;
+        if (strstr(lines.line, " /anon_hugepage") == NULL)
+            continue;
+        for (size_t i = first; i < n && span[i].from < to; i++)
+            if (span[i].to > from)
+                huge += rmig__min(span[i].to, to) - rmig__max(span[i].from, from);
     }
-    if (fd >= 0)
-        close(fd);
-    return found && strstr(line, "/anon_hugepage") != NULL;
+    return huge;
 }
 
 #define RMIG__HUGETLBFS_MAGIC 0x958458f6 // linux/magic.h
@@ -2992,10 +2999,38 @@ static bool rmig__anonymous_huge(const void *at) {
 static bool rmig__on_hugetlbfs(const struct rmig_block *b) {
 #ifdef __linux__
     struct statfs fs;
-    if (b->backing == RMIG_BACKING_SHARED_FD)
-        return fstatfs(b->fd, &fs) == 0 && (uint64_t)fs.f_type == RMIG__HUGETLBFS_MAGIC;
+    return b->backing == RMIG_BACKING_SHARED_FD && fstatfs(b->fd, &fs) == 0 &&
+           (uint64_t)fs.f_type == RMIG__HUGETLBFS_MAGIC;
+#else
+    (void)b;
+    return false;
 #endif
-    return rmig__anonymous_huge(b->host); // false where there is no such list
+}
+
+/* How much of the blocks counts against a limit of locked memory: neither device memory nor huge pages of hugetlbfs. */
+static int rmig__charged(struct rmig__session *ss, const struct rmig_blocks *blocks, uint64_t *charged) {
+    struct rmig__span *span = (struct rmig__span *)rmig__calloc(blocks->count, sizeof *span);
+    size_t n = 0;
+    *charged = 0;
+    if (span == NULL && blocks->count > 0)
+        return RMIG__END(ss, RMIG_ERR_SETUP, 0, "out of memory for a list of %u blocks", blocks->count);
+    for (uint32_t i = 0; i < blocks->count; i++) {
+        const struct rmig_block *b = &blocks->block[i];
+        if (b->backing == RMIG_BACKING_DMABUF || rmig__on_hugetlbfs(b))
+            continue;
+        *charged += b->length;
+        if (b->backing == RMIG_BACKING_SHARED_FD)
+            continue;
+        span[n].from = (uint64_t)(uintptr_t)b->host;
+        span[n++].to = (uint64_t)(uintptr_t)b->host + b->length;
+    }
+    int maps_fd = n > 0 ? open("/proc/self/maps", O_RDONLY | RMIG__O_CLOEXEC) : -1; // without it all are charged
+    if (maps_fd >= 0) {
+        *charged -= rmig__anonymous_huge(maps_fd, span, n);
+        close(maps_fd);
+    }
+    rmig__release(span);
+    return RMIG_OK;
 }
 
 /* Before anything is moved: may as much be registered as is sure to be? `sure`: of all the blocks' memory, at most.
@@ -3004,13 +3039,13 @@ static int rmig__check_lockable(struct rmig__session *ss, const struct rmig_bloc
     uint64_t ram = 0, charged = 0;
     if (ss->fabric->ops->lockable == NULL)
         return RMIG_OK;
-    for (uint32_t i = 0; i < blocks->count; i++) {
-        const struct rmig_block *b = &blocks->block[i];
-        ram += b->backing == RMIG_BACKING_DMABUF ? 0 : b->length;
-        charged += b->backing == RMIG_BACKING_DMABUF || rmig__on_hugetlbfs(b) ? 0 : b->length;
-    }
+    for (uint32_t i = 0; i < blocks->count; i++)
+        ram += blocks->block[i].backing == RMIG_BACKING_DMABUF ? 0 : blocks->block[i].length;
     if (ram == 0)
         return RMIG_OK;
+    int status = rmig__charged(ss, blocks, &charged);
+    if (status != RMIG_OK)
+        return status;
     struct rmig_error err;
     memset(&err, 0, sizeof err);
     if (ss->fabric->ops->lockable(ss->ep, rmig__min(ram, sure), rmig__min(charged, sure), &err) == RMIG_OK)

@@ -842,3 +842,78 @@ Test(holes, memory_that_can_never_be_written_has_its_holes) {
     close(fd);
     memory_free(&m);
 }
+
+// >> what counts against a limit of locked memory
+
+static uint64_t charged;
+
+static int note_charged(struct rmig_ep *ep, uint64_t bytes, uint64_t limited, struct rmig_error *err) {
+    (void)ep, (void)bytes, (void)err;
+    charged = limited;
+    return RMIG_OK;
+}
+
+static int check_lockable(const struct rmig_blocks *blocks) {
+    struct rmig_fabric_ops ops = {0};
+    struct rmig_fabric fabric = {0};
+    ops.size = sizeof ops;
+    ops.lockable = note_charged;
+    fabric.ops = &ops;
+    struct rmig__session *ss = (struct rmig__session *)calloc(1, sizeof *ss);
+    ss->fabric = &fabric;
+    int status = rmig__check_lockable(ss, blocks, UINT64_MAX);
+    free(ss);
+    return status;
+}
+
+Test(lockable, the_list_of_mappings_is_read_once_for_all_blocks) {
+    struct rmig_blocks t = {0};
+    uint8_t *huge = (uint8_t *)mmap(NULL, 4 * RMIG_MIB, PROT_READ | PROT_WRITE,
+                                    MAP_PRIVATE | MAP_ANONYMOUS | MAP_HUGETLB | MAP_NORESERVE, -1, 0);
+    uint64_t want = 0;
+    for (uint32_t i = 0; i < 300; i++) {
+        char name[16];
+        snprintf(name, sizeof name, "b%u", i);
+        struct rmig_block_desc d = {.name = name, .length = PAGE, .guest_offset = (uint64_t)i << 20};
+        bool on_huge = huge != MAP_FAILED && i % 3 == 0;
+        d.host = on_huge ? (void *)(huge + (300 - i) * PAGE)
+                         : mmap(NULL, PAGE, i % 2 ? PROT_READ : PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        want += on_huge ? 0 : PAGE;
+        cr_assert_eq(rmig_blocks_add(&t, &d, NULL, NULL), RMIG_OK);
+    }
+    calls.opens_of_maps = 0;
+    cr_assert_eq(check_lockable(&t), RMIG_OK);
+    cr_expect_eq(calls.opens_of_maps, 1, "%u times", calls.opens_of_maps);
+    cr_expect_eq(charged, want);
+    rmig_blocks_free(&t);
+}
+
+// Against a loop over all mappings for each span; a list as the kernel writes it, with names of any length.
+Test(lockable, bytes_on_huge_pages_against_a_loop) {
+    for (int round = 0; round < 200; round++) {
+        struct rmig__span mapping[60], span[40];
+        bool huge[60];
+        uint64_t at = 0x10000, want = 0;
+        int fd = memfd_create("maps", MFD_CLOEXEC);
+        for (int i = 0; i < 60; i++) {
+            mapping[i].from = at += below(3) * PAGE;
+            mapping[i].to = at += (1 + below(20)) * PAGE;
+            huge[i] = below(2) == 0;
+            dprintf(fd, "%lx-%lx rw-p 00000000 00:0f %d %*s%s\n", (unsigned long)mapping[i].from,
+                    (unsigned long)mapping[i].to, i, huge[i] ? 20 : (int)below(600), "",
+                    huge[i] ? "/anon_hugepage (deleted)" : "/home/anon_hugepage");
+        }
+        for (int k = 0; k < 40; k++) {
+            span[k].from = below(at) + 1;
+            span[k].to = span[k].from + 1 + below(30 * PAGE);
+            for (int i = 0; i < 60; i++) {
+                uint64_t from = mapping[i].from > span[k].from ? mapping[i].from : span[k].from;
+                uint64_t to = mapping[i].to < span[k].to ? mapping[i].to : span[k].to;
+                want += huge[i] && from < to ? to - from : 0;
+            }
+        }
+        lseek(fd, 0, SEEK_SET);
+        cr_assert_eq(rmig__anonymous_huge(fd, span, 40), want, "round %d", round);
+        close(fd);
+    }
+}
