@@ -207,6 +207,7 @@ RMIG__STATIC_ASSERT(sizeof(size_t) >= 8, "rmig needs a 64-bit host");
 #define rmig_holes_open RMIG__NAME(rmig_holes_open)
 #define rmig_holes_close RMIG__NAME(rmig_holes_close)
 #define rmig_holes_next_data RMIG__NAME(rmig_holes_next_data)
+#define rmig_holes_forget RMIG__NAME(rmig_holes_forget)
 #define rmig_encode_private_data RMIG__NAME(rmig_encode_private_data)
 #define rmig_decode_private_data RMIG__NAME(rmig_decode_private_data)
 #define rmig_encode_header RMIG__NAME(rmig_encode_header)
@@ -457,11 +458,12 @@ static inline uint64_t rmig_chunk_further(uint64_t bytes, uint64_t chunk) {
 // >>block
 
 /* What a block's memory is backed with: decides how holes are found. Reading a never-touched page of a shared memory
-   file allocates it, so rmig looks for holes before it looks for zeros. Memory that is still being filled in from
-   elsewhere (userfaultfd) has holes that are none: UNKNOWN. */
+   file allocates it, so rmig looks for holes before it looks for zeros. Where this mapping is still being filled in from
+   elsewhere (userfaultfd), holes are none: that is noticed, and all of it is read. Where memory is filled in by way of
+   another mapping of it, it is not: UNKNOWN. */
 enum rmig_backing {
     RMIG_BACKING_UNKNOWN, // read everything
-    RMIG_BACKING_ANONYMOUS, // private anonymous mapping: holes by /proc/self/pagemap
+    RMIG_BACKING_ANONYMOUS, // private anonymous mapping: holes by /proc/self/pagemap, but not on huge pages of hugetlbfs
     RMIG_BACKING_SHARED_FD, // MAP_SHARED mapping of fd (memfd, tmpfs, hugetlbfs, file): holes by SEEK_DATA
     RMIG_BACKING_DMABUF // MAP_SHARED mapping of fd, a dma-buf of device memory: registered through it, and never looked
                         // at for zeros. The fabric must be able to (verbs, where the device can)
@@ -518,23 +520,32 @@ RMIG_API int rmig_blocks_by_offset(struct rmig_blocks *t, uint64_t guest_offset,
 // >>zero
 
 /* Is the range all zero? Stops within 128 bytes of the first byte that is not. Any alignment, any length. Any
-   thread. */
+   thread. NULL is not zero, unless n is 0. */
 RMIG_API bool rmig_is_zero(const void *p, size_t n);
 RMIG_API bool rmig_is_zero_portable(const void *p,
                                     size_t n); // without SIMD: the fallback, and the tests' second method
 
-/* Finds data without making the memory grow. */
+/* Finds data without making the memory grow. Each function takes NULL, and then finds nothing but data. */
 struct rmig_holes {
-    int pagemap_fd; // -1: not opened
+    int pagemap_fd, maps_fd, uffd; // of this process; -1: not to be had
     uint64_t page; // of the host, bytes
+    uint64_t sure_from, sure_to; // addresses: holes there are believed until rmig_holes_forget
+    int others; // what /proc/self/smaps shows of the whole process, RMIG__SMAPS_* of the implementation; -1: not read
 };
+/* Opens what tells of this process: a child that fork makes opens its own. Calls userfaultfd: a filter of system calls
+   should refuse that, and not kill for it. */
 RMIG_API void rmig_holes_open(struct rmig_holes *h);
 RMIG_API void rmig_holes_close(struct rmig_holes *h);
 /* The next run in [from, to) of the block that may hold something other than zero: [*data, *end). *data == to: none
-   left, all of it is holes and reads as zero. Where the backing cannot say, it is all data. Blocking: a system call or
-   two. */
+   left, all of it is holes and reads as zero. Where the backing cannot say, or the block's description is not true of
+   what is mapped there, or somebody else's userfaultfd fills the memory in, it is all data. Blocking: a few system
+   calls. Where userfaultfd is refused, or tracks writes, one pass over /proc/self/smaps, about 25 ms a GiB of what the
+   process has in memory, once between two calls of rmig_holes_forget. */
 RMIG_API void rmig_holes_next_data(struct rmig_holes *h, const struct rmig_block *b, uint64_t from, uint64_t to,
                                    uint64_t *data, uint64_t *end);
+/* Memory may have come to be filled in from elsewhere, or been mapped anew, since it was looked at: to be called where
+   a round begins. */
+RMIG_API void rmig_holes_forget(struct rmig_holes *h);
 
 // >>merge
 
@@ -1257,6 +1268,10 @@ RMIG_API uint64_t rmig_expected_downtime_ns(const struct rmig_stats *stats, uint
 #include <stdlib.h>
 #include <sys/types.h>
 #ifdef __linux__
+#include <linux/userfaultfd.h>
+#include <sys/ioctl.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
 #include <sys/vfs.h>
 #endif
 #include <unistd.h>
@@ -1894,6 +1909,8 @@ RMIG__DEF int rmig_blocks_by_offset(struct rmig_blocks *t, uint64_t guest_offset
 // >>zero: implementation
 
 RMIG__DEF bool rmig_is_zero_portable(const void *p, size_t n) {
+    if (p == NULL)
+        return n == 0;
     const uint8_t *at = (const uint8_t *)p, *end = at + n;
     for (; (size_t)(end - at) >= 64; at += 64) {
         uint64_t w[8];
@@ -1925,28 +1942,239 @@ __attribute__((target("avx2"))) static bool rmig__is_zero_avx2(const uint8_t *p,
 
 RMIG__DEF bool rmig_is_zero(const void *p, size_t n) {
 #ifdef RMIG__X86
-    if (n >= 128 && __builtin_cpu_supports("avx2"))
+    if (p != NULL && n >= 128 && __builtin_cpu_supports("avx2"))
         return rmig__is_zero_avx2((const uint8_t *)p, n);
 #endif
     return rmig_is_zero_portable(p, n);
 }
 
-/* Linux's numbers; <unistd.h> has them only under _GNU_SOURCE, which is the includer's to decide. */
+/* Linux's numbers, and what else libc shows only to who asked for it before the first header, which is the includer's to
+   decide. C++ always does. */
 #define RMIG__SEEK_DATA 3
 #define RMIG__SEEK_HOLE 4
+#ifdef O_CLOEXEC
+#define RMIG__O_CLOEXEC O_CLOEXEC
+#else
+#define RMIG__O_CLOEXEC __O_CLOEXEC
+#endif
+#if defined(__linux__) && !defined(__cplusplus)
+long syscall(long number, ...);
+#endif
+
+/* A text file read line by line; of a line what fits. */
+struct rmig__lines {
+    int fd;
+    ssize_t at, n; // of piece
+    char piece[4096], line[256];
+};
+
+static bool rmig__lines_next(struct rmig__lines *l) {
+    size_t length = 0;
+    for (;;) {
+        if (l->at == l->n) {
+            l->at = 0;
+            l->n = read(l->fd, l->piece, sizeof l->piece);
+            if (l->n <= 0) {
+                l->n = 0;
+                return false;
+            }
+        }
+        char c = l->piece[l->at++];
+        if (c == '\n')
+            break;
+        if (length < sizeof l->line - 1)
+            l->line[length++] = c;
+    }
+    l->line[length] = '\0';
+    return true;
+}
+
+/* A hole is believed only if it is one. It is none where somebody else's userfaultfd fills the memory in once it is
+   touched; where the file or the page map that was asked is not this memory's, since the block was described wrongly;
+   and on huge pages of hugetlbfs, of which the page map shows nothing while they are being moved. So before the first
+   hole of a mapping is believed, the mapping is looked at, and then no more until rmig_holes_forget:
+
+       rmig__holes_ask         where there is a hole, as the backing says
+       rmig__holes_believed    up to where is it in mappings that were looked at? Else they are, one after the other
+       rmig__mapping_at        what is mapped there (Linux 6.11 tells; before it each hole is looked at by itself)
+       rmig__mapping_suits     is that what the block says it is?
+       rmig__pager_at          is there a userfaultfd of somebody else? One of our own is registered for the instant of
+                               the question, which is refused with EBUSY then
+       rmig__smaps             what cannot be answered so, for the whole process
+
+   After a look the hole is asked for again: a pager that left before the look may have put something there after the
+   first question. The question to userfaultfd is of write protection: no access waits for us, since nothing is
+   protected. And it is of the hole alone: taking a registration back walks all pages that are there, with the address
+   space locked (100 ms a GiB), and KVM drops what it knows of them. */
+
+#ifdef __linux__
+
+/* PROCMAP_QUERY of linux/fs.h, which knows it since 6.11. */
+struct rmig__mapping {
+    uint64_t size, query_flags, query_address;
+    uint64_t start, end, flags, page_size, offset, inode;
+    uint32_t device_major, device_minor, name_size, build_id_size;
+    uint64_t name_address, build_id_address;
+};
+#define RMIG__MAPPING_QUERY _IOWR('f', 17, struct rmig__mapping)
+#define RMIG__MAPPING_SHARED 8u
+
+static bool rmig__mapping_at(const struct rmig_holes *h, uint64_t address, struct rmig__mapping *m) {
+    memset(m, 0, sizeof *m);
+    m->size = sizeof *m;
+    m->query_address = address;
+    return h->maps_fd >= 0 && ioctl(h->maps_fd, RMIG__MAPPING_QUERY, m) == 0;
+}
+
+static bool rmig__mapping_suits(const struct rmig_holes *h, const struct rmig_block *b, uint64_t address,
+                                const struct rmig__mapping *m) {
+    struct stat st;
+    bool shared = (m->flags & RMIG__MAPPING_SHARED) != 0;
+    if (b->backing == RMIG_BACKING_ANONYMOUS)
+        return !shared && m->inode == 0 && m->page_size == h->page;
+    uint64_t is = m->offset + (address - m->start);
+    uint64_t must = b->fd_offset + (address - (uint64_t)(uintptr_t)b->host);
+    return shared && is == must && fstat(b->fd, &st) == 0 && m->inode == (uint64_t)st.st_ino;
+}
+
+enum rmig__pager { RMIG__PAGER_NONE, RMIG__PAGER_SOMEBODY, RMIG__PAGER_CANNOT_SAY };
+
+/* On huge pages of hugetlbfs none of the range can be ZEROPAGEd, which is how they show where there is no mapping to
+   look at. Memory that cannot be registered at all has no pager; but if it is said to be anonymous it is not. */
+static enum rmig__pager rmig__pager_at(const struct rmig_holes *h, const struct rmig_block *b, uint64_t from,
+                                       uint64_t to) {
+    struct uffdio_register ours;
+    bool anonymous = b->backing == RMIG_BACKING_ANONYMOUS;
+    memset(&ours, 0, sizeof ours);
+    ours.range.start = from;
+    ours.range.len = to - from;
+    ours.mode = UFFDIO_REGISTER_MODE_WP;
+    if (h->uffd < 0)
+        return RMIG__PAGER_CANNOT_SAY;
+    if (ioctl(h->uffd, UFFDIO_REGISTER, &ours) == 0) {
+        ioctl(h->uffd, UFFDIO_UNREGISTER, &ours.range);
+        bool small = (ours.ioctls & (uint64_t)1 << _UFFDIO_ZEROPAGE) != 0;
+        return small || !anonymous ? RMIG__PAGER_NONE : RMIG__PAGER_SOMEBODY;
+    }
+    if (errno == EPERM) // a mapping that may never be written: nobody can register it
+        return RMIG__PAGER_NONE;
+    if (errno == EINVAL)
+        return anonymous ? RMIG__PAGER_SOMEBODY : RMIG__PAGER_NONE;
+    return RMIG__PAGER_CANNOT_SAY;
+}
+
+enum { RMIG__SMAPS_PAGER = 1, RMIG__SMAPS_HUGE = 2 };
+
+/* Of all mappings: does anybody fill one in, and is one on huge pages? Whoever tracks writes alone does not. */
+static int rmig__smaps(struct rmig_holes *h) {
+    struct rmig__lines lines;
+    if (h->others >= 0)
+        return h->others;
+    lines.at = lines.n = 0;
+    lines.fd = open("/proc/self/smaps", O_RDONLY | RMIG__O_CLOEXEC);
+    if (lines.fd < 0)
+        return RMIG__SMAPS_PAGER | RMIG__SMAPS_HUGE;
+    int seen = 0;
+    bool whole = false;
+    while (rmig__lines_next(&lines)) {
+        whole = strncmp(lines.line, "VmFlags:", 8) == 0; // the last line of each mapping
+        if (whole && (strstr(lines.line, " um") != NULL || strstr(lines.line, " ui") != NULL))
+            seen |= RMIG__SMAPS_PAGER;
+        if (whole && strstr(lines.line, " ht") != NULL)
+            seen |= RMIG__SMAPS_HUGE;
+    }
+    close(lines.fd);
+    return h->others = whole ? seen : RMIG__SMAPS_PAGER | RMIG__SMAPS_HUGE;
+}
+
+/* Looks at what is mapped from `from` on: how far holes are believed there, at most up to `to`, or `from`. */
+static uint64_t rmig__holes_look(struct rmig_holes *h, const struct rmig_block *b, uint64_t from, uint64_t to) {
+    struct rmig__mapping m;
+    bool known = rmig__mapping_at(h, from, &m);
+    if (known && !rmig__mapping_suits(h, b, from, &m))
+        return from;
+    uint64_t end = known ? rmig__min(m.end, to) : to;
+    enum rmig__pager pager = rmig__pager_at(h, b, from, end);
+    bool small = known || b->backing == RMIG_BACKING_SHARED_FD;
+    if (pager == RMIG__PAGER_CANNOT_SAY && (rmig__smaps(h) & (RMIG__SMAPS_PAGER | (small ? 0 : RMIG__SMAPS_HUGE))) == 0)
+        pager = RMIG__PAGER_NONE;
+    if (pager != RMIG__PAGER_NONE)
+        return from;
+    return known ? rmig__min(m.end, (uint64_t)(uintptr_t)b->host + b->length) : to;
+}
+
+/* Without write protection of all memory that may be asked about it is of no use. */
+static int rmig__holes_uffd(void) {
+    struct uffdio_api api;
+    const uint64_t wanted = UFFD_FEATURE_PAGEFAULT_FLAG_WP | (uint64_t)1 << 12; // UFFD_FEATURE_WP_HUGETLBFS_SHMEM
+    int fd = (int)syscall(SYS_userfaultfd, RMIG__O_CLOEXEC | 1); // UFFD_USER_MODE_ONLY, which needs no privilege
+    memset(&api, 0, sizeof api);
+    api.api = UFFD_API;
+    if (fd >= 0 && ioctl(fd, UFFDIO_API, &api) == 0 && (api.features & wanted) == wanted)
+        return fd;
+    if (fd >= 0)
+        close(fd);
+    return -1;
+}
+
+#else
+
+static int rmig__holes_uffd(void) { return -1; }
+static uint64_t rmig__holes_look(struct rmig_holes *h, const struct rmig_block *b, uint64_t from, uint64_t to) {
+    (void)h, (void)b, (void)from;
+    return to;
+}
+
+#endif
+
+/* How far the hole [from, to) is believed. *looked: something was looked at for that. */
+static uint64_t rmig__holes_believed(struct rmig_holes *h, const struct rmig_block *b, uint64_t from, uint64_t to,
+                                     bool *looked) {
+    uint64_t base = (uint64_t)(uintptr_t)b->host, at = (base + from) / h->page * h->page;
+    uint64_t stop = (base + to + h->page - 1) / h->page * h->page;
+    *looked = false;
+    if (at < h->sure_from || at >= h->sure_to)
+        h->sure_from = h->sure_to = at;
+    while (h->sure_to < stop) {
+        uint64_t sure = rmig__holes_look(h, b, h->sure_to, stop);
+        if (sure == h->sure_to)
+            break;
+        h->sure_to = sure;
+        *looked = true;
+    }
+    return rmig__min(rmig__max(h->sure_to, base + from) - base, to);
+}
+
+RMIG__DEF void rmig_holes_forget(struct rmig_holes *h) {
+    if (h == NULL)
+        return;
+    h->sure_from = h->sure_to = 0;
+    h->others = -1;
+}
 
 RMIG__DEF void rmig_holes_open(struct rmig_holes *h) {
+    if (h == NULL)
+        return;
     long page = sysconf(_SC_PAGESIZE);
     h->page = page > 0 ? (uint64_t)page : 4096;
-    h->pagemap_fd = open("/proc/self/pagemap", O_RDONLY);
-    if (h->pagemap_fd >= 0)
-        fcntl(h->pagemap_fd, F_SETFD, FD_CLOEXEC);
+    h->pagemap_fd = open("/proc/self/pagemap", O_RDONLY | RMIG__O_CLOEXEC);
+    h->maps_fd = open("/proc/self/maps", O_RDONLY | RMIG__O_CLOEXEC);
+    h->uffd = rmig__holes_uffd();
+    rmig_holes_forget(h);
+}
+
+static void rmig__close(int *fd) {
+    if (*fd >= 0)
+        close(*fd);
+    *fd = -1;
 }
 
 RMIG__DEF void rmig_holes_close(struct rmig_holes *h) {
-    if (h->pagemap_fd >= 0)
-        close(h->pagemap_fd);
-    h->pagemap_fd = -1;
+    if (h == NULL)
+        return;
+    rmig__close(&h->pagemap_fd);
+    rmig__close(&h->maps_fd);
+    rmig__close(&h->uffd);
 }
 
 /* tmpfs and file systems answer for pages that no process has mapped, too, which mincore and pagemap cannot. */
@@ -2009,16 +2237,35 @@ static void rmig__holes_pagemap(const struct rmig_holes *h, const struct rmig_bl
     }
 }
 
-RMIG__DEF void rmig_holes_next_data(struct rmig_holes *h, const struct rmig_block *b, uint64_t from, uint64_t to,
-                                    uint64_t *data, uint64_t *end) {
+static void rmig__holes_ask(const struct rmig_holes *h, const struct rmig_block *b, uint64_t from, uint64_t to,
+                            uint64_t *data, uint64_t *end) {
     *data = from;
     *end = to;
-    if (from >= to)
-        *data = to;
-    else if (b->backing == RMIG_BACKING_SHARED_FD)
+    if (b->backing == RMIG_BACKING_SHARED_FD)
         rmig__holes_file(h, b, from, to, data, end);
     else if (b->backing == RMIG_BACKING_ANONYMOUS && h->pagemap_fd >= 0)
         rmig__holes_pagemap(h, b, from, to, data, end);
+}
+
+RMIG__DEF void rmig_holes_next_data(struct rmig_holes *h, const struct rmig_block *b, uint64_t from, uint64_t to,
+                                    uint64_t *data, uint64_t *end) {
+    if (data == NULL || end == NULL)
+        return;
+    *data = from < to ? from : to;
+    *end = to;
+    if (h == NULL || b == NULL || h->page == 0)
+        return;
+    for (bool looked = true; looked && from < to;) {
+        rmig__holes_ask(h, b, from, to, data, end);
+        if (*data == from)
+            return;
+        uint64_t believed = rmig__holes_believed(h, b, from, *data, &looked);
+        if (believed == *data)
+            continue;
+        *data = believed;
+        *end = to;
+        return;
+    }
 }
 
 // >>wire: implementation
@@ -2831,30 +3078,37 @@ static int rmig__session_fds(struct rmig__session *ss, struct rmig_ep *ep, struc
     return got;
 }
 
-/* A private mapping on huge pages has a name in the list of mappings, and no other sign. */
-static bool rmig__anonymous_huge(const void *at) {
-    char line[256], piece[1024];
-    size_t length = 0;
-    ssize_t got = 0;
-    bool found = false;
-    int fd = open("/proc/self/maps", O_RDONLY);
-    while (fd >= 0 && !found && (got = read(fd, piece, sizeof piece)) > 0) {
-        for (ssize_t i = 0; i < got && !found; i++) {
-            if (piece[i] != '\n') {
-                length += length < sizeof line - 1;
-                line[length - 1] = piece[i];
-                continue;
-            }
-            line[length] = '\0';
-            length = 0;
-            char *end;
-            uint64_t from = strtoull(line, &end, 16), to = *end == '-' ? strtoull(end + 1, NULL, 16) : 0;
-            found = from <= (uint64_t)(uintptr_t)at && (uint64_t)(uintptr_t)at < to;
-        }
+/* A private mapping on huge pages of hugetlbfs has a name in the list of mappings, which is read once for all blocks. */
+struct rmig__span {
+    uint64_t from, to; // addresses
+};
+
+static int rmig__span_order(const void *a, const void *b) {
+    const struct rmig__span *x = (const struct rmig__span *)a, *y = (const struct rmig__span *)b;
+    return x->from < y->from ? -1 : x->from > y->from;
+}
+
+/* How many bytes of the n spans, which it sorts, are on huge pages: by a list of mappings, in ascending order. */
+static uint64_t rmig__anonymous_huge(int maps_fd, struct rmig__span *span, size_t n) {
+    struct rmig__lines lines;
+    uint64_t huge = 0;
+    size_t first = 0;
+    lines.fd = maps_fd;
+    lines.at = lines.n = 0;
+    if (n > 0)
+        qsort(span, n, sizeof *span, rmig__span_order);
+    while (first < n && rmig__lines_next(&lines)) {
+        char *end;
+        uint64_t from = strtoull(lines.line, &end, 16), to = *end == '-' ? strtoull(end + 1, NULL, 16) : 0;
+        while (first < n && span[first].to <= from)
+            first++;
+        if (strstr(lines.line, " /anon_hugepage") == NULL)
+            continue;
+        for (size_t i = first; i < n && span[i].from < to; i++)
+            if (span[i].to > from)
+                huge += rmig__min(span[i].to, to) - rmig__max(span[i].from, from);
     }
-    if (fd >= 0)
-        close(fd);
-    return found && strstr(line, "/anon_hugepage") != NULL;
+    return huge;
 }
 
 #define RMIG__HUGETLBFS_MAGIC 0x958458f6 // linux/magic.h
@@ -2862,10 +3116,38 @@ static bool rmig__anonymous_huge(const void *at) {
 static bool rmig__on_hugetlbfs(const struct rmig_block *b) {
 #ifdef __linux__
     struct statfs fs;
-    if (b->backing == RMIG_BACKING_SHARED_FD)
-        return fstatfs(b->fd, &fs) == 0 && (uint64_t)fs.f_type == RMIG__HUGETLBFS_MAGIC;
+    return b->backing == RMIG_BACKING_SHARED_FD && fstatfs(b->fd, &fs) == 0 &&
+           (uint64_t)fs.f_type == RMIG__HUGETLBFS_MAGIC;
+#else
+    (void)b;
+    return false;
 #endif
-    return rmig__anonymous_huge(b->host); // false where there is no such list
+}
+
+/* How much of the blocks counts against a limit of locked memory: neither device memory nor huge pages of hugetlbfs. */
+static int rmig__charged(struct rmig__session *ss, const struct rmig_blocks *blocks, uint64_t *charged) {
+    struct rmig__span *span = (struct rmig__span *)rmig__calloc(blocks->count, sizeof *span);
+    size_t n = 0;
+    *charged = 0;
+    if (span == NULL && blocks->count > 0)
+        return RMIG__END(ss, RMIG_ERR_SETUP, 0, "out of memory for a list of %u blocks", blocks->count);
+    for (uint32_t i = 0; i < blocks->count; i++) {
+        const struct rmig_block *b = &blocks->block[i];
+        if (b->backing == RMIG_BACKING_DMABUF || rmig__on_hugetlbfs(b))
+            continue;
+        *charged += b->length;
+        if (b->backing == RMIG_BACKING_SHARED_FD)
+            continue;
+        span[n].from = (uint64_t)(uintptr_t)b->host;
+        span[n++].to = (uint64_t)(uintptr_t)b->host + b->length;
+    }
+    int maps_fd = n > 0 ? open("/proc/self/maps", O_RDONLY | RMIG__O_CLOEXEC) : -1; // without it all are charged
+    if (maps_fd >= 0) {
+        *charged -= rmig__anonymous_huge(maps_fd, span, n);
+        close(maps_fd);
+    }
+    rmig__release(span);
+    return RMIG_OK;
 }
 
 /* Before anything is moved: may as much be registered as is sure to be? `sure`: of all the blocks' memory, at most.
@@ -2874,13 +3156,13 @@ static int rmig__check_lockable(struct rmig__session *ss, const struct rmig_bloc
     uint64_t ram = 0, charged = 0;
     if (ss->fabric->ops->lockable == NULL)
         return RMIG_OK;
-    for (uint32_t i = 0; i < blocks->count; i++) {
-        const struct rmig_block *b = &blocks->block[i];
-        ram += b->backing == RMIG_BACKING_DMABUF ? 0 : b->length;
-        charged += b->backing == RMIG_BACKING_DMABUF || rmig__on_hugetlbfs(b) ? 0 : b->length;
-    }
+    for (uint32_t i = 0; i < blocks->count; i++)
+        ram += blocks->block[i].backing == RMIG_BACKING_DMABUF ? 0 : blocks->block[i].length;
     if (ram == 0)
         return RMIG_OK;
+    int status = rmig__charged(ss, blocks, &charged);
+    if (status != RMIG_OK)
+        return status;
     struct rmig_error err;
     memset(&err, 0, sizeof err);
     if (ss->fabric->ops->lockable(ss->ep, rmig__min(ram, sure), rmig__min(charged, sure), &err) == RMIG_OK)
@@ -4336,6 +4618,8 @@ RMIG__DEF int rmig_source_begin_round(struct rmig_source *s) {
     if (s->exchange == RMIG__BLOCKS_NONE)
         s->exchange = RMIG__BLOCKS_SENDING;
     s->in_round = true;
+    rmig_holes_forget(&s->ss.holes);
+    s->hole.block = UINT32_MAX;
     s->prelude = s->stream_fill > 0;
     s->round_before = s->round_began;
     s->round_began = s->tokens_time = rmig__now(&s->ss);
