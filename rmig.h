@@ -1058,9 +1058,10 @@ struct rmig_sink;
 enum rmig_sink_event_type {
     RMIG_SINK_NONE,
     RMIG_SINK_CONNECTED, // a source is there; comes again for the next one if this one is forgotten
-    RMIG_SINK_FORGOTTEN, // a source was let go before its migration had begun: rmig_sink_error says why, the sink listens
-                         // on. Also for one that never came to CONNECTED. What it named and what it put into the stream
-                         // is void; the blocks added here stay. An answer that BLOCKS waited for is not wanted any more
+    RMIG_SINK_FORGOTTEN, // a source was let go before its migration had begun: rmig_sink_error says why, the sink
+                         // listens on. Also for one that never came to CONNECTED. What it named and what it put into
+                         // the stream is void; the blocks added here stay. An answer that BLOCKS waited for is not
+                         // wanted any more
     RMIG_SINK_BLOCKS, // the source asks for the blocks: add those missing, then rmig_sink_accept_blocks or
                       // rmig_sink_refuse; it waits meanwhile, up to its io-timeout: have memory that takes long to make
                       // ready before
@@ -1097,12 +1098,12 @@ RMIG_API int rmig_sink_address(struct rmig_sink *s, char *buf, size_t n); // as 
 RMIG_API int rmig_sink_add_block(struct rmig_sink *s, const struct rmig_block_desc *desc, uint32_t *index);
 /* What the source said of its block i < block_count. Until close, or until the source is forgotten. */
 RMIG_API int rmig_sink_peer_block(struct rmig_sink *s, uint32_t i, struct rmig_block_entry *out);
-/* After RMIG_SINK_BLOCKS, which may come again with another source: blocks are added once. RMIG_ERR_FORGOTTEN if a block
-   of the source is missing here or has another length, or if the tables cannot be had: both ends say which and why, and
-   RMIG_SINK_FORGOTTEN follows. From a version 1 source, whose migration has begun, that ends the session. */
+/* After RMIG_SINK_BLOCKS, which may come again with another source: blocks are added once. RMIG_ERR_FORGOTTEN if a
+   block of the source is missing here or has another length, or if the tables cannot be had: both ends say which and
+   why, and RMIG_SINK_FORGOTTEN follows. From a version 1 source, whose migration has begun, that ends the session. */
 RMIG_API int rmig_sink_accept_blocks(struct rmig_sink *s);
-/* Sends the source away with the reason. Before its migration has begun RMIG_SINK_FORGOTTEN follows and the sink listens
-   on, afterwards the session is over: the next process says so. RMIG_ERR_STATE without a source. */
+/* Sends the source away with the reason. Before its migration has begun RMIG_SINK_FORGOTTEN follows and the sink
+   listens on, afterwards the session is over: the next process says so. RMIG_ERR_STATE without a source. */
 RMIG_API int rmig_sink_refuse(struct rmig_sink *s, const char *reason);
 
 /* Copies up to n stream bytes that have arrived; returns how many, 0: none now. */
@@ -4353,12 +4354,16 @@ RMIG__DEF void rmig_source_stats(const struct rmig_source *s, struct rmig_stats 
 #define RMIG__V1_BYTES_PER_US 16 // slowest link that a silent version 1 source is granted: 16 MB/s
 #define RMIG__V1_BLOCKS_MAX (RMIG_PAYLOAD_MAX / RMIG_RAM_BLOCK_SIZE)
 #define RMIG__STEP_REQUESTS 16 // to connect, taken or rejected in one call
+#define RMIG__STEP_REGIONS 64 // registered or deregistered for the source in one call; of bytes no more than ...
+#define RMIG__STEP_REGISTER                                                                                            \
+    (64 * RMIG_MIB) // ... this, or one region: a window of a source's, so that it waits no longer
 #define RMIG__ADDRESS_MAX 128
 
 struct rmig__sink_block {
     uint32_t local; // index in the table of blocks
-    uint32_t *unit; // per unit of registration: 1 + index of the region that begins there or covers it, 0: none
+    uint32_t *unit; // per unit of registration: 1 + index of the region that covers it and reaches furthest, 0: none
     uint64_t units;
+    uint64_t registered; // bytes of all its regions; where they overlap, more than the block has
 };
 
 struct rmig__sink_region {
@@ -4381,6 +4386,7 @@ enum rmig__sink_state {
     RMIG__SINK_HELLO, // extended: the source's HELLO is due
     RMIG__SINK_UP,
     RMIG__SINK_ASKING, // the embedder's word on the blocks is due
+    RMIG__SINK_TABLE, // version 1: RAM_BLOCKS_RESULT is due, and with pin-all what it has keys for
     RMIG__SINK_HANDOVER, // FINISH came, GOODBYE is due
     RMIG__SINK_RETURNING, // complete but for bytes on the return path
     RMIG__SINK_OVER
@@ -4436,7 +4442,7 @@ struct rmig_sink {
     struct rmig__sink_region *region;
     uint32_t region_count, region_capacity, region_free; // free: no slot below it is free
 
-    uint32_t clear_entry; // of the message in the inbox that is being carried out
+    uint32_t entry; // next of the message (or table) that is carried out in steps
     uint64_t clear_done; // bytes of that entry
     size_t stream_at; // bytes taken of the QEMU_FILE in the inbox
     bool stream_told, stream_taken, disconnect_told;
@@ -4785,6 +4791,7 @@ static void rmig__sink_forget_tables(struct rmig_sink *s) {
     s->block_count = s->region_count = s->region_capacity = s->region_free = 0;
     s->ram_bytes = s->ss.stats.stream_bytes = 0;
     s->stream_at = 0;
+    s->entry = 0;
     s->ready_out = s->stream_told = s->stream_taken = false;
 }
 
@@ -5111,11 +5118,11 @@ static int rmig__sink_check_clear(struct rmig_sink *s, const uint8_t *p, const s
 
 /* RMIG_PENDING: there is more to clear than one call should; the message stays in the inbox. */
 static int rmig__sink_on_clear(struct rmig_sink *s, const uint8_t *p, const struct rmig_header *h, uint32_t count) {
-    int status = s->clear_entry == 0 && s->clear_done == 0 ? rmig__sink_check_clear(s, p, h, count) : RMIG_OK;
+    int status = s->entry == 0 && s->clear_done == 0 ? rmig__sink_check_clear(s, p, h, count) : RMIG_OK;
     uint64_t budget = RMIG__STEP_SCAN;
-    while (status == RMIG_OK && s->clear_entry < count) {
+    while (status == RMIG_OK && s->entry < count) {
         struct rmig_compress run;
-        rmig_decode_compress(p + (size_t)s->clear_entry * RMIG_COMPRESS_SIZE, RMIG_COMPRESS_SIZE, &run);
+        rmig_decode_compress(p + (size_t)s->entry * RMIG_COMPRESS_SIZE, RMIG_COMPRESS_SIZE, &run);
         const struct rmig_block *ram = rmig__sink_local(s, rmig__sink_find(s, run.block));
         uint64_t end = run.start + run.length;
         s->clear_done = rmig__sink_clear(s, ram, run.start + s->clear_done, end, &budget) - run.start;
@@ -5123,51 +5130,107 @@ static int rmig__sink_on_clear(struct rmig_sink *s, const uint8_t *p, const stru
             return RMIG_PENDING;
         s->ss.stats.bytes_zero += run.length;
         s->clear_done = 0;
-        s->clear_entry++;
+        s->entry++;
     }
-    s->clear_entry = 0;
+    s->entry = 0;
     return status;
 }
 
-/* A registration that covers [from, to) of a block: one that is there, or a new one. NULL: the session has ended. */
-static struct rmig__sink_region *rmig__sink_register(struct rmig_sink *s, uint32_t index, uint64_t from, uint64_t to) {
+/* What a source may register, and when.
+
+   A source names ranges, a sink makes them writable, and the bytes that it pins are bounded by the RAM that there is,
+   whatever the source asks for. An extended source's registrations do not overlap: what lies inside one is answered
+   with it, what overlaps one otherwise is refused. A version 1 source cannot help overlaps, since neither end knows the
+   other's chunks: its ranges are registered as asked while all of them together are no more than the block; then the
+   whole block is, which covers all that is still to come. So no block is registered more than twice over.
+
+   Registering is slow, and a message may ask for much. So it is done in steps: as many entries a call as the budget
+   allows, while the message stays in the inbox (RMIG_PENDING); once the last one is there the reply is made by looking
+   all of them up. */
+
+/* The registration that covers [from, to) of a block, or NULL. */
+static struct rmig__sink_region *rmig__sink_covering(struct rmig_sink *s, uint32_t index, uint64_t from, uint64_t to) {
+    uint32_t known = s->block[index].unit[from / s->unit];
+    struct rmig__sink_region *r = known == 0 ? NULL : &s->region[known - 1];
+    return r != NULL && r->offset <= from && to <= r->offset + r->length ? r : NULL;
+}
+
+/* This call has registered or deregistered as much as one should; before: the counters at its beginning. */
+static bool rmig__sink_spent(const struct rmig_sink *s, const struct rmig_stats *before) {
+    const struct rmig_stats *now = &s->ss.stats;
+    uint64_t bytes = rmig__max(now->bytes_registered, before->bytes_registered) -
+                     rmig__min(now->bytes_registered, before->bytes_registered);
+    uint64_t regions = now->registrations - before->registrations + now->deregistrations - before->deregistrations;
+    return bytes >= RMIG__STEP_REGISTER || regions >= RMIG__STEP_REGIONS;
+}
+
+/* May [from, to) be registered beside what is? A version 1 range may be widened to the whole block. */
+static int rmig__sink_admit(struct rmig_sink *s, uint32_t index, uint64_t *from, uint64_t *to) {
     struct rmig__sink_block *b = &s->block[index];
-    uint32_t known = b->unit[from / s->unit];
-    if (known != 0) {
-        struct rmig__sink_region *r = &s->region[known - 1];
-        if (r->offset <= from && to <= r->offset + r->length)
-            return r;
+    const struct rmig_block *local = rmig__sink_local(s, b);
+    for (uint64_t at = *from; s->ss.extended && at < *to; at += s->unit) {
+        uint32_t known = b->unit[at / s->unit];
+        if (known != 0)
+            return RMIG__END(
+                &s->ss, RMIG_ERR_PROTOCOL, 0,
+                "the source asked to register [0x%llx, 0x%llx) of block \"%.60s\", which overlaps [0x%llx, "
+                "0x%llx), registered before: must lie inside it or outside",
+                (unsigned long long)*from, (unsigned long long)*to, local->name,
+                (unsigned long long)s->region[known - 1].offset,
+                (unsigned long long)(s->region[known - 1].offset + s->region[known - 1].length));
     }
+    if (b->registered + (*to - *from) > local->length && local->length <= s->ss.caps.registration_max) {
+        *from = 0;
+        *to = local->length;
+    }
+    if (*to - *from > s->ss.caps.registration_max)
+        return RMIG__END(&s->ss, RMIG_ERR_REGISTRATION, 0,
+                         "block \"%.60s\": %llu bytes are asked for in one registration; fabric %s takes at most %llu",
+                         local->name, (unsigned long long)(*to - *from), s->ss.fabric->ops->name,
+                         (unsigned long long)s->ss.caps.registration_max);
+    if (s->region_free == s->region_capacity)
+        return RMIG__END(&s->ss, RMIG_ERR_PROTOCOL, 0, "the source asked for more than %u registrations",
+                         s->region_capacity);
+    if (b->registered + (*to - *from) > 2 * local->length)
+        return RMIG__END(&s->ss, RMIG_ERR_PROTOCOL, 0,
+                         "the source asked to register [0x%llx, 0x%llx) of block \"%.60s\": with %llu bytes registered "
+                         "of it that is more than twice its length, %llu",
+                         (unsigned long long)*from, (unsigned long long)*to, local->name,
+                         (unsigned long long)b->registered, (unsigned long long)local->length);
+    return RMIG_OK;
+}
+
+/* Makes sure that a registration covers [from, to) of a block. */
+static int rmig__sink_register(struct rmig_sink *s, uint32_t index, uint64_t from, uint64_t to) {
+    struct rmig__sink_block *b = &s->block[index];
+    if (rmig__sink_covering(s, index, from, to) != NULL)
+        return RMIG_OK;
     while (s->region_free < s->region_count && s->region[s->region_free].used)
         s->region_free++;
-    if (to - from > s->ss.caps.registration_max) {
-        RMIG__END(&s->ss, RMIG_ERR_REGISTRATION, 0,
-                  "block \"%.60s\": %llu bytes are asked for in one registration; fabric %s takes at most %llu",
-                  rmig__sink_local(s, b)->name, (unsigned long long)(to - from), s->ss.fabric->ops->name,
-                  (unsigned long long)s->ss.caps.registration_max);
-        return NULL;
-    }
-    if (s->region_free == s->region_capacity) {
-        RMIG__END(&s->ss, RMIG_ERR_PROTOCOL, 0, "the source asked for more than %u registrations", s->region_capacity);
-        return NULL;
-    }
+    int status = rmig__sink_admit(s, index, &from, &to);
+    if (status != RMIG_OK)
+        return status;
     struct rmig__sink_region *r = &s->region[s->region_free];
     bool unit_unknown = !s->ss.extended && !s->pin_all && !s->ss.caps.offset_addressing &&
                         rmig_get(&s->ss.cfg, RMIG_PARAM_PEER_CHUNK_SIZE) == 0;
-    if (rmig__register(&s->ss, rmig__sink_local(s, b), from, to - from,
-                       RMIG_ACCESS_LOCAL_WRITE | RMIG_ACCESS_REMOTE_WRITE, &r->mr,
-                       unit_unknown ? "; to register less at once, set peer-chunk-size to the source's (stock QEMU: 1M)"
-                                    : "") != RMIG_OK)
-        return NULL;
+    status = rmig__register(
+        &s->ss, rmig__sink_local(s, b), from, to - from, RMIG_ACCESS_LOCAL_WRITE | RMIG_ACCESS_REMOTE_WRITE, &r->mr,
+        unit_unknown ? "; to register less at once, set peer-chunk-size to the source's (stock QEMU: 1M)" : "");
+    if (status != RMIG_OK)
+        return status;
     r->used = true;
     r->block = index;
     r->offset = from;
     r->length = to - from;
+    b->registered += r->length;
     if (s->region_free == s->region_count)
         s->region_count++;
-    for (uint64_t at = from; at < to; at += s->unit)
-        b->unit[at / s->unit] = s->region_free + 1;
-    return r;
+    for (uint64_t at = from; at < to; at += s->unit) {
+        uint32_t known = b->unit[at / s->unit];
+        if (known == 0 || s->region[known - 1].offset + s->region[known - 1].length < to)
+            b->unit[at / s->unit] = s->region_free + 1;
+    }
+    return RMIG_OK;
 }
 
 /* What a REGISTER_REQUEST covers. With a version 1 source neither end knows the other's chunk size, so a request is
@@ -5183,7 +5246,22 @@ static void rmig__sink_request_range(const struct rmig_sink *s, uint64_t length,
         *to = *from + (q->chunks + 1) * s->unit;
 }
 
-static int rmig__sink_on_register(struct rmig_sink *s, const uint8_t *p, const struct rmig_header *h, uint8_t *out) {
+/* Version 1 has 32 bits for a key. */
+static int rmig__sink_check_key(struct rmig_sink *s, const struct rmig__sink_region *r) {
+    if (r->mr.key != 0 && r->mr.key <= UINT32_MAX)
+        return RMIG_OK;
+    return RMIG__END(&s->ss, RMIG_ERR_SETUP, 0, "fabric %s: key 0x%llx does not fit the 32 bits of version 1",
+                     s->ss.fabric->ops->name, (unsigned long long)r->mr.key);
+}
+
+/* Entry i of a REGISTER_REQUEST, and what of the block it covers. */
+static void rmig__sink_request(const struct rmig_sink *s, const uint8_t *p, uint32_t i, struct rmig_register *q,
+                               uint64_t *from, uint64_t *to) {
+    rmig_decode_register(p + (size_t)i * RMIG_REGISTER_SIZE, RMIG_REGISTER_SIZE, q);
+    rmig__sink_request_range(s, rmig__sink_local(s, &s->block[q->block])->length, q, from, to);
+}
+
+static int rmig__sink_check_requests(struct rmig_sink *s, const uint8_t *p, const struct rmig_header *h) {
     if (h->repeat == 0 || h->repeat > RMIG_REPEAT_MAX || h->len != h->repeat * RMIG_REGISTER_SIZE)
         return rmig__sink_bad(s, h, "must be 24 bytes a command, 1 to 4096 commands");
     for (uint32_t i = 0; i < h->repeat; i++) {
@@ -5196,24 +5274,38 @@ static int rmig__sink_on_register(struct rmig_sink *s, const uint8_t *p, const s
                 &s->ss, RMIG_ERR_PROTOCOL, 0,
                 "the source asked to register block %u, offset 0x%llx, %llu more chunks: outside the %u blocks",
                 q.block, (unsigned long long)q.key, (unsigned long long)q.chunks, s->block_count);
-        uint64_t from, to;
-        rmig__sink_request_range(s, length, &q, &from, &to);
-        const struct rmig__sink_region *r = rmig__sink_register(s, q.block, from, to);
-        if (r == NULL)
-            return s->ss.failed;
+    }
+    return RMIG_OK;
+}
+
+/* RMIG_PENDING, as in on_batch: there is more to register than one call should. */
+static int rmig__sink_on_register(struct rmig_sink *s, const uint8_t *p, const struct rmig_header *h, uint8_t *out) {
+    struct rmig_stats before = s->ss.stats;
+    struct rmig_register q;
+    uint64_t from, to;
+    int status = s->entry == 0 ? rmig__sink_check_requests(s, p, h) : RMIG_OK;
+    for (; status == RMIG_OK && s->entry < h->repeat; s->entry++) {
+        if (rmig__sink_spent(s, &before))
+            return RMIG_PENDING;
+        rmig__sink_request(s, p, s->entry, &q, &from, &to);
+        status = rmig__sink_register(s, q.block, from, to);
+    }
+    s->entry = 0;
+    for (uint32_t i = 0; status == RMIG_OK && i < h->repeat; i++) {
+        rmig__sink_request(s, p, i, &q, &from, &to);
+        const struct rmig__sink_region *r = rmig__sink_covering(s, q.block, from, to);
         struct rmig_register_result result;
         result.rkey = (uint32_t)r->mr.key;
         result.base = r->mr.remote_address - r->offset; // wraps on purpose: base + offset in the block is what counts
-        if (r->mr.key != result.rkey || result.rkey == 0)
-            return RMIG__END(&s->ss, RMIG_ERR_SETUP, 0,
-                             "fabric %s: key 0x%llx does not fit the 32 bits of a version 1 source",
-                             s->ss.fabric->ops->name, (unsigned long long)r->mr.key);
+        status = rmig__sink_check_key(s, r);
         rmig_encode_register_result(out + (size_t)i * RMIG_REGISTER_RESULT_SIZE, RMIG_REGISTER_RESULT_SIZE, &result);
     }
+    if (status != RMIG_OK)
+        return status;
     return rmig__send(&s->ss, RMIG_MSG_REGISTER_RESULT, h->repeat, (size_t)h->repeat * RMIG_REGISTER_RESULT_SIZE);
 }
 
-static int rmig__sink_on_batch(struct rmig_sink *s, const uint8_t *p, const struct rmig_header *h, uint8_t *out) {
+static int rmig__sink_check_batch(struct rmig_sink *s, const uint8_t *p, const struct rmig_header *h) {
     if (h->repeat == 0 || h->repeat > RMIG_REPEAT_MAX || h->len != h->repeat * RMIG_BATCH_SIZE)
         return rmig__sink_bad(s, h, "must be 24 bytes an entry, 1 to 4096 entries");
     for (uint32_t i = 0; i < h->repeat; i++) {
@@ -5229,9 +5321,26 @@ static int rmig__sink_on_batch(struct rmig_sink *s, const uint8_t *p, const stru
                 "one of %u blocks, at most %llu bytes",
                 q.block, (unsigned long long)q.offset, (unsigned long long)q.length, s->block_count,
                 (unsigned long long)s->ss.caps.registration_max);
-        const struct rmig__sink_region *r = rmig__sink_register(s, q.block, q.offset, q.offset + q.length);
-        if (r == NULL)
-            return s->ss.failed;
+    }
+    return RMIG_OK;
+}
+
+static int rmig__sink_on_batch(struct rmig_sink *s, const uint8_t *p, const struct rmig_header *h, uint8_t *out) {
+    struct rmig_stats before = s->ss.stats;
+    struct rmig_batch q;
+    int status = s->entry == 0 ? rmig__sink_check_batch(s, p, h) : RMIG_OK;
+    for (; status == RMIG_OK && s->entry < h->repeat; s->entry++) {
+        if (rmig__sink_spent(s, &before))
+            return RMIG_PENDING;
+        rmig_decode_batch(p + (size_t)s->entry * RMIG_BATCH_SIZE, RMIG_BATCH_SIZE, &q);
+        status = rmig__sink_register(s, q.block, q.offset, q.offset + q.length);
+    }
+    s->entry = 0;
+    if (status != RMIG_OK)
+        return status;
+    for (uint32_t i = 0; i < h->repeat; i++) {
+        rmig_decode_batch(p + (size_t)i * RMIG_BATCH_SIZE, RMIG_BATCH_SIZE, &q);
+        const struct rmig__sink_region *r = rmig__sink_covering(s, q.block, q.offset, q.offset + q.length);
         struct rmig_batch_result result;
         result.key = r->mr.key;
         result.address = r->mr.remote_address + (q.offset - r->offset);
@@ -5247,16 +5356,20 @@ static uint64_t rmig__sink_chunk(const struct rmig_sink *s) {
 }
 
 static int rmig__sink_on_unregister(struct rmig_sink *s, const uint8_t *p, const struct rmig_header *h) {
+    struct rmig_stats before = s->ss.stats;
     if (h->repeat == 0 || h->repeat > RMIG_REPEAT_MAX || h->len != h->repeat * RMIG_REGISTER_SIZE)
         return rmig__sink_bad(s, h, "must be 24 bytes a command, 1 to 4096 commands");
-    for (uint32_t i = 0; i < h->repeat; i++) {
+    for (; s->entry < h->repeat; s->entry++) {
         struct rmig_register q;
-        rmig_decode_register(p + (size_t)i * RMIG_REGISTER_SIZE, RMIG_REGISTER_SIZE, &q);
+        if (rmig__sink_spent(s, &before))
+            return RMIG_PENDING;
+        rmig_decode_register(p + (size_t)s->entry * RMIG_REGISTER_SIZE, RMIG_REGISTER_SIZE, &q);
         struct rmig__sink_block *b = rmig__sink_find(s, q.block);
         uint64_t chunks = b == NULL ? 0 : rmig_chunk_count(rmig__sink_local(s, b)->length, rmig__sink_chunk(s));
         uint32_t known = q.key < chunks ? b->unit[q.key * rmig__sink_chunk(s) / s->unit] : 0;
         struct rmig__sink_region *r = known == 0 ? NULL : &s->region[known - 1];
-        bool whole_block = !s->ss.extended && s->ss.caps.offset_addressing;
+        bool whole_block = r != NULL && !s->ss.extended && r->length > s->unit &&
+                           r->length == rmig__sink_local(s, b)->length; // perhaps more than was asked for
         if (r != NULL && (whole_block || s->unit != rmig__sink_chunk(s)))
             continue; // its registration serves other chunks too, so it stays
         if (r == NULL || r->offset != q.key * s->unit)
@@ -5267,36 +5380,44 @@ static int rmig__sink_on_unregister(struct rmig_sink *s, const uint8_t *p, const
             if (b->unit[at / s->unit] == known)
                 b->unit[at / s->unit] = 0;
         r->used = false;
+        b->registered -= r->length;
         s->region_free = (uint32_t)rmig__min(s->region_free, known - 1);
         if (rmig__deregister(&s->ss, &r->mr, r->length, &s->ss.error) != RMIG_OK)
             return rmig__session_end(&s->ss);
     }
+    s->entry = 0;
     return rmig__send(&s->ss, RMIG_MSG_UNREGISTER_FINISHED, h->repeat, 0);
 }
 
-/* Version 1: the table of blocks, with the keys of whole blocks if they are pinned. */
-static int rmig__sink_say_ram_blocks(struct rmig_sink *s) {
-    uint8_t *out = rmig__payload(&s->ss);
-    for (uint32_t i = 0; i < s->block_count; i++) {
+/* Version 1: the table of blocks, with the keys of whole blocks if they are pinned; RMIG_PENDING while they are being.
+ */
+static int rmig__sink_say_ram_blocks(struct rmig_sink *s, uint8_t *out) {
+    struct rmig_stats before = s->ss.stats;
+    int status = RMIG_OK;
+    for (; s->pin_all && status == RMIG_OK && s->entry < s->block_count; s->entry++) {
+        if (rmig__sink_spent(s, &before))
+            return RMIG_PENDING;
+        status = rmig__sink_register(s, s->entry, 0, rmig__sink_local(s, &s->block[s->entry])->length);
+    }
+    s->entry = 0;
+    for (uint32_t i = 0; status == RMIG_OK && i < s->block_count; i++) {
         const struct rmig_block *b = rmig__sink_local(s, &s->block[i]);
         struct rmig_ram_block entry;
         memset(&entry, 0, sizeof entry);
         entry.length = b->length; // offset 0: keys and starts then count from the block's beginning
         if (s->pin_all) {
-            const struct rmig__sink_region *r = rmig__sink_register(s, i, 0, b->length);
-            if (r == NULL)
-                return s->ss.failed;
+            const struct rmig__sink_region *r = rmig__sink_covering(s, i, 0, b->length);
             entry.base = r->mr.remote_address;
             entry.rkey = (uint32_t)r->mr.key;
-            if (entry.rkey != r->mr.key || entry.rkey == 0)
-                return RMIG__END(&s->ss, RMIG_ERR_SETUP, 0,
-                                 "fabric %s: key 0x%llx does not fit the 32 bits of version 1", s->ss.fabric->ops->name,
-                                 (unsigned long long)r->mr.key);
+            status = rmig__sink_check_key(s, r);
         } else if (!s->ss.caps.offset_addressing) {
             entry.base = (uint64_t)(uintptr_t)b->host;
         }
         rmig_encode_ram_block(out + (size_t)i * RMIG_RAM_BLOCK_SIZE, RMIG_RAM_BLOCK_SIZE, &entry);
     }
+    if (status != RMIG_OK)
+        return status;
+    s->state = RMIG__SINK_UP;
     return rmig__send(&s->ss, RMIG_MSG_RAM_BLOCKS_RESULT, 1, (size_t)s->block_count * RMIG_RAM_BLOCK_SIZE);
 }
 
@@ -5315,11 +5436,9 @@ static int rmig__sink_dispatch(struct rmig_sink *s, const uint8_t *p, const stru
     case RMIG_MSG_RAM_BLOCKS_REQUEST:
         if (extended || !empty)
             break;
-        if (s->block != NULL)
-            return rmig__sink_say_ram_blocks(s); // asked again: the same answer, nothing registered twice
         rmig__sink_begin(s);
-        s->state = RMIG__SINK_ASKING;
-        s->event = RMIG_SINK_BLOCKS;
+        s->state = s->block != NULL ? RMIG__SINK_TABLE : RMIG__SINK_ASKING; // asked again: the same answer
+        s->event = s->block != NULL ? RMIG_SINK_NONE : RMIG_SINK_BLOCKS;
         return RMIG_OK;
     case RMIG_MSG_COMPRESS:
         return rmig__sink_on_clear(s, p, h, 1);
@@ -5395,9 +5514,11 @@ static int rmig__sink_on_message(struct rmig_sink *s, bool *moved) {
         status = rmig__sink_dispatch(s, p, h, out);
         s->ready_out = status == RMIG_PENDING;
     }
-    *moved = true;
-    if (status == RMIG_PENDING)
+    if (status == RMIG_PENDING) { // as much as one call should do
+        s->ss.again = true;
         return RMIG_OK;
+    }
+    *moved = true;
     if (status == RMIG_OK)
         rmig__inbox_pop(&s->ss);
     return status;
@@ -5515,10 +5636,10 @@ RMIG__DEF int rmig_sink_accept_blocks(struct rmig_sink *s) {
         return s->begun ? status : RMIG_ERR_FORGOTTEN;
     }
     rmig__sink_begin(s);
-    s->state = RMIG__SINK_UP;
     ss->again = true;
+    s->state = ss->extended ? RMIG__SINK_UP : RMIG__SINK_TABLE; // process makes the table: it may take long
     if (!ss->extended)
-        return rmig__sink_say_ram_blocks(s);
+        return RMIG_OK;
     rmig__put_be32(out, 0);
     return rmig__send(&s->ss, RMIG_MSG_BLOCKS_RESULT, 1, 4);
 }
@@ -5614,6 +5735,13 @@ static int rmig__sink_link(struct rmig_sink *s) {
     return rmig__check_link(ss, "source", "before the handover was over");
 }
 
+static int rmig__sink_on_table(struct rmig_sink *s, bool *moved) {
+    int status = rmig__sink_say_ram_blocks(s, rmig__payload(&s->ss));
+    s->ss.again = s->ss.again || status == RMIG_PENDING;
+    *moved = *moved || status == RMIG_OK;
+    return status == RMIG_PENDING ? RMIG_OK : status;
+}
+
 static int rmig__sink_connection(struct rmig_sink *s, bool *moved) {
     struct rmig__session *ss = &s->ss;
     int status = rmig__session_poll(ss);
@@ -5634,6 +5762,8 @@ static int rmig__sink_connection(struct rmig_sink *s, bool *moved) {
         status = rmig__sink_on_message(s, moved);
     if (status == RMIG_OK && s->event == RMIG_SINK_NONE)
         status = rmig__sink_link(s);
+    if (status == RMIG_OK && s->state == RMIG__SINK_TABLE && rmig__payload(ss) != NULL)
+        status = rmig__sink_on_table(s, moved);
     if (status != RMIG_OK || s->event != RMIG_SINK_NONE || s->state != RMIG__SINK_UP)
         return status;
     if (!s->ready_out && ss->inbox_count == 0 && !ss->disconnected && rmig__payload(ss) != NULL) {

@@ -2506,11 +2506,11 @@ Test(hostile_source, batch_over_and_over) {
     play_free(p);
 }
 
-/* Ranges that overlap in every way: each key must cover its range, whatever was asked before. */
-Test(hostile_source, batch_overlaps_are_all_good) {
+/* Ranges inside one that was registered before: each key must cover its range. */
+Test(hostile_source, batch_inside_another_is_good) {
     struct play *p = sink_at(X_BLOCKS);
     struct raw *r = &p->raw;
-    const uint64_t range[][2] = {{0, 1}, {0, 2}, {1, 2}, {0, 4}, {1, 1}, {3, 1}, {2, 2}};
+    const uint64_t range[][2] = {{1, 3}, {0, 1}, {1, 2}, {2, 2}, {1, 1}, {3, 1}, {1, 3}, {0, 1}};
     struct rmig_error err = {0};
     for (unsigned i = 0; i < sizeof range / sizeof range[0]; i++) {
         uint64_t key, address, n = range[i][1] * MIB;
@@ -2522,6 +2522,172 @@ Test(hostile_source, batch_overlaps_are_all_good) {
         const uint8_t *host = p->ram[RAM].host + range[i][0] * MIB;
         cr_assert(host[0] == i + 1 && host[n - 1] == i + 1, "range %u was written elsewhere", i);
     }
+    play_free(p);
+}
+
+/* What overlaps a registration and does not lie inside it is refused: ranges that grow would pin any number of bytes.
+ */
+static void overlap(struct raw *r, uint64_t from, uint64_t n) {
+    uint64_t key, address;
+    register_batch(r, RAM, MIB, MIB, &key, &address);
+    register_batch(r, RAM, 2 * MIB, MIB, &key, &address);
+    SAY(r, T_REGISTER_BATCH, 1, "wwqq", RAM, 0, from * MIB, n * MIB);
+}
+TO_SINK(batch_overlaps_from_before, X_BLOCKS, PROTOCOL, "[0x0, 0x200000)|\"ram\"|[0x100000, 0x200000)",
+        overlap(r, 0, 2))
+TO_SINK(batch_overlaps_behind, X_BLOCKS, PROTOCOL, "[0x200000, 0x400000)|[0x200000, 0x300000)", overlap(r, 2, 2))
+TO_SINK(batch_overlaps_all, X_BLOCKS, PROTOCOL, "[0x0, 0x400000)|[0x100000, 0x200000)", overlap(r, 0, 4))
+TO_SINK(batch_overlaps_two, X_BLOCKS, PROTOCOL, "[0x100000, 0x300000)|[0x100000, 0x200000)", overlap(r, 1, 2))
+TO_SINK(batch_overlaps_in_its_own_message, X_BLOCKS, PROTOCOL, "[0x0, 0x200000)|[0x0, 0x100000)",
+        SAY(r, T_REGISTER_BATCH, 2, "wwqqwwqq", RAM, 0, 0, MIB, RAM, 0, 0, 2 * MIB))
+TO_SINK(register_extended_overlaps, X_BLOCKS, PROTOCOL, "[0x0, 0x200000)|[0x0, 0x100000)",
+        SAY(r, T_REGISTER_REQUEST, 2, "qwwqqwwq", 0, RAM, 0, 0, 0, RAM, 0, 1))
+
+static uint64_t pinned(const struct play *p) {
+    struct rmig_stats st;
+    rmig_sink_stats(p->sink, &st);
+    return st.bytes_registered;
+}
+
+/* Ranges of a version 1 source may overlap. Each is granted, and no more is pinned than twice the RAM. */
+static void v1_ranges(uint64_t block, unsigned shift, bool down) {
+    struct play *p = play_new(SIM_ORDERED);
+    struct raw *r = &p->raw;
+    set(p, RMIG_PARAM_PEER_CHUNK_SIZE, MIB);
+    play_sink(p, block, ROM_LENGTH);
+    connect_with(r, 0, RECEIVES);
+    expect(r, T_READY);
+    cr_assert(SAY_EMPTY(r, T_RAM_BLOCKS_REQUEST));
+    expect(r, T_RAM_BLOCKS_RESULT);
+    expect(r, T_READY);
+    uint64_t chunks = block / MIB;
+    struct rmig_error err = {0};
+    for (uint64_t i = 0; i < chunks; i++) {
+        uint64_t from = down ? chunks - 1 - i : shift == 0 ? 0 : i, n = shift == 0 || down ? i : shift - 1;
+        n = sim_min(n, chunks - 1 - from);
+        cr_assert(SAY(r, T_REGISTER_REQUEST, 1, "qwwq", from * MIB, RAM, PADDING, n));
+        expect(r, T_REGISTER_RESULT);
+        uint64_t key = get_be32(r->m.payload), base = get_be64(r->m.payload + 8);
+        expect(r, T_READY);
+        cr_assert_leq(pinned(p), 2 * block, "%llu bytes", (unsigned long long)pinned(p));
+        for (unsigned end = 0; end < 2; end++) { // the first page and the last
+            uint64_t at = end == 0 ? from * MIB : (from + n + 1) * MIB - PAGE;
+            struct rmig_write w = {r->memory, &r->mr, PAGE, base + at, key, ++r->writes, true};
+            cr_assert_eq(r->ops->write(r->ep, &w, 1, &err), 1, "%s", err.text);
+            cr_assert(raw_until(r, is_written, SIM_SECOND) && !r->gone, "range %llu: %s", (unsigned long long)i,
+                      r->text);
+        }
+    }
+    play_free(p);
+}
+Test(hostile_source, version_1_ranges_that_grow) { v1_ranges(64 * MIB, 0, false); }
+Test(hostile_source, version_1_ranges_that_grow_downwards) { v1_ranges(64 * MIB, 0, true); }
+Test(hostile_source, version_1_ranges_that_slide) { v1_ranges(64 * MIB, 16, false); }
+Test(hostile_source, version_1_ranges_one_by_one) { v1_ranges(64 * MIB, 1, false); }
+
+/* Where a whole block is more than the fabric registers at once, there is an end to it. */
+Test(hostile_source, version_1_ranges_beyond_all_bounds) {
+    struct play *p = play_new(SIM_ORDERED);
+    struct raw *r = &p->raw;
+    p->world.registration_max = 16 * MIB;
+    set(p, RMIG_PARAM_PEER_CHUNK_SIZE, MIB);
+    play_sink(p, 40 * MIB, ROM_LENGTH);
+    connect_with(r, 0, RECEIVES);
+    expect(r, T_READY);
+    cr_assert(SAY_EMPTY(r, T_RAM_BLOCKS_REQUEST));
+    expect(r, T_RAM_BLOCKS_RESULT);
+    expect(r, T_READY);
+    for (uint64_t i = 0; i < 40 && SAY(r, T_REGISTER_REQUEST, 1, "qwwq", 0, RAM, PADDING, i % 16) &&
+                         next_message(r, SIM_SECOND) && r->m.type == T_REGISTER_RESULT;
+         i++) {
+        expect(r, T_READY);
+        cr_assert_leq(pinned(p), 80 * MIB);
+    }
+    must_fail(p, RMIG_ERR_PROTOCOL, "\"ram\"|twice its length, 41943040");
+    play_free(p);
+}
+
+/* rmig's sink by hand, one call of process after the other, until it would sleep. Returns how many calls registered or
+   deregistered anything, and none may do more than the bound. */
+static unsigned calls_that_register(struct play *p, uint64_t most) {
+    struct rmig_sink_event ev;
+    unsigned calls = 0;
+    const struct sim_stats *st = sim_stats(p->sim, 1);
+    do {
+        uint64_t before = st->ops[SIM_REG] + st->ops[SIM_DEREG];
+        sim_spend(p->sim, 1, SIM_US);
+        cr_assert_eq(rmig_sink_process(p->sink, &ev), RMIG_OK, "%s", rmig_sink_error(p->sink)->text);
+        uint64_t did = st->ops[SIM_REG] + st->ops[SIM_DEREG] - before;
+        cr_assert_leq(did, most, "%llu at once", (unsigned long long)did);
+        calls += did > 0;
+    } while (rmig_sink_next_deadline(p->sink) == 0);
+    return calls;
+}
+
+/* 300 chunks asked for in one message, and given back in one: in steps, and the answer has them all. */
+static void many_in_one(bool extended) {
+    SIM_ONLY;
+    struct play *p = play_new(SIM_ORDERED);
+    struct raw *r = &p->raw;
+    static uint8_t bytes[300 * 24];
+    if (!extended)
+        set(p, RMIG_PARAM_PEER_CHUNK_SIZE, MIB);
+    play_sink(p, 300 * MIB, ROM_LENGTH);
+    connect_with(r, extended ? EXTENSION : 0, RECEIVES);
+    if (extended) {
+        go_extended(r, X_READY);
+        cr_assert(say_blocks(r, 1, 0, "ram", 300 * MIB));
+    } else {
+        expect(r, T_READY);
+        cr_assert(SAY_EMPTY(r, T_RAM_BLOCKS_REQUEST));
+    }
+    expect(r, extended ? T_BLOCKS_RESULT : T_RAM_BLOCKS_RESULT);
+    expect(r, T_READY);
+    play_actor(p, NULL);
+    for (unsigned i = 0; i < 300; i++) {
+        if (extended)
+            pack(bytes + 24 * i, "wwqq", (const uint64_t[]){RAM, 0, i * MIB, MIB});
+        else
+            pack(bytes + 24 * i, "qwwq", (const uint64_t[]){i * MIB, RAM, PADDING, 0});
+    }
+    cr_assert(say_bytes(r, extended ? T_REGISTER_BATCH : T_REGISTER_REQUEST, 300, sizeof bytes, bytes, sizeof bytes));
+    pass_time(r, SIM_MS);
+    sim_spend(p->sim, 1, SIM_MS);
+    cr_assert_eq(calls_that_register(p, 64), 5u);
+    expect(r, extended ? T_REGISTER_BATCH_RESULT : T_REGISTER_RESULT);
+    cr_assert_eq(r->m.repeat, 300u);
+    expect(r, T_READY);
+    cr_assert_eq(held.exposed, 300u);
+    for (unsigned i = 0; i < 300; i++)
+        pack(bytes + 24 * i, "qwwq", (const uint64_t[]){i, RAM, PADDING, 0});
+    cr_assert(say_bytes(r, T_UNREGISTER_REQUEST, 300, sizeof bytes, bytes, sizeof bytes));
+    pass_time(r, SIM_MS);
+    sim_spend(p->sim, 1, SIM_MS);
+    cr_assert_eq(calls_that_register(p, 64), 5u);
+    expect(r, T_UNREGISTER_FINISHED);
+    cr_assert(held.exposed == 0 && pinned(p) == 0);
+    play_free(p);
+}
+Test(hostile_source, many_chunks_in_one_batch) { many_in_one(true); }
+Test(hostile_source, many_chunks_in_one_request) { many_in_one(false); }
+
+/* Pin-all of version 1: the blocks are registered in steps too. */
+Test(hostile_source, pins_all_in_steps) {
+    SIM_ONLY;
+    struct play *p = play_new(SIM_ORDERED);
+    struct raw *r = &p->raw;
+    play_sink(p, 100 * MIB, 100 * MIB);
+    connect_with(r, PIN_ALL, RECEIVES);
+    expect(r, T_READY);
+    p->think = true;
+    cr_assert(SAY_EMPTY(r, T_RAM_BLOCKS_REQUEST));
+    pass_time(r, SIM_MS);
+    play_actor(p, NULL);
+    sim_spend(p->sim, 1, SIM_MS);
+    cr_assert_eq(give_blocks(p), RMIG_OK);
+    cr_assert_eq(calls_that_register(p, 1), 2u);
+    expect(r, T_RAM_BLOCKS_RESULT);
+    cr_assert(r->m.len == 64 && get_be32(r->m.payload + 24) != 0 && get_be32(r->m.payload + 56) != 0);
     play_free(p);
 }
 
