@@ -2261,6 +2261,7 @@ RMIG__DEF int rmig_split_address(const char *address, char *host, size_t host_si
 #define RMIG__SENDS 4
 #define RMIG__CONTROL_BYTES ((uint64_t)(RMIG__RECVS + RMIG__SENDS) * RMIG_CONTROL_SIZE)
 #define RMIG__EVENTS 16
+#define RMIG__EVENT_TURNS 64 // so often at once: a fabric may have more without end
 #define RMIG__LINGER (100 * RMIG__MS) // for the last message of a failed session, in close
 
 /* What completions carry back: the kind of operation above, a buffer's index or a write's number below. */
@@ -2627,8 +2628,12 @@ static int rmig__on_event(struct rmig__session *ss, const struct rmig_fabric_eve
 static int rmig__session_poll(struct rmig__session *ss) {
     ss->ready = false;
     rmig__post_sends(ss);
-    for (;;) {
+    for (unsigned turns = 0;; turns++) {
         struct rmig_fabric_event events[RMIG__EVENTS];
+        if (turns == RMIG__EVENT_TURNS) {
+            ss->again = true;
+            return RMIG_OK;
+        }
         int n = ss->fabric->ops->poll(ss->ep, events, RMIG__EVENTS, &ss->error);
         if (n < 0) {
             ss->broken = true;
@@ -2793,22 +2798,64 @@ static void rmig__fill_hello(const struct rmig__session *ss, struct rmig_hello *
     h->idle_max = rmig_get(&ss->cfg, RMIG_PARAM_IO_TIMEOUT);
 }
 
-/* Takes over the peer's limits; false if they leave no room to work. */
-static bool rmig__take_limits(struct rmig__session *ss, const struct rmig_hello *h, uint64_t chunk) {
+/* What a peer may name in HELLO or HELLO_RESULT. Less is refused; more is refused too, or counts as the most that this
+   end knows, where a later version may have more. */
+struct rmig__limit {
+    const char *name;
+    uint64_t value, min, max;
+    bool more_is_good, zero_is_good, power_of_two;
+};
+
+/* False, and why not in words. */
+static bool rmig__limit_kept(const struct rmig__limit *l, char *why, size_t n) {
+    bool in_range = l->value >= l->min && (l->value <= l->max || l->more_is_good) &&
+                    (!l->power_of_two || rmig__is_power_of_two(l->value));
+    if (in_range || (l->value == 0 && l->zero_is_good))
+        return true;
+    int at = snprintf(why, n, "%s %llu: must be %s%s%llu", l->name, (unsigned long long)l->value,
+                      l->zero_is_good ? "0, or " : "", l->power_of_two ? "a power of two from " : "",
+                      (unsigned long long)l->min);
+    if (l->more_is_good)
+        snprintf(why + at, n - (size_t)at, " or more");
+    else
+        snprintf(why + at, n - (size_t)at, " to %llu", (unsigned long long)l->max);
+    return false;
+}
+
+/* Takes over the peer's limits. chunk: what one registration must hold. False if one cannot be: why (of 120 bytes at
+   least) names it, its value, and what would be right. */
+static bool rmig__take_limits(struct rmig__session *ss, const struct rmig_hello *h, uint64_t chunk, char *why,
+                              size_t n) {
+    const struct rmig__param_row *idle = &rmig__params[RMIG_PARAM_IO_TIMEOUT];
+    const struct rmig__limit limits[] = {
+        {"page_size", h->page_size, 4096, RMIG_CHUNK_SIZE_MAX, false, false, true},
+        {"key_bits", h->key_bits, 32, 64, false, false, false},
+        {"payload_max", h->payload_max, 512, RMIG_PAYLOAD_MAX, true, false, false},
+        {"batch_max", h->batch_max, 1, RMIG_REPEAT_MAX, true, false, false},
+        {"registration_max", h->registration_max, chunk, UINT64_MAX, true, false, false},
+        {"idle_max", h->idle_max, idle->min, idle->max, true, true, false},
+    };
+    for (size_t i = 0; i < sizeof limits / sizeof limits[0]; i++)
+        if (!rmig__limit_kept(&limits[i], why, n))
+            return false;
     ss->peer_payload_max = rmig__min(h->payload_max, RMIG_PAYLOAD_MAX);
     ss->peer_batch_max = rmig__min(h->batch_max, RMIG_REPEAT_MAX);
     ss->peer_registration_max = h->registration_max;
-    ss->peer_idle_max = h->idle_max;
-    return ss->peer_payload_max >= 512 && ss->peer_batch_max >= 1 && ss->peer_registration_max >= chunk;
+    ss->peer_idle_max = rmig__min(h->idle_max, idle->max);
+    return true;
 }
 
 // >>source: implementation
 
+#define RMIG__KEEPALIVE_MIN (4 * RMIG__MS) // between two, however short the peer's patience is
 #define RMIG__WRITE_BATCH 64 // writes handed to the fabric in one call
 #define RMIG__ZERO_RUNS 256 // zero ranges noted before they are sent
 #define RMIG__ZERO_TEST RMIG_MIB // longest range tested in one piece
 #define RMIG__ZERO_BYTES (8 * RMIG_GIB) // in one message: what a sink clears between two READYs
 #define RMIG__STEP_SCAN (64 * RMIG_MIB) // bytes tested for zero before the wire is looked after again
+#define RMIG__HOLE_LOOK RMIG_GIB // how far one look for holes goes; it reads 2 MiB of page map, in 4 ms
+#define RMIG__HOLE_SHARE 16 // a byte of a hole costs this part of a byte tested
+#define RMIG__HOLE_CALL ((uint64_t)65536) // and each look as many bytes tested
 
 /* Memory registered for writing, at both ends: one or more chunks of a block. */
 struct rmig__region {
@@ -3135,12 +3182,9 @@ static int rmig__source_on_hello_result(struct rmig_source *s, const uint8_t *p,
     if (h.chunk_size != s->chunk_size)
         return RMIG__END(ss, RMIG_ERR_PROTOCOL, 0, "the sink answered chunk-size %llu to %llu",
                          (unsigned long long)h.chunk_size, (unsigned long long)s->chunk_size);
-    if (!rmig__take_limits(ss, &h, s->chunk_size))
-        return RMIG__END(ss, RMIG_ERR_SETUP, 0,
-                         "the sink's limits are too small: payload %llu (need 512), batch %llu (need 1), registration "
-                         "%llu (need chunk-size, %llu): use a smaller chunk-size",
-                         (unsigned long long)h.payload_max, (unsigned long long)h.batch_max,
-                         (unsigned long long)h.registration_max, (unsigned long long)s->chunk_size);
+    char why[120];
+    if (!rmig__take_limits(ss, &h, s->chunk_size, why, sizeof why))
+        return RMIG__END(ss, RMIG_ERR_SETUP, 0, "the sink's limits: %s", why);
     s->stream_limit = (size_t)ss->peer_payload_max;
     s->window_regions = s->lockstep ? 1 : rmig__min(ss->peer_batch_max, ss->peer_payload_max / RMIG_BATCH_SIZE);
     if (s->op == RMIG__OP_CONNECT)
@@ -3366,8 +3410,9 @@ static bool rmig__range_is_zero(struct rmig_source *s, uint32_t block, uint64_t 
     }
     while (from < to) {
         if (!rmig__hole_known(s, block, from)) {
-            uint64_t reach = rmig__min(b->length, rmig__after(from, RMIG_GIB));
+            uint64_t reach = rmig__min(b->length, rmig__after(from, RMIG__HOLE_LOOK));
             rmig_holes_next_data(&s->ss.holes, b, from, reach, &s->hole.data, &s->hole.end);
+            *scanned += (s->hole.data - from) / RMIG__HOLE_SHARE;
             s->hole.block = block;
             s->hole.from = from;
         }
@@ -3733,8 +3778,9 @@ static bool rmig__zero_due(const struct rmig_source *s) {
 }
 
 static uint64_t rmig__keepalive_at(const struct rmig_source *s) {
-    return s->ss.extended && s->ss.peer_idle_max != 0 ? rmig__after(s->ss.last_sent, s->ss.peer_idle_max / 4)
-                                                      : RMIG_FOREVER;
+    if (!s->ss.extended || s->ss.peer_idle_max == 0)
+        return RMIG_FOREVER;
+    return rmig__after(s->ss.last_sent, rmig__max(s->ss.peer_idle_max / 4, RMIG__KEEPALIVE_MIN));
 }
 
 /* At most one message goes out for a READY. The order of the cases is the order of importance. */
@@ -4443,7 +4489,7 @@ struct rmig_sink {
     uint32_t region_count, region_capacity, region_free; // free: no slot below it is free
 
     uint32_t entry; // next of the message (or table) that is carried out in steps
-    uint64_t clear_done; // bytes of that entry
+    uint64_t clear_done, clear_data; // of that entry: bytes cleared; where the data ends that was found last
     size_t stream_at; // bytes taken of the QEMU_FILE in the inbox
     bool stream_told, stream_taken, disconnect_told;
     enum rmig_sink_event_type event; // to be delivered
@@ -4978,18 +5024,15 @@ static int rmig__sink_on_hello(struct rmig_sink *s, const uint8_t *p, const stru
     bool fixed = (ss->cfg.set_ & (1u << RMIG_PARAM_CHUNK_SIZE)) != 0;
     uint64_t own = answer.chunk_size, asked = hello.chunk_size;
     bool is_size = rmig__is_power_of_two(asked) && asked >= RMIG_CHUNK_SIZE_MIN && asked <= RMIG_CHUNK_SIZE_MAX;
-    bool valid = is_size && rmig__take_limits(ss, &hello, 0);
+    bool valid = is_size && rmig__take_limits(ss, &hello, RMIG_CHUNK_SIZE_MIN, answer.reason, sizeof answer.reason);
     if (!is_size)
         snprintf(answer.reason, sizeof answer.reason, "chunk-size %llu: must be a power of two from 1M to 1G",
                  (unsigned long long)asked);
-    else if (!valid)
-        snprintf(answer.reason, sizeof answer.reason, "limits: payload %llu (need 512), batch %llu (need 1)",
-                 (unsigned long long)hello.payload_max, (unsigned long long)hello.batch_max);
-    else if (fixed && own != asked)
+    else if (valid && fixed && own != asked)
         snprintf(answer.reason, sizeof answer.reason,
                  "chunk-size: the source has %llu, the sink is set to %llu; set the same or leave the sink's unset",
                  (unsigned long long)asked, (unsigned long long)own);
-    else if (ss->caps.registration_max < asked)
+    else if (valid && ss->caps.registration_max < asked)
         snprintf(answer.reason, sizeof answer.reason,
                  "chunk-size %llu: the sink's fabric registers at most %llu at once", (unsigned long long)asked,
                  (unsigned long long)ss->caps.registration_max);
@@ -5073,22 +5116,29 @@ static bool rmig__inside(uint64_t offset, uint64_t length, uint64_t end) {
     return offset < end && length > 0 && length <= end - offset;
 }
 
+static void rmig__sink_clear_data(const struct rmig_sink *s, const struct rmig_block *b, uint64_t from, uint64_t to) {
+    for (uint64_t at = from; at < to; at += s->ss.holes.page) {
+        size_t n = (size_t)rmig__min(s->ss.holes.page, to - at);
+        if (b->backing == RMIG_BACKING_DMABUF || !rmig_is_zero(b->host + at, n))
+            memset(b->host + at, 0, n);
+    }
+}
+
 /* Clears from `from` on without touching what reads as zero already: holes stay holes. Returns how far it came: up to
-   `to`, or less when the budget of bytes looked at is spent. */
+   `to`, or less when the budget of bytes looked at is spent. Up to s->clear_data it is known to be data. */
 static uint64_t rmig__sink_clear(struct rmig_sink *s, const struct rmig_block *b, uint64_t from, uint64_t to,
                                  uint64_t *budget) {
     while (from<to && * budget> 0) {
-        uint64_t data, end;
-        rmig_holes_next_data(&s->ss.holes, b, from, to, &data, &end);
-        if (data >= to)
-            return to;
-        end = rmig__min(end, rmig__after(data, *budget));
-        *budget -= end - data;
-        for (uint64_t at = data; at < end; at += s->ss.holes.page) {
-            size_t n = (size_t)rmig__min(s->ss.holes.page, end - at);
-            if (b->backing == RMIG_BACKING_DMABUF || !rmig_is_zero(b->host + at, n))
-                memset(b->host + at, 0, n);
+        if (from >= s->clear_data) {
+            uint64_t data, end, reach = rmig__min(to, rmig__after(from, RMIG__HOLE_LOOK));
+            rmig_holes_next_data(&s->ss.holes, b, from, reach, &data, &end);
+            *budget -= rmig__min(*budget, RMIG__HOLE_CALL + (data - from) / RMIG__HOLE_SHARE);
+            from = data;
+            s->clear_data = data < reach ? end : data;
         }
+        uint64_t end = rmig__min(rmig__min(s->clear_data, to), rmig__after(from, *budget));
+        rmig__sink_clear_data(s, b, from, end);
+        *budget -= end - from;
         from = end;
     }
     return from;
@@ -5129,7 +5179,7 @@ static int rmig__sink_on_clear(struct rmig_sink *s, const uint8_t *p, const stru
         if (s->clear_done < run.length)
             return RMIG_PENDING;
         s->ss.stats.bytes_zero += run.length;
-        s->clear_done = 0;
+        s->clear_done = s->clear_data = 0;
         s->entry++;
     }
     s->entry = 0;

@@ -2055,6 +2055,41 @@ static void register_chunk(struct raw *r, uint64_t key, uint32_t block, uint64_t
     expect(r, T_READY);
 }
 
+/* 64 GiB that were never touched: looking for what to clear there takes the system's time, so it is done in steps. */
+Test(hostile_source, compress_over_what_was_never_touched) {
+    SIM_ONLY;
+    struct play *p = play_new(SIM_ORDERED);
+    struct raw *r = &p->raw;
+    struct rmig_sink_event ev;
+    uint64_t length = 64 * RMIG_GIB;
+    play_sink(p, PAGE, ROM_LENGTH);
+    void *host = mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    cr_assert_neq(host, MAP_FAILED);
+    struct rmig_block_desc d = {.name = "big", .host = host, .length = length};
+    d.backing = RMIG_BACKING_ANONYMOUS;
+    d.guest_offset = (uint64_t)1 << 40;
+    cr_assert_eq(rmig_sink_add_block(p->sink, &d, NULL), RMIG_OK);
+    connect_with(r, 0, RECEIVES);
+    expect(r, T_READY);
+    cr_assert(SAY_EMPTY(r, T_RAM_BLOCKS_REQUEST));
+    expect(r, T_RAM_BLOCKS_RESULT);
+    expect(r, T_READY);
+    ((uint8_t *)host)[length / 2 + 7] = 1;
+    play_actor(p, NULL);
+    cr_assert(SAY(r, T_COMPRESS, 1, "wwqq", 0, 0, 0, length));
+    pass_time(r, SIM_MS);
+    sim_spend(p->sim, 1, SIM_MS);
+    unsigned calls = 0;
+    do {
+        cr_assert_eq(rmig_sink_process(p->sink, &ev), RMIG_OK);
+        calls++;
+    } while (rmig_sink_next_deadline(p->sink) == 0);
+    cr_assert(calls >= 64 && calls < 200, "%u calls", calls);
+    expect(r, T_READY);
+    cr_assert_eq(((uint8_t *)host)[length / 2 + 7], 0);
+    munmap(host, length);
+    play_free(p);
+}
 /* All that REGISTER_REQUEST may name is answered, each of them. */
 Test(hostile_source, register_4096_at_once) {
     struct play *p = sink_at(V1_BLOCKS);
@@ -2287,6 +2322,22 @@ HELLO_REFUSED(hello_chunk_size_off_by_one, "chunk-size|1048577", MIB + 1, 524272
 HELLO_REFUSED(hello_chunk_size_of_64_bits, "chunk-size|18446744073709551615", UINT64_MAX, 524272, 4096, 1 << 30, 0, 0)
 HELLO_REFUSED(hello_payload_too_small, "payload|511|512", MIB, 511, 4096, 1 << 30, 0, 0)
 HELLO_REFUSED(hello_batch_0, "batch|0", MIB, 524272, 0, 1 << 30, 0, 0)
+HELLO_REFUSED(hello_registration_too_small, "registration_max 1048575|1048576", MIB, 524272, 4096, MIB - 1, 0, 0)
+HELLO_REFUSED(hello_idle_1_ns, "idle_max 1:|0, or 1000000 or more", MIB, 524272, 4096, 1 << 30, 1, 0)
+HELLO_REFUSED(hello_idle_below_1_ms, "idle_max 999999", MIB, 524272, 4096, 1 << 30, 999999, 0)
+
+static void limit_refused(uint64_t page, uint64_t bits, const char *needles) {
+    struct play *p = sink_at(X_CONNECTED);
+    cr_assert(SAY(&p->raw, T_HELLO, 1, "hhqhhqhhqhhqhhqhhq", 1, 8, MIB, 2, 8, page, 3, 8, bits, 4, 8, 524272, 5, 8,
+                  4096, 6, 8, 1 << 30));
+    hello_forgotten(p, needles);
+}
+Test(hostile_source, hello_page_size_0) { limit_refused(0, 64, "page_size 0|power of two|4096 to 1073741824"); }
+Test(hostile_source, hello_page_size_small) { limit_refused(2048, 64, "page_size 2048"); }
+Test(hostile_source, hello_page_size_no_power_of_two) { limit_refused(12288, 64, "page_size 12288"); }
+Test(hostile_source, hello_page_size_of_64_bits) { limit_refused(UINT64_MAX, 64, "page_size 18446744073709551615"); }
+Test(hostile_source, hello_keys_of_31_bits) { limit_refused(PAGE, 31, "key_bits 31|32 to 64"); }
+Test(hostile_source, hello_keys_of_65_bits) { limit_refused(PAGE, 65, "key_bits 65|32 to 64"); }
 
 Test(hostile_source, hello_without_entries) {
     struct play *p = sink_at(X_CONNECTED);
@@ -3194,9 +3245,49 @@ HELLO_ANSWER(refused_without_reason, REFUSED, "refused", MIB, 524272, 4096, 1 <<
 HELLO_ANSWER(status_of_64_bits, REFUSED, "refused", MIB, 524272, 4096, 1 << 30, 0, UINT64_MAX)
 HELLO_ANSWER(other_chunk_size, PROTOCOL, "chunk-size|2097152|1048576", 2 * MIB, 524272, 4096, 1 << 30, 0, 0)
 HELLO_ANSWER(chunk_size_0, PROTOCOL, "chunk-size|0|1048576", 0, 524272, 4096, 1 << 30, 0, 0)
-HELLO_ANSWER(payload_too_small, SETUP, "payload 511", MIB, 511, 4096, 1 << 30, 0, 0)
-HELLO_ANSWER(batch_0, SETUP, "batch 0", MIB, 524272, 0, 1 << 30, 0, 0)
-HELLO_ANSWER(registration_too_small, SETUP, "registration|1048575", MIB, 524272, 4096, MIB - 1, 0, 0)
+HELLO_ANSWER(payload_too_small, SETUP, "payload_max 511|512 or more", MIB, 511, 4096, 1 << 30, 0, 0)
+HELLO_ANSWER(batch_0, SETUP, "batch_max 0|1 or more", MIB, 524272, 0, 1 << 30, 0, 0)
+HELLO_ANSWER(registration_too_small, SETUP, "registration_max 1048575|1048576 or more", MIB, 524272, 4096, MIB - 1, 0,
+             0)
+HELLO_ANSWER(idle_1_ns, SETUP, "idle_max 1:|0, or 1000000", MIB, 524272, 4096, 1 << 30, 1, 0)
+HELLO_ANSWER(idle_below_1_ms, SETUP, "idle_max 999999|1000000 or more", MIB, 524272, 4096, 1 << 30, 999999, 0)
+#define LIMITS(page, bits)                                                                                             \
+    1, 8, MIB, 2, 8, page, 3, 8, bits, 4, 8, 524272, 5, 8, 4096, 6, 8, 1 << 30, 7, 8, 30 * SIM_SECOND, 8, 8, 0
+#define LIMIT_ANSWER(name, needles, page, bits)                                                                        \
+    TO_SOURCE(hello_result_##name, SX_HELLO, SETUP, needles,                                                           \
+              SAY(r, T_HELLO_RESULT, 1, HELLO_FORMAT, LIMITS(page, bits)))
+LIMIT_ANSWER(page_size_0, "page_size 0|power of two|4096 to 1073741824", 0, 64)
+LIMIT_ANSWER(page_size_no_power_of_two, "page_size 12288", 12288, 64)
+LIMIT_ANSWER(page_size_large, "page_size 2147483648", (uint64_t)1 << 31, 64)
+LIMIT_ANSWER(keys_of_31_bits, "key_bits 31|32 to 64", PAGE, 31)
+LIMIT_ANSWER(keys_of_65_bits, "key_bits 65|32 to 64", PAGE, 65)
+
+/* However short its patience is said to be, a source says KEEPALIVE so often and no more. */
+Test(hostile_sink, keepalives_are_bounded) {
+    SIM_ONLY;
+    struct play *p = source_at(SX_HELLO);
+    struct raw *r = &p->raw;
+    static const enum step nothing[] = {OVER};
+    unsigned said = 0;
+    p->script = nothing;
+    cr_assert(SAY(r, T_HELLO_RESULT, 1, HELLO_FORMAT, HELLO_VALUES(MIB, 524272, 4096, 1 << 30, SIM_MS, 0)));
+    give_ready(r);
+    pass_time(r, SIM_MS);
+    cr_assert(p->done && p->status == RMIG_OK, "%s", p->text);
+    for (unsigned i = 0; i < 1000; i++) {
+        sim_spend(p->sim, 0, SIM_MS);
+        cr_assert_eq(rmig_source_process(p->source), RMIG_OK);
+        pass_time(r, SIM_MS);
+        if (r->inbox_count > 0) {
+            expect(r, T_KEEPALIVE);
+            give_ready(r);
+            said++;
+        }
+    }
+    cr_assert(said >= 100 && said <= 251, "%u in a second", said);
+    target_close(p);
+    play_free(p);
+}
 TO_SOURCE(hello_result_without_entries, SX_HELLO, PROTOCOL, "chunk-size|0", SAY_EMPTY(r, T_HELLO_RESULT))
 #define HELLO_BAD(name, format, ...)                                                                                   \
     TO_SOURCE(hello_result_##name, SX_HELLO, PROTOCOL, "HELLO_RESULT|malformed",                                       \
@@ -3250,7 +3341,7 @@ Test(hostile_sink, smallest_limits_work) {
     struct play *p = source_at(SX_HELLO);
     struct raw *r = &p->raw;
     unsigned batches = 0, streams = 0;
-    cr_assert(SAY(r, T_HELLO_RESULT, 1, HELLO_FORMAT, HELLO_VALUES(MIB, 512, 1, MIB, 1, 0)));
+    cr_assert(SAY(r, T_HELLO_RESULT, 1, HELLO_FORMAT, HELLO_VALUES(MIB, 512, 1, MIB, SIM_MS, 0)));
     give_ready(r);
     while (next_message(r, SIM_SECOND) && r->m.type != T_FINISH) {
         cr_assert_leq(r->m.len, 512u, "message %u of %u bytes", r->m.type, r->m.len);
