@@ -1121,9 +1121,10 @@ struct rmig_sink;
 enum rmig_sink_event_type {
     RMIG_SINK_NONE,
     RMIG_SINK_CONNECTED, // a source is there; comes again for the next one if this one is forgotten
-    RMIG_SINK_FORGOTTEN, // a source was let go before its migration had begun: rmig_sink_error says why, the sink listens
-                         // on. Also for one that never came to CONNECTED. What it named and what it put into the stream
-                         // is void; the blocks added here stay. An answer that BLOCKS waited for is not wanted any more
+    RMIG_SINK_FORGOTTEN, // a source was let go before its migration had begun: rmig_sink_error says why, the sink
+                         // listens on. Also for one that never came to CONNECTED. What it named and what it put into
+                         // the stream is void; the blocks added here stay. An answer that BLOCKS waited for is not
+                         // wanted any more
     RMIG_SINK_BLOCKS, // the source asks for the blocks: add those missing, then rmig_sink_accept_blocks or
                       // rmig_sink_refuse; it waits meanwhile, up to its io-timeout: have memory that takes long to make
                       // ready before
@@ -1161,9 +1162,9 @@ RMIG_API int rmig_sink_address(struct rmig_sink *s, char *buf, size_t n); // as 
 RMIG_API int rmig_sink_add_block(struct rmig_sink *s, const struct rmig_block_desc *desc, uint32_t *index);
 /* What the source said of its block i < block_count. Until close, or until the source is forgotten. */
 RMIG_API int rmig_sink_peer_block(struct rmig_sink *s, uint32_t i, struct rmig_block_entry *out);
-/* After RMIG_SINK_BLOCKS, which may come again with another source: blocks are added once. RMIG_ERR_FORGOTTEN if a block
-   of the source is missing here or has another length, or if the tables cannot be had: both ends say which and why, and
-   RMIG_SINK_FORGOTTEN follows. From a version 1 source, whose migration has begun, that ends the session. */
+/* After RMIG_SINK_BLOCKS, which may come again with another source: blocks are added once. RMIG_ERR_FORGOTTEN if a
+   block of the source is missing here or has another length, or if the tables cannot be had: both ends say which and
+   why, and RMIG_SINK_FORGOTTEN follows. From a version 1 source, whose migration has begun, that ends the session. */
 RMIG_API int rmig_sink_accept_blocks(struct rmig_sink *s);
 
 /* After RMIG_SINK_TAKE, which a source of the extension brings about by finish: the guest becomes this end's. The source
@@ -2609,6 +2610,7 @@ RMIG__DEF int rmig_split_address(const char *address, char *host, size_t host_si
 #define RMIG__SENDS 4
 #define RMIG__CONTROL_BYTES ((uint64_t)(RMIG__RECVS + RMIG__SENDS) * RMIG_CONTROL_SIZE)
 #define RMIG__EVENTS 16
+#define RMIG__EVENT_TURNS 64 // so often at once: a fabric may have more without end
 #define RMIG__LINGER (100 * RMIG__MS) // for the last message of a failed session, in close
 
 /* What completions carry back: the kind of operation above, a buffer's index or a write's number below. */
@@ -3013,8 +3015,12 @@ static int rmig__on_event(struct rmig__session *ss, const struct rmig_fabric_eve
 static int rmig__session_poll(struct rmig__session *ss) {
     ss->ready = false;
     rmig__post_sends(ss);
-    for (;;) {
+    for (unsigned turns = 0;; turns++) {
         struct rmig_fabric_event events[RMIG__EVENTS];
+        if (turns == RMIG__EVENT_TURNS) {
+            ss->again = true;
+            return RMIG_OK;
+        }
         int n = ss->fabric->ops->poll(ss->ep, events, RMIG__EVENTS, &ss->error);
         if (n < 0) {
             ss->broken = true;
@@ -3215,19 +3221,61 @@ static void rmig__fill_hello(const struct rmig__session *ss, struct rmig_hello *
     h->features = RMIG_FEATURE_FINISH_PENDING;
 }
 
-/* Takes over the peer's limits; false if they leave no room to work. */
-static bool rmig__take_limits(struct rmig__session *ss, const struct rmig_hello *h, uint64_t chunk) {
+/* What a peer may name in HELLO or HELLO_RESULT. Less is refused; more is refused too, or counts as the most that this
+   end knows, where a later version may have more. */
+struct rmig__limit {
+    const char *name;
+    uint64_t value, min, max;
+    bool more_is_good, zero_is_good, power_of_two;
+};
+
+/* False, and why not in words. */
+static bool rmig__limit_kept(const struct rmig__limit *l, char *why, size_t n) {
+    bool in_range = l->value >= l->min && (l->value <= l->max || l->more_is_good) &&
+                    (!l->power_of_two || rmig__is_power_of_two(l->value));
+    if (in_range || (l->value == 0 && l->zero_is_good))
+        return true;
+    int at = snprintf(why, n, "%s %llu: must be %s%s%llu", l->name, (unsigned long long)l->value,
+                      l->zero_is_good ? "0, or " : "", l->power_of_two ? "a power of two from " : "",
+                      (unsigned long long)l->min);
+    if (l->more_is_good)
+        snprintf(why + at, n - (size_t)at, " or more");
+    else
+        snprintf(why + at, n - (size_t)at, " to %llu", (unsigned long long)l->max);
+    return false;
+}
+
+/* Takes over the peer's limits. chunk: what one registration must hold. False if one cannot be: why (of 120 bytes at
+   least) names it, its value, and what would be right. */
+static bool rmig__take_limits(struct rmig__session *ss, const struct rmig_hello *h, uint64_t chunk, char *why,
+                              size_t n) {
+    const struct rmig__param_row *idle = &rmig__params[RMIG_PARAM_IO_TIMEOUT];
+    const struct rmig__limit limits[] = {
+        {"page_size", h->page_size, 4096, RMIG_CHUNK_SIZE_MAX, false, false, true},
+        {"key_bits", h->key_bits, 32, 64, false, false, false},
+        {"payload_max", h->payload_max, 512, RMIG_PAYLOAD_MAX, true, false, false},
+        {"batch_max", h->batch_max, 1, RMIG_REPEAT_MAX, true, false, false},
+        {"registration_max", h->registration_max, chunk, UINT64_MAX, true, false, false},
+        {"idle_max", h->idle_max, idle->min, idle->max, true, true, false},
+    };
+    for (size_t i = 0; i < sizeof limits / sizeof limits[0]; i++)
+        if (!rmig__limit_kept(&limits[i], why, n))
+            return false;
     ss->peer_payload_max = rmig__min(h->payload_max, RMIG_PAYLOAD_MAX);
     ss->peer_batch_max = rmig__min(h->batch_max, RMIG_REPEAT_MAX);
     ss->peer_registration_max = h->registration_max;
-    ss->peer_idle_max = h->idle_max;
+    ss->peer_idle_max = rmig__min(h->idle_max, idle->max);
     ss->peer_features = h->features;
-    return ss->peer_payload_max >= 512 && ss->peer_batch_max >= 1 && ss->peer_registration_max >= chunk;
+    return true;
 }
+
+#define RMIG__KEEPALIVE_MIN (4 * RMIG__MS) // between two, however short the peer's patience is
 
 /* When a message is due so that the peer does not take this end for dead. */
 static uint64_t rmig__idle_at(const struct rmig__session *ss) {
-    return ss->extended && ss->peer_idle_max != 0 ? rmig__after(ss->last_sent, ss->peer_idle_max / 4) : RMIG_FOREVER;
+    if (!ss->extended || ss->peer_idle_max == 0)
+        return RMIG_FOREVER;
+    return rmig__after(ss->last_sent, rmig__max(ss->peer_idle_max / 4, RMIG__KEEPALIVE_MIN));
 }
 
 // >>source: implementation
@@ -3237,6 +3285,9 @@ static uint64_t rmig__idle_at(const struct rmig__session *ss) {
 #define RMIG__ZERO_TEST RMIG_MIB // longest range tested in one piece
 #define RMIG__ZERO_BYTES (8 * RMIG_GIB) // in one message: what a sink clears between two READYs
 #define RMIG__STEP_SCAN (64 * RMIG_MIB) // bytes tested for zero before the wire is looked after again
+#define RMIG__HOLE_LOOK RMIG_GIB // how far one look for holes goes; it reads 2 MiB of page map, in 4 ms
+#define RMIG__HOLE_SHARE 16 // a byte of a hole costs this part of a byte tested
+#define RMIG__HOLE_CALL ((uint64_t)65536) // and each look as many bytes tested
 
 /* Memory registered for writing, at both ends: one or more chunks of a block. */
 struct rmig__region {
@@ -3574,12 +3625,9 @@ static int rmig__source_on_hello_result(struct rmig_source *s, const uint8_t *p,
     if (h.chunk_size != s->chunk_size)
         return RMIG__END(ss, RMIG_ERR_PROTOCOL, 0, "the sink answered chunk-size %llu to %llu",
                          (unsigned long long)h.chunk_size, (unsigned long long)s->chunk_size);
-    if (!rmig__take_limits(ss, &h, s->chunk_size))
-        return RMIG__END(ss, RMIG_ERR_SETUP, 0,
-                         "the sink's limits are too small: payload %llu (need 512), batch %llu (need 1), registration "
-                         "%llu (need chunk-size, %llu): use a smaller chunk-size",
-                         (unsigned long long)h.payload_max, (unsigned long long)h.batch_max,
-                         (unsigned long long)h.registration_max, (unsigned long long)s->chunk_size);
+    char why[120];
+    if (!rmig__take_limits(ss, &h, s->chunk_size, why, sizeof why))
+        return RMIG__END(ss, RMIG_ERR_SETUP, 0, "the sink's limits: %s", why);
     s->stream_limit = (size_t)ss->peer_payload_max;
     s->window_regions = s->lockstep ? 1 : rmig__min(ss->peer_batch_max, ss->peer_payload_max / RMIG_BATCH_SIZE);
     if (s->op == RMIG__OP_CONNECT)
@@ -3807,8 +3855,9 @@ static bool rmig__range_is_zero(struct rmig_source *s, uint32_t block, uint64_t 
     }
     while (from < to) {
         if (!rmig__hole_known(s, block, from)) {
-            uint64_t reach = rmig__min(b->length, rmig__after(from, RMIG_GIB));
+            uint64_t reach = rmig__min(b->length, rmig__after(from, RMIG__HOLE_LOOK));
             rmig_holes_next_data(&s->ss.holes, b, from, reach, &s->hole.data, &s->hole.end);
+            *scanned += (s->hole.data - from) / RMIG__HOLE_SHARE;
             s->hole.block = block;
             s->hole.from = from;
         }
@@ -4846,12 +4895,16 @@ RMIG__DEF void rmig_source_stats(const struct rmig_source *s, struct rmig_stats 
 #define RMIG__V1_BYTES_PER_US 16 // slowest link that a silent version 1 source is granted: 16 MB/s
 #define RMIG__V1_BLOCKS_MAX (RMIG_PAYLOAD_MAX / RMIG_RAM_BLOCK_SIZE)
 #define RMIG__STEP_REQUESTS 16 // to connect, taken or rejected in one call
+#define RMIG__STEP_REGIONS 64 // registered or deregistered for the source in one call; of bytes no more than ...
+#define RMIG__STEP_REGISTER                                                                                            \
+    (64 * RMIG_MIB) // ... this, or one region: a window of a source's, so that it waits no longer
 #define RMIG__ADDRESS_MAX 128
 
 struct rmig__sink_block {
     uint32_t local; // index in the table of blocks
-    uint32_t *unit; // per unit of registration: 1 + index of the region that begins there or covers it, 0: none
+    uint32_t *unit; // per unit of registration: 1 + index of the region that covers it and reaches furthest, 0: none
     uint64_t units;
+    uint64_t registered; // bytes of all its regions; where they overlap, more than the block has
 };
 
 struct rmig__sink_region {
@@ -4874,6 +4927,7 @@ enum rmig__sink_state {
     RMIG__SINK_HELLO, // extended: the source's HELLO is due
     RMIG__SINK_UP,
     RMIG__SINK_ASKING, // the embedder's word on the blocks is due
+    RMIG__SINK_TABLE, // version 1: RAM_BLOCKS_RESULT is due, and with pin-all what it has keys for
     RMIG__SINK_TAKING, // FINISH came, the embedder's word on the guest is due
     RMIG__SINK_TAKEN, // it took the guest; the source is to hear so
     RMIG__SINK_HANDOVER, // FINISH_RESULT is out, GOODBYE is due
@@ -4934,8 +4988,8 @@ struct rmig_sink {
     struct rmig__sink_region *region;
     uint32_t region_count, region_capacity, region_free; // free: no slot below it is free
 
-    uint32_t clear_entry; // of the message in the inbox that is being carried out
-    uint64_t clear_done; // bytes of that entry
+    uint32_t entry; // next of the message (or table) that is carried out in steps
+    uint64_t clear_done, clear_data; // of that entry: bytes cleared; where the data ends that was found last
     size_t stream_at; // bytes taken of the QEMU_FILE in the inbox
     bool stream_told, stream_taken, disconnect_told;
     enum rmig_sink_event_type event; // to be delivered
@@ -5292,6 +5346,7 @@ static void rmig__sink_forget_tables(struct rmig_sink *s) {
     s->block_count = s->region_count = s->region_capacity = s->region_free = 0;
     s->ram_bytes = s->ss.stats.stream_bytes = 0;
     s->stream_at = 0;
+    s->entry = 0;
     s->ready_out = s->stream_told = s->stream_taken = false;
 }
 
@@ -5508,18 +5563,15 @@ static int rmig__sink_on_hello(struct rmig_sink *s, const uint8_t *p, const stru
     bool fixed = (ss->cfg.set_ & (1u << RMIG_PARAM_CHUNK_SIZE)) != 0;
     uint64_t own = answer.chunk_size, asked = hello.chunk_size;
     bool is_size = rmig__is_power_of_two(asked) && asked >= RMIG_CHUNK_SIZE_MIN && asked <= RMIG_CHUNK_SIZE_MAX;
-    bool valid = is_size && rmig__take_limits(ss, &hello, 0);
+    bool valid = is_size && rmig__take_limits(ss, &hello, RMIG_CHUNK_SIZE_MIN, answer.reason, sizeof answer.reason);
     if (!is_size)
         snprintf(answer.reason, sizeof answer.reason, "chunk-size %llu: must be a power of two from 1M to 1G",
                  (unsigned long long)asked);
-    else if (!valid)
-        snprintf(answer.reason, sizeof answer.reason, "limits: payload %llu (need 512), batch %llu (need 1)",
-                 (unsigned long long)hello.payload_max, (unsigned long long)hello.batch_max);
-    else if (fixed && own != asked)
+    else if (valid && fixed && own != asked)
         snprintf(answer.reason, sizeof answer.reason,
                  "chunk-size: the source has %llu, the sink is set to %llu; set the same or leave the sink's unset",
                  (unsigned long long)asked, (unsigned long long)own);
-    else if (ss->caps.registration_max < asked)
+    else if (valid && ss->caps.registration_max < asked)
         snprintf(answer.reason, sizeof answer.reason,
                  "chunk-size %llu: the sink's fabric registers at most %llu at once", (unsigned long long)asked,
                  (unsigned long long)ss->caps.registration_max);
@@ -5603,22 +5655,29 @@ static bool rmig__inside(uint64_t offset, uint64_t length, uint64_t end) {
     return offset < end && length > 0 && length <= end - offset;
 }
 
+static void rmig__sink_clear_data(const struct rmig_sink *s, const struct rmig_block *b, uint64_t from, uint64_t to) {
+    for (uint64_t at = from; at < to; at += s->ss.holes.page) {
+        size_t n = (size_t)rmig__min(s->ss.holes.page, to - at);
+        if (b->backing == RMIG_BACKING_DMABUF || !rmig_is_zero(b->host + at, n))
+            memset(b->host + at, 0, n);
+    }
+}
+
 /* Clears from `from` on without touching what reads as zero already: holes stay holes. Returns how far it came: up to
-   `to`, or less when the budget of bytes looked at is spent. */
+   `to`, or less when the budget of bytes looked at is spent. Up to s->clear_data it is known to be data. */
 static uint64_t rmig__sink_clear(struct rmig_sink *s, const struct rmig_block *b, uint64_t from, uint64_t to,
                                  uint64_t *budget) {
     while (from<to && * budget> 0) {
-        uint64_t data, end;
-        rmig_holes_next_data(&s->ss.holes, b, from, to, &data, &end);
-        if (data >= to)
-            return to;
-        end = rmig__min(end, rmig__after(data, *budget));
-        *budget -= end - data;
-        for (uint64_t at = data; at < end; at += s->ss.holes.page) {
-            size_t n = (size_t)rmig__min(s->ss.holes.page, end - at);
-            if (b->backing == RMIG_BACKING_DMABUF || !rmig_is_zero(b->host + at, n))
-                memset(b->host + at, 0, n);
+        if (from >= s->clear_data) {
+            uint64_t data, end, reach = rmig__min(to, rmig__after(from, RMIG__HOLE_LOOK));
+            rmig_holes_next_data(&s->ss.holes, b, from, reach, &data, &end);
+            *budget -= rmig__min(*budget, RMIG__HOLE_CALL + (data - from) / RMIG__HOLE_SHARE);
+            from = data;
+            s->clear_data = data < reach ? end : data;
         }
+        uint64_t end = rmig__min(rmig__min(s->clear_data, to), rmig__after(from, *budget));
+        rmig__sink_clear_data(s, b, from, end);
+        *budget -= end - from;
         from = end;
     }
     return from;
@@ -5648,63 +5707,119 @@ static int rmig__sink_check_clear(struct rmig_sink *s, const uint8_t *p, const s
 
 /* RMIG_PENDING: there is more to clear than one call should; the message stays in the inbox. */
 static int rmig__sink_on_clear(struct rmig_sink *s, const uint8_t *p, const struct rmig_header *h, uint32_t count) {
-    int status = s->clear_entry == 0 && s->clear_done == 0 ? rmig__sink_check_clear(s, p, h, count) : RMIG_OK;
+    int status = s->entry == 0 && s->clear_done == 0 ? rmig__sink_check_clear(s, p, h, count) : RMIG_OK;
     uint64_t budget = RMIG__STEP_SCAN;
-    while (status == RMIG_OK && s->clear_entry < count) {
+    while (status == RMIG_OK && s->entry < count) {
         struct rmig_compress run;
-        rmig_decode_compress(p + (size_t)s->clear_entry * RMIG_COMPRESS_SIZE, RMIG_COMPRESS_SIZE, &run);
+        rmig_decode_compress(p + (size_t)s->entry * RMIG_COMPRESS_SIZE, RMIG_COMPRESS_SIZE, &run);
         const struct rmig_block *ram = rmig__sink_local(s, rmig__sink_find(s, run.block));
         uint64_t end = run.start + run.length;
         s->clear_done = rmig__sink_clear(s, ram, run.start + s->clear_done, end, &budget) - run.start;
         if (s->clear_done < run.length)
             return RMIG_PENDING;
         s->ss.stats.bytes_zero += run.length;
-        s->clear_done = 0;
-        s->clear_entry++;
+        s->clear_done = s->clear_data = 0;
+        s->entry++;
     }
-    s->clear_entry = 0;
+    s->entry = 0;
     return status;
 }
 
-/* A registration that covers [from, to) of a block: one that is there, or a new one. NULL: the session has ended. */
-static struct rmig__sink_region *rmig__sink_register(struct rmig_sink *s, uint32_t index, uint64_t from, uint64_t to) {
+/* What a source may register, and when.
+
+   A source names ranges, a sink makes them writable, and the bytes that it pins are bounded by the RAM that there is,
+   whatever the source asks for. An extended source's registrations do not overlap: what lies inside one is answered
+   with it, what overlaps one otherwise is refused. A version 1 source cannot help overlaps, since neither end knows the
+   other's chunks: its ranges are registered as asked while all of them together are no more than the block; then the
+   whole block is, which covers all that is still to come. So no block is registered more than twice over.
+
+   Registering is slow, and a message may ask for much. So it is done in steps: as many entries a call as the budget
+   allows, while the message stays in the inbox (RMIG_PENDING); once the last one is there the reply is made by looking
+   all of them up. */
+
+/* The registration that covers [from, to) of a block, or NULL. */
+static struct rmig__sink_region *rmig__sink_covering(struct rmig_sink *s, uint32_t index, uint64_t from, uint64_t to) {
+    uint32_t known = s->block[index].unit[from / s->unit];
+    struct rmig__sink_region *r = known == 0 ? NULL : &s->region[known - 1];
+    return r != NULL && r->offset <= from && to <= r->offset + r->length ? r : NULL;
+}
+
+/* This call has registered or deregistered as much as one should; before: the counters at its beginning. */
+static bool rmig__sink_spent(const struct rmig_sink *s, const struct rmig_stats *before) {
+    const struct rmig_stats *now = &s->ss.stats;
+    uint64_t bytes = rmig__max(now->bytes_registered, before->bytes_registered) -
+                     rmig__min(now->bytes_registered, before->bytes_registered);
+    uint64_t regions = now->registrations - before->registrations + now->deregistrations - before->deregistrations;
+    return bytes >= RMIG__STEP_REGISTER || regions >= RMIG__STEP_REGIONS;
+}
+
+/* May [from, to) be registered beside what is? A version 1 range may be widened to the whole block. */
+static int rmig__sink_admit(struct rmig_sink *s, uint32_t index, uint64_t *from, uint64_t *to) {
     struct rmig__sink_block *b = &s->block[index];
-    uint32_t known = b->unit[from / s->unit];
-    if (known != 0) {
-        struct rmig__sink_region *r = &s->region[known - 1];
-        if (r->offset <= from && to <= r->offset + r->length)
-            return r;
+    const struct rmig_block *local = rmig__sink_local(s, b);
+    for (uint64_t at = *from; s->ss.extended && at < *to; at += s->unit) {
+        uint32_t known = b->unit[at / s->unit];
+        if (known != 0)
+            return RMIG__END(
+                &s->ss, RMIG_ERR_PROTOCOL, 0,
+                "the source asked to register [0x%llx, 0x%llx) of block \"%.60s\", which overlaps [0x%llx, "
+                "0x%llx), registered before: must lie inside it or outside",
+                (unsigned long long)*from, (unsigned long long)*to, local->name,
+                (unsigned long long)s->region[known - 1].offset,
+                (unsigned long long)(s->region[known - 1].offset + s->region[known - 1].length));
     }
+    if (b->registered + (*to - *from) > local->length && local->length <= s->ss.caps.registration_max) {
+        *from = 0;
+        *to = local->length;
+    }
+    if (*to - *from > s->ss.caps.registration_max)
+        return RMIG__END(&s->ss, RMIG_ERR_REGISTRATION, 0,
+                         "block \"%.60s\": %llu bytes are asked for in one registration; fabric %s takes at most %llu",
+                         local->name, (unsigned long long)(*to - *from), s->ss.fabric->ops->name,
+                         (unsigned long long)s->ss.caps.registration_max);
+    if (s->region_free == s->region_capacity)
+        return RMIG__END(&s->ss, RMIG_ERR_PROTOCOL, 0, "the source asked for more than %u registrations",
+                         s->region_capacity);
+    if (b->registered + (*to - *from) > 2 * local->length)
+        return RMIG__END(&s->ss, RMIG_ERR_PROTOCOL, 0,
+                         "the source asked to register [0x%llx, 0x%llx) of block \"%.60s\": with %llu bytes registered "
+                         "of it that is more than twice its length, %llu",
+                         (unsigned long long)*from, (unsigned long long)*to, local->name,
+                         (unsigned long long)b->registered, (unsigned long long)local->length);
+    return RMIG_OK;
+}
+
+/* Makes sure that a registration covers [from, to) of a block. */
+static int rmig__sink_register(struct rmig_sink *s, uint32_t index, uint64_t from, uint64_t to) {
+    struct rmig__sink_block *b = &s->block[index];
+    if (rmig__sink_covering(s, index, from, to) != NULL)
+        return RMIG_OK;
     while (s->region_free < s->region_count && s->region[s->region_free].used)
         s->region_free++;
-    if (to - from > s->ss.caps.registration_max) {
-        RMIG__END(&s->ss, RMIG_ERR_REGISTRATION, 0,
-                  "block \"%.60s\": %llu bytes are asked for in one registration; fabric %s takes at most %llu",
-                  rmig__sink_local(s, b)->name, (unsigned long long)(to - from), s->ss.fabric->ops->name,
-                  (unsigned long long)s->ss.caps.registration_max);
-        return NULL;
-    }
-    if (s->region_free == s->region_capacity) {
-        RMIG__END(&s->ss, RMIG_ERR_PROTOCOL, 0, "the source asked for more than %u registrations", s->region_capacity);
-        return NULL;
-    }
+    int status = rmig__sink_admit(s, index, &from, &to);
+    if (status != RMIG_OK)
+        return status;
     struct rmig__sink_region *r = &s->region[s->region_free];
     bool unit_unknown = !s->ss.extended && !s->pin_all && !s->ss.caps.offset_addressing &&
                         rmig_get(&s->ss.cfg, RMIG_PARAM_PEER_CHUNK_SIZE) == 0;
-    if (rmig__register(&s->ss, rmig__sink_local(s, b), from, to - from,
-                       RMIG_ACCESS_LOCAL_WRITE | RMIG_ACCESS_REMOTE_WRITE, &r->mr,
-                       unit_unknown ? "; to register less at once, set peer-chunk-size to the source's (stock QEMU: 1M)"
-                                    : "") != RMIG_OK)
-        return NULL;
+    status = rmig__register(
+        &s->ss, rmig__sink_local(s, b), from, to - from, RMIG_ACCESS_LOCAL_WRITE | RMIG_ACCESS_REMOTE_WRITE, &r->mr,
+        unit_unknown ? "; to register less at once, set peer-chunk-size to the source's (stock QEMU: 1M)" : "");
+    if (status != RMIG_OK)
+        return status;
     r->used = true;
     r->block = index;
     r->offset = from;
     r->length = to - from;
+    b->registered += r->length;
     if (s->region_free == s->region_count)
         s->region_count++;
-    for (uint64_t at = from; at < to; at += s->unit)
-        b->unit[at / s->unit] = s->region_free + 1;
-    return r;
+    for (uint64_t at = from; at < to; at += s->unit) {
+        uint32_t known = b->unit[at / s->unit];
+        if (known == 0 || s->region[known - 1].offset + s->region[known - 1].length < to)
+            b->unit[at / s->unit] = s->region_free + 1;
+    }
+    return RMIG_OK;
 }
 
 /* What a REGISTER_REQUEST covers. With a version 1 source neither end knows the other's chunk size, so a request is
@@ -5720,7 +5835,22 @@ static void rmig__sink_request_range(const struct rmig_sink *s, uint64_t length,
         *to = *from + (q->chunks + 1) * s->unit;
 }
 
-static int rmig__sink_on_register(struct rmig_sink *s, const uint8_t *p, const struct rmig_header *h, uint8_t *out) {
+/* Version 1 has 32 bits for a key. */
+static int rmig__sink_check_key(struct rmig_sink *s, const struct rmig__sink_region *r) {
+    if (r->mr.key != 0 && r->mr.key <= UINT32_MAX)
+        return RMIG_OK;
+    return RMIG__END(&s->ss, RMIG_ERR_SETUP, 0, "fabric %s: key 0x%llx does not fit the 32 bits of version 1",
+                     s->ss.fabric->ops->name, (unsigned long long)r->mr.key);
+}
+
+/* Entry i of a REGISTER_REQUEST, and what of the block it covers. */
+static void rmig__sink_request(const struct rmig_sink *s, const uint8_t *p, uint32_t i, struct rmig_register *q,
+                               uint64_t *from, uint64_t *to) {
+    rmig_decode_register(p + (size_t)i * RMIG_REGISTER_SIZE, RMIG_REGISTER_SIZE, q);
+    rmig__sink_request_range(s, rmig__sink_local(s, &s->block[q->block])->length, q, from, to);
+}
+
+static int rmig__sink_check_requests(struct rmig_sink *s, const uint8_t *p, const struct rmig_header *h) {
     if (h->repeat == 0 || h->repeat > RMIG_REPEAT_MAX || h->len != h->repeat * RMIG_REGISTER_SIZE)
         return rmig__sink_bad(s, h, "must be 24 bytes a command, 1 to 4096 commands");
     for (uint32_t i = 0; i < h->repeat; i++) {
@@ -5733,24 +5863,38 @@ static int rmig__sink_on_register(struct rmig_sink *s, const uint8_t *p, const s
                 &s->ss, RMIG_ERR_PROTOCOL, 0,
                 "the source asked to register block %u, offset 0x%llx, %llu more chunks: outside the %u blocks",
                 q.block, (unsigned long long)q.key, (unsigned long long)q.chunks, s->block_count);
-        uint64_t from, to;
-        rmig__sink_request_range(s, length, &q, &from, &to);
-        const struct rmig__sink_region *r = rmig__sink_register(s, q.block, from, to);
-        if (r == NULL)
-            return s->ss.failed;
+    }
+    return RMIG_OK;
+}
+
+/* RMIG_PENDING, as in on_batch: there is more to register than one call should. */
+static int rmig__sink_on_register(struct rmig_sink *s, const uint8_t *p, const struct rmig_header *h, uint8_t *out) {
+    struct rmig_stats before = s->ss.stats;
+    struct rmig_register q;
+    uint64_t from, to;
+    int status = s->entry == 0 ? rmig__sink_check_requests(s, p, h) : RMIG_OK;
+    for (; status == RMIG_OK && s->entry < h->repeat; s->entry++) {
+        if (rmig__sink_spent(s, &before))
+            return RMIG_PENDING;
+        rmig__sink_request(s, p, s->entry, &q, &from, &to);
+        status = rmig__sink_register(s, q.block, from, to);
+    }
+    s->entry = 0;
+    for (uint32_t i = 0; status == RMIG_OK && i < h->repeat; i++) {
+        rmig__sink_request(s, p, i, &q, &from, &to);
+        const struct rmig__sink_region *r = rmig__sink_covering(s, q.block, from, to);
         struct rmig_register_result result;
         result.rkey = (uint32_t)r->mr.key;
         result.base = r->mr.remote_address - r->offset; // wraps on purpose: base + offset in the block is what counts
-        if (r->mr.key != result.rkey || result.rkey == 0)
-            return RMIG__END(&s->ss, RMIG_ERR_SETUP, 0,
-                             "fabric %s: key 0x%llx does not fit the 32 bits of a version 1 source",
-                             s->ss.fabric->ops->name, (unsigned long long)r->mr.key);
+        status = rmig__sink_check_key(s, r);
         rmig_encode_register_result(out + (size_t)i * RMIG_REGISTER_RESULT_SIZE, RMIG_REGISTER_RESULT_SIZE, &result);
     }
+    if (status != RMIG_OK)
+        return status;
     return rmig__send(&s->ss, RMIG_MSG_REGISTER_RESULT, h->repeat, (size_t)h->repeat * RMIG_REGISTER_RESULT_SIZE);
 }
 
-static int rmig__sink_on_batch(struct rmig_sink *s, const uint8_t *p, const struct rmig_header *h, uint8_t *out) {
+static int rmig__sink_check_batch(struct rmig_sink *s, const uint8_t *p, const struct rmig_header *h) {
     if (h->repeat == 0 || h->repeat > RMIG_REPEAT_MAX || h->len != h->repeat * RMIG_BATCH_SIZE)
         return rmig__sink_bad(s, h, "must be 24 bytes an entry, 1 to 4096 entries");
     for (uint32_t i = 0; i < h->repeat; i++) {
@@ -5766,9 +5910,26 @@ static int rmig__sink_on_batch(struct rmig_sink *s, const uint8_t *p, const stru
                 "one of %u blocks, at most %llu bytes",
                 q.block, (unsigned long long)q.offset, (unsigned long long)q.length, s->block_count,
                 (unsigned long long)s->ss.caps.registration_max);
-        const struct rmig__sink_region *r = rmig__sink_register(s, q.block, q.offset, q.offset + q.length);
-        if (r == NULL)
-            return s->ss.failed;
+    }
+    return RMIG_OK;
+}
+
+static int rmig__sink_on_batch(struct rmig_sink *s, const uint8_t *p, const struct rmig_header *h, uint8_t *out) {
+    struct rmig_stats before = s->ss.stats;
+    struct rmig_batch q;
+    int status = s->entry == 0 ? rmig__sink_check_batch(s, p, h) : RMIG_OK;
+    for (; status == RMIG_OK && s->entry < h->repeat; s->entry++) {
+        if (rmig__sink_spent(s, &before))
+            return RMIG_PENDING;
+        rmig_decode_batch(p + (size_t)s->entry * RMIG_BATCH_SIZE, RMIG_BATCH_SIZE, &q);
+        status = rmig__sink_register(s, q.block, q.offset, q.offset + q.length);
+    }
+    s->entry = 0;
+    if (status != RMIG_OK)
+        return status;
+    for (uint32_t i = 0; i < h->repeat; i++) {
+        rmig_decode_batch(p + (size_t)i * RMIG_BATCH_SIZE, RMIG_BATCH_SIZE, &q);
+        const struct rmig__sink_region *r = rmig__sink_covering(s, q.block, q.offset, q.offset + q.length);
         struct rmig_batch_result result;
         result.key = r->mr.key;
         result.address = r->mr.remote_address + (q.offset - r->offset);
@@ -5784,16 +5945,20 @@ static uint64_t rmig__sink_chunk(const struct rmig_sink *s) {
 }
 
 static int rmig__sink_on_unregister(struct rmig_sink *s, const uint8_t *p, const struct rmig_header *h) {
+    struct rmig_stats before = s->ss.stats;
     if (h->repeat == 0 || h->repeat > RMIG_REPEAT_MAX || h->len != h->repeat * RMIG_REGISTER_SIZE)
         return rmig__sink_bad(s, h, "must be 24 bytes a command, 1 to 4096 commands");
-    for (uint32_t i = 0; i < h->repeat; i++) {
+    for (; s->entry < h->repeat; s->entry++) {
         struct rmig_register q;
-        rmig_decode_register(p + (size_t)i * RMIG_REGISTER_SIZE, RMIG_REGISTER_SIZE, &q);
+        if (rmig__sink_spent(s, &before))
+            return RMIG_PENDING;
+        rmig_decode_register(p + (size_t)s->entry * RMIG_REGISTER_SIZE, RMIG_REGISTER_SIZE, &q);
         struct rmig__sink_block *b = rmig__sink_find(s, q.block);
         uint64_t chunks = b == NULL ? 0 : rmig_chunk_count(rmig__sink_local(s, b)->length, rmig__sink_chunk(s));
         uint32_t known = q.key < chunks ? b->unit[q.key * rmig__sink_chunk(s) / s->unit] : 0;
         struct rmig__sink_region *r = known == 0 ? NULL : &s->region[known - 1];
-        bool whole_block = !s->ss.extended && s->ss.caps.offset_addressing;
+        bool whole_block = r != NULL && !s->ss.extended && r->length > s->unit &&
+                           r->length == rmig__sink_local(s, b)->length; // perhaps more than was asked for
         if (r != NULL && (whole_block || s->unit != rmig__sink_chunk(s)))
             continue; // its registration serves other chunks too, so it stays
         if (r == NULL || r->offset != q.key * s->unit)
@@ -5804,36 +5969,44 @@ static int rmig__sink_on_unregister(struct rmig_sink *s, const uint8_t *p, const
             if (b->unit[at / s->unit] == known)
                 b->unit[at / s->unit] = 0;
         r->used = false;
+        b->registered -= r->length;
         s->region_free = (uint32_t)rmig__min(s->region_free, known - 1);
         if (rmig__deregister(&s->ss, &r->mr, r->length, &s->ss.error) != RMIG_OK)
             return rmig__session_end(&s->ss);
     }
+    s->entry = 0;
     return rmig__send(&s->ss, RMIG_MSG_UNREGISTER_FINISHED, h->repeat, 0);
 }
 
-/* Version 1: the table of blocks, with the keys of whole blocks if they are pinned. */
-static int rmig__sink_say_ram_blocks(struct rmig_sink *s) {
-    uint8_t *out = rmig__payload(&s->ss);
-    for (uint32_t i = 0; i < s->block_count; i++) {
+/* Version 1: the table of blocks, with the keys of whole blocks if they are pinned; RMIG_PENDING while they are being.
+ */
+static int rmig__sink_say_ram_blocks(struct rmig_sink *s, uint8_t *out) {
+    struct rmig_stats before = s->ss.stats;
+    int status = RMIG_OK;
+    for (; s->pin_all && status == RMIG_OK && s->entry < s->block_count; s->entry++) {
+        if (rmig__sink_spent(s, &before))
+            return RMIG_PENDING;
+        status = rmig__sink_register(s, s->entry, 0, rmig__sink_local(s, &s->block[s->entry])->length);
+    }
+    s->entry = 0;
+    for (uint32_t i = 0; status == RMIG_OK && i < s->block_count; i++) {
         const struct rmig_block *b = rmig__sink_local(s, &s->block[i]);
         struct rmig_ram_block entry;
         memset(&entry, 0, sizeof entry);
         entry.length = b->length; // offset 0: keys and starts then count from the block's beginning
         if (s->pin_all) {
-            const struct rmig__sink_region *r = rmig__sink_register(s, i, 0, b->length);
-            if (r == NULL)
-                return s->ss.failed;
+            const struct rmig__sink_region *r = rmig__sink_covering(s, i, 0, b->length);
             entry.base = r->mr.remote_address;
             entry.rkey = (uint32_t)r->mr.key;
-            if (entry.rkey != r->mr.key || entry.rkey == 0)
-                return RMIG__END(&s->ss, RMIG_ERR_SETUP, 0,
-                                 "fabric %s: key 0x%llx does not fit the 32 bits of version 1", s->ss.fabric->ops->name,
-                                 (unsigned long long)r->mr.key);
+            status = rmig__sink_check_key(s, r);
         } else if (!s->ss.caps.offset_addressing) {
             entry.base = (uint64_t)(uintptr_t)b->host;
         }
         rmig_encode_ram_block(out + (size_t)i * RMIG_RAM_BLOCK_SIZE, RMIG_RAM_BLOCK_SIZE, &entry);
     }
+    if (status != RMIG_OK)
+        return status;
+    s->state = RMIG__SINK_UP;
     return rmig__send(&s->ss, RMIG_MSG_RAM_BLOCKS_RESULT, 1, (size_t)s->block_count * RMIG_RAM_BLOCK_SIZE);
 }
 
@@ -5876,11 +6049,9 @@ static int rmig__sink_dispatch(struct rmig_sink *s, const uint8_t *p, const stru
     case RMIG_MSG_RAM_BLOCKS_REQUEST:
         if (extended || !empty)
             break;
-        if (s->block != NULL)
-            return rmig__sink_say_ram_blocks(s); // asked again: the same answer, nothing registered twice
         rmig__sink_begin(s);
-        s->state = RMIG__SINK_ASKING;
-        s->event = RMIG_SINK_BLOCKS;
+        s->state = s->block != NULL ? RMIG__SINK_TABLE : RMIG__SINK_ASKING; // asked again: the same answer
+        s->event = s->block != NULL ? RMIG_SINK_NONE : RMIG_SINK_BLOCKS;
         return RMIG_OK;
     case RMIG_MSG_COMPRESS:
         return rmig__sink_on_clear(s, p, h, 1);
@@ -5956,9 +6127,11 @@ static int rmig__sink_on_message(struct rmig_sink *s, bool *moved) {
         status = rmig__sink_dispatch(s, p, h, out);
         s->ready_out = status == RMIG_PENDING;
     }
-    *moved = true;
-    if (status == RMIG_PENDING)
+    if (status == RMIG_PENDING) { // as much as one call should do
+        s->ss.again = true;
         return RMIG_OK;
+    }
+    *moved = true;
     if (status == RMIG_OK)
         rmig__inbox_pop(&s->ss);
     return status;
@@ -6077,10 +6250,10 @@ RMIG__DEF int rmig_sink_accept_blocks(struct rmig_sink *s) {
         return s->begun ? status : RMIG_ERR_FORGOTTEN;
     }
     rmig__sink_begin(s);
-    s->state = RMIG__SINK_UP;
     ss->again = true;
+    s->state = ss->extended ? RMIG__SINK_UP : RMIG__SINK_TABLE; // process makes the table: it may take long
     if (!ss->extended)
-        return rmig__sink_say_ram_blocks(s);
+        return RMIG_OK;
     rmig__put_be32(out, 0);
     return rmig__send(&s->ss, RMIG_MSG_BLOCKS_RESULT, 1, 4);
 }
@@ -6196,6 +6369,13 @@ static int rmig__sink_link(struct rmig_sink *s) {
     return rmig__check_link(ss, "source", "before the handover was over");
 }
 
+static int rmig__sink_on_table(struct rmig_sink *s, bool *moved) {
+    int status = rmig__sink_say_ram_blocks(s, rmig__payload(&s->ss));
+    s->ss.again = s->ss.again || status == RMIG_PENDING;
+    *moved = *moved || status == RMIG_OK;
+    return status == RMIG_PENDING ? RMIG_OK : status;
+}
+
 static int rmig__sink_connection(struct rmig_sink *s, bool *moved) {
     struct rmig__session *ss = &s->ss;
     int status = rmig__session_poll(ss);
@@ -6222,6 +6402,8 @@ static int rmig__sink_connection(struct rmig_sink *s, bool *moved) {
         status = rmig__sink_link(s);
     if (status == RMIG_OK && (s->state == RMIG__SINK_TAKING || s->state == RMIG__SINK_TAKEN))
         status = rmig__sink_answer(s);
+    if (status == RMIG_OK && s->state == RMIG__SINK_TABLE && rmig__payload(ss) != NULL)
+        status = rmig__sink_on_table(s, moved);
     if (status != RMIG_OK || s->event != RMIG_SINK_NONE || s->state != RMIG__SINK_UP)
         return status;
     if (!s->ready_out && ss->inbox_count == 0 && !ss->disconnected && rmig__payload(ss) != NULL) {

@@ -2085,6 +2085,41 @@ static void register_chunk(struct raw *r, uint64_t key, uint32_t block, uint64_t
     expect(r, T_READY);
 }
 
+/* 64 GiB that were never touched: looking for what to clear there takes the system's time, so it is done in steps. */
+Test(hostile_source, compress_over_what_was_never_touched) {
+    SIM_ONLY;
+    struct play *p = play_new(SIM_ORDERED);
+    struct raw *r = &p->raw;
+    struct rmig_sink_event ev;
+    uint64_t length = 64 * RMIG_GIB;
+    play_sink(p, PAGE, ROM_LENGTH);
+    void *host = mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    cr_assert_neq(host, MAP_FAILED);
+    struct rmig_block_desc d = {.name = "big", .host = host, .length = length};
+    d.backing = RMIG_BACKING_ANONYMOUS;
+    d.guest_offset = (uint64_t)1 << 40;
+    cr_assert_eq(rmig_sink_add_block(p->sink, &d, NULL), RMIG_OK);
+    connect_with(r, 0, RECEIVES);
+    expect(r, T_READY);
+    cr_assert(SAY_EMPTY(r, T_RAM_BLOCKS_REQUEST));
+    expect(r, T_RAM_BLOCKS_RESULT);
+    expect(r, T_READY);
+    ((uint8_t *)host)[length / 2 + 7] = 1;
+    play_actor(p, NULL);
+    cr_assert(SAY(r, T_COMPRESS, 1, "wwqq", 0, 0, 0, length));
+    pass_time(r, SIM_MS);
+    sim_spend(p->sim, 1, SIM_MS);
+    unsigned calls = 0;
+    do {
+        cr_assert_eq(rmig_sink_process(p->sink, &ev), RMIG_OK);
+        calls++;
+    } while (rmig_sink_next_deadline(p->sink) == 0);
+    cr_assert(calls >= 64 && calls < 200, "%u calls", calls);
+    expect(r, T_READY);
+    cr_assert_eq(((uint8_t *)host)[length / 2 + 7], 0);
+    munmap(host, length);
+    play_free(p);
+}
 /* All that REGISTER_REQUEST may name is answered, each of them. */
 Test(hostile_source, register_4096_at_once) {
     struct play *p = sink_at(V1_BLOCKS);
@@ -2317,6 +2352,22 @@ HELLO_REFUSED(hello_chunk_size_off_by_one, "chunk-size|1048577", MIB + 1, 524272
 HELLO_REFUSED(hello_chunk_size_of_64_bits, "chunk-size|18446744073709551615", UINT64_MAX, 524272, 4096, 1 << 30, 0, 0)
 HELLO_REFUSED(hello_payload_too_small, "payload|511|512", MIB, 511, 4096, 1 << 30, 0, 0)
 HELLO_REFUSED(hello_batch_0, "batch|0", MIB, 524272, 0, 1 << 30, 0, 0)
+HELLO_REFUSED(hello_registration_too_small, "registration_max 1048575|1048576", MIB, 524272, 4096, MIB - 1, 0, 0)
+HELLO_REFUSED(hello_idle_1_ns, "idle_max 1:|0, or 1000000 or more", MIB, 524272, 4096, 1 << 30, 1, 0)
+HELLO_REFUSED(hello_idle_below_1_ms, "idle_max 999999", MIB, 524272, 4096, 1 << 30, 999999, 0)
+
+static void limit_refused(uint64_t page, uint64_t bits, const char *needles) {
+    struct play *p = sink_at(X_CONNECTED);
+    cr_assert(SAY(&p->raw, T_HELLO, 1, "hhqhhqhhqhhqhhqhhq", 1, 8, MIB, 2, 8, page, 3, 8, bits, 4, 8, 524272, 5, 8,
+                  4096, 6, 8, 1 << 30));
+    hello_forgotten(p, needles);
+}
+Test(hostile_source, hello_page_size_0) { limit_refused(0, 64, "page_size 0|power of two|4096 to 1073741824"); }
+Test(hostile_source, hello_page_size_small) { limit_refused(2048, 64, "page_size 2048"); }
+Test(hostile_source, hello_page_size_no_power_of_two) { limit_refused(12288, 64, "page_size 12288"); }
+Test(hostile_source, hello_page_size_of_64_bits) { limit_refused(UINT64_MAX, 64, "page_size 18446744073709551615"); }
+Test(hostile_source, hello_keys_of_31_bits) { limit_refused(PAGE, 31, "key_bits 31|32 to 64"); }
+Test(hostile_source, hello_keys_of_65_bits) { limit_refused(PAGE, 65, "key_bits 65|32 to 64"); }
 
 Test(hostile_source, hello_without_entries) {
     struct play *p = sink_at(X_CONNECTED);
@@ -2536,11 +2587,11 @@ Test(hostile_source, batch_over_and_over) {
     play_free(p);
 }
 
-/* Ranges that overlap in every way: each key must cover its range, whatever was asked before. */
-Test(hostile_source, batch_overlaps_are_all_good) {
+/* Ranges inside one that was registered before: each key must cover its range. */
+Test(hostile_source, batch_inside_another_is_good) {
     struct play *p = sink_at(X_BLOCKS);
     struct raw *r = &p->raw;
-    const uint64_t range[][2] = {{0, 1}, {0, 2}, {1, 2}, {0, 4}, {1, 1}, {3, 1}, {2, 2}};
+    const uint64_t range[][2] = {{1, 3}, {0, 1}, {1, 2}, {2, 2}, {1, 1}, {3, 1}, {1, 3}, {0, 1}};
     struct rmig_error err = {0};
     for (unsigned i = 0; i < sizeof range / sizeof range[0]; i++) {
         uint64_t key, address, n = range[i][1] * MIB;
@@ -2552,6 +2603,172 @@ Test(hostile_source, batch_overlaps_are_all_good) {
         const uint8_t *host = p->ram[RAM].host + range[i][0] * MIB;
         cr_assert(host[0] == i + 1 && host[n - 1] == i + 1, "range %u was written elsewhere", i);
     }
+    play_free(p);
+}
+
+/* What overlaps a registration and does not lie inside it is refused: ranges that grow would pin any number of bytes.
+ */
+static void overlap(struct raw *r, uint64_t from, uint64_t n) {
+    uint64_t key, address;
+    register_batch(r, RAM, MIB, MIB, &key, &address);
+    register_batch(r, RAM, 2 * MIB, MIB, &key, &address);
+    SAY(r, T_REGISTER_BATCH, 1, "wwqq", RAM, 0, from * MIB, n * MIB);
+}
+TO_SINK(batch_overlaps_from_before, X_BLOCKS, PROTOCOL, "[0x0, 0x200000)|\"ram\"|[0x100000, 0x200000)",
+        overlap(r, 0, 2))
+TO_SINK(batch_overlaps_behind, X_BLOCKS, PROTOCOL, "[0x200000, 0x400000)|[0x200000, 0x300000)", overlap(r, 2, 2))
+TO_SINK(batch_overlaps_all, X_BLOCKS, PROTOCOL, "[0x0, 0x400000)|[0x100000, 0x200000)", overlap(r, 0, 4))
+TO_SINK(batch_overlaps_two, X_BLOCKS, PROTOCOL, "[0x100000, 0x300000)|[0x100000, 0x200000)", overlap(r, 1, 2))
+TO_SINK(batch_overlaps_in_its_own_message, X_BLOCKS, PROTOCOL, "[0x0, 0x200000)|[0x0, 0x100000)",
+        SAY(r, T_REGISTER_BATCH, 2, "wwqqwwqq", RAM, 0, 0, MIB, RAM, 0, 0, 2 * MIB))
+TO_SINK(register_extended_overlaps, X_BLOCKS, PROTOCOL, "[0x0, 0x200000)|[0x0, 0x100000)",
+        SAY(r, T_REGISTER_REQUEST, 2, "qwwqqwwq", 0, RAM, 0, 0, 0, RAM, 0, 1))
+
+static uint64_t pinned(const struct play *p) {
+    struct rmig_stats st;
+    rmig_sink_stats(p->sink, &st);
+    return st.bytes_registered;
+}
+
+/* Ranges of a version 1 source may overlap. Each is granted, and no more is pinned than twice the RAM. */
+static void v1_ranges(uint64_t block, unsigned shift, bool down) {
+    struct play *p = play_new(SIM_ORDERED);
+    struct raw *r = &p->raw;
+    set(p, RMIG_PARAM_PEER_CHUNK_SIZE, MIB);
+    play_sink(p, block, ROM_LENGTH);
+    connect_with(r, 0, RECEIVES);
+    expect(r, T_READY);
+    cr_assert(SAY_EMPTY(r, T_RAM_BLOCKS_REQUEST));
+    expect(r, T_RAM_BLOCKS_RESULT);
+    expect(r, T_READY);
+    uint64_t chunks = block / MIB;
+    struct rmig_error err = {0};
+    for (uint64_t i = 0; i < chunks; i++) {
+        uint64_t from = down ? chunks - 1 - i : shift == 0 ? 0 : i, n = shift == 0 || down ? i : shift - 1;
+        n = sim_min(n, chunks - 1 - from);
+        cr_assert(SAY(r, T_REGISTER_REQUEST, 1, "qwwq", from * MIB, RAM, PADDING, n));
+        expect(r, T_REGISTER_RESULT);
+        uint64_t key = get_be32(r->m.payload), base = get_be64(r->m.payload + 8);
+        expect(r, T_READY);
+        cr_assert_leq(pinned(p), 2 * block, "%llu bytes", (unsigned long long)pinned(p));
+        for (unsigned end = 0; end < 2; end++) { // the first page and the last
+            uint64_t at = end == 0 ? from * MIB : (from + n + 1) * MIB - PAGE;
+            struct rmig_write w = {r->memory, &r->mr, PAGE, base + at, key, ++r->writes, true};
+            cr_assert_eq(r->ops->write(r->ep, &w, 1, &err), 1, "%s", err.text);
+            cr_assert(raw_until(r, is_written, SIM_SECOND) && !r->gone, "range %llu: %s", (unsigned long long)i,
+                      r->text);
+        }
+    }
+    play_free(p);
+}
+Test(hostile_source, version_1_ranges_that_grow) { v1_ranges(64 * MIB, 0, false); }
+Test(hostile_source, version_1_ranges_that_grow_downwards) { v1_ranges(64 * MIB, 0, true); }
+Test(hostile_source, version_1_ranges_that_slide) { v1_ranges(64 * MIB, 16, false); }
+Test(hostile_source, version_1_ranges_one_by_one) { v1_ranges(64 * MIB, 1, false); }
+
+/* Where a whole block is more than the fabric registers at once, there is an end to it. */
+Test(hostile_source, version_1_ranges_beyond_all_bounds) {
+    struct play *p = play_new(SIM_ORDERED);
+    struct raw *r = &p->raw;
+    p->world.registration_max = 16 * MIB;
+    set(p, RMIG_PARAM_PEER_CHUNK_SIZE, MIB);
+    play_sink(p, 40 * MIB, ROM_LENGTH);
+    connect_with(r, 0, RECEIVES);
+    expect(r, T_READY);
+    cr_assert(SAY_EMPTY(r, T_RAM_BLOCKS_REQUEST));
+    expect(r, T_RAM_BLOCKS_RESULT);
+    expect(r, T_READY);
+    for (uint64_t i = 0; i < 40 && SAY(r, T_REGISTER_REQUEST, 1, "qwwq", 0, RAM, PADDING, i % 16) &&
+                         next_message(r, SIM_SECOND) && r->m.type == T_REGISTER_RESULT;
+         i++) {
+        expect(r, T_READY);
+        cr_assert_leq(pinned(p), 80 * MIB);
+    }
+    must_fail(p, RMIG_ERR_PROTOCOL, "\"ram\"|twice its length, 41943040");
+    play_free(p);
+}
+
+/* rmig's sink by hand, one call of process after the other, until it would sleep. Returns how many calls registered or
+   deregistered anything, and none may do more than the bound. */
+static unsigned calls_that_register(struct play *p, uint64_t most) {
+    struct rmig_sink_event ev;
+    unsigned calls = 0;
+    const struct sim_stats *st = sim_stats(p->sim, 1);
+    do {
+        uint64_t before = st->ops[SIM_REG] + st->ops[SIM_DEREG];
+        sim_spend(p->sim, 1, SIM_US);
+        cr_assert_eq(rmig_sink_process(p->sink, &ev), RMIG_OK, "%s", rmig_sink_error(p->sink)->text);
+        uint64_t did = st->ops[SIM_REG] + st->ops[SIM_DEREG] - before;
+        cr_assert_leq(did, most, "%llu at once", (unsigned long long)did);
+        calls += did > 0;
+    } while (rmig_sink_next_deadline(p->sink) == 0);
+    return calls;
+}
+
+/* 300 chunks asked for in one message, and given back in one: in steps, and the answer has them all. */
+static void many_in_one(bool extended) {
+    SIM_ONLY;
+    struct play *p = play_new(SIM_ORDERED);
+    struct raw *r = &p->raw;
+    static uint8_t bytes[300 * 24];
+    if (!extended)
+        set(p, RMIG_PARAM_PEER_CHUNK_SIZE, MIB);
+    play_sink(p, 300 * MIB, ROM_LENGTH);
+    connect_with(r, extended ? EXTENSION : 0, RECEIVES);
+    if (extended) {
+        go_extended(r, X_READY);
+        cr_assert(say_blocks(r, 1, 0, "ram", 300 * MIB));
+    } else {
+        expect(r, T_READY);
+        cr_assert(SAY_EMPTY(r, T_RAM_BLOCKS_REQUEST));
+    }
+    expect(r, extended ? T_BLOCKS_RESULT : T_RAM_BLOCKS_RESULT);
+    expect(r, T_READY);
+    play_actor(p, NULL);
+    for (unsigned i = 0; i < 300; i++) {
+        if (extended)
+            pack(bytes + 24 * i, "wwqq", (const uint64_t[]){RAM, 0, i * MIB, MIB});
+        else
+            pack(bytes + 24 * i, "qwwq", (const uint64_t[]){i * MIB, RAM, PADDING, 0});
+    }
+    cr_assert(say_bytes(r, extended ? T_REGISTER_BATCH : T_REGISTER_REQUEST, 300, sizeof bytes, bytes, sizeof bytes));
+    pass_time(r, SIM_MS);
+    sim_spend(p->sim, 1, SIM_MS);
+    cr_assert_eq(calls_that_register(p, 64), 5u);
+    expect(r, extended ? T_REGISTER_BATCH_RESULT : T_REGISTER_RESULT);
+    cr_assert_eq(r->m.repeat, 300u);
+    expect(r, T_READY);
+    cr_assert_eq(held.exposed, 300u);
+    for (unsigned i = 0; i < 300; i++)
+        pack(bytes + 24 * i, "qwwq", (const uint64_t[]){i, RAM, PADDING, 0});
+    cr_assert(say_bytes(r, T_UNREGISTER_REQUEST, 300, sizeof bytes, bytes, sizeof bytes));
+    pass_time(r, SIM_MS);
+    sim_spend(p->sim, 1, SIM_MS);
+    cr_assert_eq(calls_that_register(p, 64), 5u);
+    expect(r, T_UNREGISTER_FINISHED);
+    cr_assert(held.exposed == 0 && pinned(p) == 0);
+    play_free(p);
+}
+Test(hostile_source, many_chunks_in_one_batch) { many_in_one(true); }
+Test(hostile_source, many_chunks_in_one_request) { many_in_one(false); }
+
+/* Pin-all of version 1: the blocks are registered in steps too. */
+Test(hostile_source, pins_all_in_steps) {
+    SIM_ONLY;
+    struct play *p = play_new(SIM_ORDERED);
+    struct raw *r = &p->raw;
+    play_sink(p, 100 * MIB, 100 * MIB);
+    connect_with(r, PIN_ALL, RECEIVES);
+    expect(r, T_READY);
+    p->think = true;
+    cr_assert(SAY_EMPTY(r, T_RAM_BLOCKS_REQUEST));
+    pass_time(r, SIM_MS);
+    play_actor(p, NULL);
+    sim_spend(p->sim, 1, SIM_MS);
+    cr_assert_eq(give_blocks(p), RMIG_OK);
+    cr_assert_eq(calls_that_register(p, 1), 2u);
+    expect(r, T_RAM_BLOCKS_RESULT);
+    cr_assert(r->m.len == 64 && get_be32(r->m.payload + 24) != 0 && get_be32(r->m.payload + 56) != 0);
     play_free(p);
 }
 
@@ -3058,9 +3275,49 @@ HELLO_ANSWER(refused_without_reason, REFUSED, "refused", MIB, 524272, 4096, 1 <<
 HELLO_ANSWER(status_of_64_bits, REFUSED, "refused", MIB, 524272, 4096, 1 << 30, 0, UINT64_MAX)
 HELLO_ANSWER(other_chunk_size, PROTOCOL, "chunk-size|2097152|1048576", 2 * MIB, 524272, 4096, 1 << 30, 0, 0)
 HELLO_ANSWER(chunk_size_0, PROTOCOL, "chunk-size|0|1048576", 0, 524272, 4096, 1 << 30, 0, 0)
-HELLO_ANSWER(payload_too_small, SETUP, "payload 511", MIB, 511, 4096, 1 << 30, 0, 0)
-HELLO_ANSWER(batch_0, SETUP, "batch 0", MIB, 524272, 0, 1 << 30, 0, 0)
-HELLO_ANSWER(registration_too_small, SETUP, "registration|1048575", MIB, 524272, 4096, MIB - 1, 0, 0)
+HELLO_ANSWER(payload_too_small, SETUP, "payload_max 511|512 or more", MIB, 511, 4096, 1 << 30, 0, 0)
+HELLO_ANSWER(batch_0, SETUP, "batch_max 0|1 or more", MIB, 524272, 0, 1 << 30, 0, 0)
+HELLO_ANSWER(registration_too_small, SETUP, "registration_max 1048575|1048576 or more", MIB, 524272, 4096, MIB - 1, 0,
+             0)
+HELLO_ANSWER(idle_1_ns, SETUP, "idle_max 1:|0, or 1000000", MIB, 524272, 4096, 1 << 30, 1, 0)
+HELLO_ANSWER(idle_below_1_ms, SETUP, "idle_max 999999|1000000 or more", MIB, 524272, 4096, 1 << 30, 999999, 0)
+#define LIMITS(page, bits)                                                                                             \
+    1, 8, MIB, 2, 8, page, 3, 8, bits, 4, 8, 524272, 5, 8, 4096, 6, 8, 1 << 30, 7, 8, 30 * SIM_SECOND, 8, 8, 0
+#define LIMIT_ANSWER(name, needles, page, bits)                                                                        \
+    TO_SOURCE(hello_result_##name, SX_HELLO, SETUP, needles,                                                           \
+              SAY(r, T_HELLO_RESULT, 1, HELLO_FORMAT, LIMITS(page, bits)))
+LIMIT_ANSWER(page_size_0, "page_size 0|power of two|4096 to 1073741824", 0, 64)
+LIMIT_ANSWER(page_size_no_power_of_two, "page_size 12288", 12288, 64)
+LIMIT_ANSWER(page_size_large, "page_size 2147483648", (uint64_t)1 << 31, 64)
+LIMIT_ANSWER(keys_of_31_bits, "key_bits 31|32 to 64", PAGE, 31)
+LIMIT_ANSWER(keys_of_65_bits, "key_bits 65|32 to 64", PAGE, 65)
+
+/* However short its patience is said to be, a source says KEEPALIVE so often and no more. */
+Test(hostile_sink, keepalives_are_bounded) {
+    SIM_ONLY;
+    struct play *p = source_at(SX_HELLO);
+    struct raw *r = &p->raw;
+    static const enum step nothing[] = {OVER};
+    unsigned said = 0;
+    p->script = nothing;
+    cr_assert(SAY(r, T_HELLO_RESULT, 1, HELLO_FORMAT, HELLO_VALUES(MIB, 524272, 4096, 1 << 30, SIM_MS, 0)));
+    give_ready(r);
+    pass_time(r, SIM_MS);
+    cr_assert(p->done && p->status == RMIG_OK, "%s", p->text);
+    for (unsigned i = 0; i < 1000; i++) {
+        sim_spend(p->sim, 0, SIM_MS);
+        cr_assert_eq(rmig_source_process(p->source), RMIG_OK);
+        pass_time(r, SIM_MS);
+        if (r->inbox_count > 0) {
+            expect(r, T_KEEPALIVE);
+            give_ready(r);
+            said++;
+        }
+    }
+    cr_assert(said >= 100 && said <= 251, "%u in a second", said);
+    target_close(p);
+    play_free(p);
+}
 TO_SOURCE(hello_result_without_entries, SX_HELLO, PROTOCOL, "chunk-size|0", SAY_EMPTY(r, T_HELLO_RESULT))
 #define HELLO_BAD(name, format, ...)                                                                                   \
     TO_SOURCE(hello_result_##name, SX_HELLO, PROTOCOL, "HELLO_RESULT|malformed",                                       \
@@ -3114,7 +3371,7 @@ Test(hostile_sink, smallest_limits_work) {
     struct play *p = source_at(SX_HELLO);
     struct raw *r = &p->raw;
     unsigned batches = 0, streams = 0;
-    cr_assert(SAY(r, T_HELLO_RESULT, 1, HELLO_FORMAT, HELLO_VALUES(MIB, 512, 1, MIB, 1, 0)));
+    cr_assert(SAY(r, T_HELLO_RESULT, 1, HELLO_FORMAT, HELLO_VALUES(MIB, 512, 1, MIB, SIM_MS, 0)));
     give_ready(r);
     while (next_message(r, SIM_SECOND) && r->m.type != T_FINISH) {
         cr_assert_leq(r->m.len, 512u, "message %u of %u bytes", r->m.type, r->m.len);

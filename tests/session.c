@@ -161,7 +161,7 @@ struct outcome {
     bool done;
     int status;
     uint64_t at;
-    char text[sizeof ((struct rmig_error *)0)->text];
+    char text[sizeof((struct rmig_error *)0)->text];
 };
 
 enum blow { BLOW_NONE, BLOW_CANCEL, BLOW_CLOSE, BLOW_DEATH, BLOW_SILENCE };
