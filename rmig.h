@@ -1010,13 +1010,17 @@ struct rmig_fabric_ops {
     int (*lockable)(struct rmig_ep *ep, uint64_t bytes, uint64_t charged, struct rmig_error *err);
     /* Takes the peer's right to write away and leaves the connection up: when it returns RMIG_OK no write of the peer
        lands any more, one that has half arrived neither; sends and receives go on. A peer that writes all the same may
-       lose the connection. From ESTABLISHED on, if caps.revokes; the keys need not be deregistered. */
+       lose the connection. From ESTABLISHED on, if caps.revokes; the keys need not be deregistered. RMIG_ERR_PEER_GONE
+       when the connection is over, any other error when it cannot be done: then nothing is promised, and cut does it.
+     */
     int (*revoke)(struct rmig_ep *ep, struct rmig_error *err);
 
     /* Never NULL. */
 
     /* Ends a connection at once, in any state, without waiting: when it returns no write of the peer lands any more,
-       whatever is registered. What was posted and is not delivered may be lost. After it only dereg, cut and close. */
+       whatever is registered. What was posted and is not delivered may be lost. The peer hears of it as of any end, if
+       it was told of the connection before. No event comes here: after it only dereg, cut (which then does nothing) and
+       close; poll, fds and wait may not name the endpoint either. Not for listeners. */
     void (*cut)(struct rmig_ep *ep);
 };
 
