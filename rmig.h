@@ -82,11 +82,11 @@ ERRORS
     was refused and nothing changed. Those below (-100 ...) end the session: call close.
     rmig_source_error() and rmig_sink_error() say what happened, in words.
 
-    Nobody has to look at every status. A call that was refused taints the session: from then on
-    process (while no operation is under way), end_round and finish at the source, accept_blocks, take and
-    complete at the sink return that refusal with its text and do nothing, so that a migration with memory
-    or state missing cannot succeed. An embedder that has dealt with it calls forgive. Questions
-    (block_at, peer_block, address) and connect and listen, which can be called again, taint nothing.
+    Nobody has to look at every status. A block, pages or stream bytes that a call refused are
+    missing, so the refusal taints the session: from then on end_round and finish at the source,
+    accept_blocks, take and complete at the sink return it with its text and do nothing. An
+    embedder that has dealt with it calls rmig_source_forgive or rmig_sink_forgive. Where a call
+    that begins an operation is refused, process returns that refusal until another has begun.
     Every function takes NULL for its object, and returns RMIG_ERR_ARGUMENT (or 0, or nothing).
 
 MEMORY
@@ -1048,8 +1048,8 @@ RMIG_API int rmig_source_finish_start(struct rmig_source *s);
 RMIG_API int rmig_source_finish(struct rmig_source *s);
 
 /* Makes all progress possible without waiting. RMIG_PENDING: the operation goes on. RMIG_OK: no operation is under way
-   (saved pages may still be). Negative: the session's error, or, while no operation is under way, a refusal that was not
-   forgiven. Call it when a descriptor is ready and when the deadline
+   (saved pages may still be). Negative: the session's error, or the refusal of the call that was to begin the last
+   operation. Call it when a descriptor is ready and when the deadline
    has come, also between rounds (it keeps the connection alive). */
 RMIG_API int rmig_source_process(struct rmig_source *s);
 /* Descriptors for the caller's poll/epoll, armed; returns how many (n >= 4 always suffices; 0: the fabric has none,
@@ -2465,11 +2465,10 @@ static int rmig__session_end(struct rmig__session *ss) {
 
 #define RMIG__END(ss, ...) (rmig_fail(&(ss)->error, __VA_ARGS__), rmig__session_end(ss))
 
-/* Refused calls. Nothing changes but the error text, and after a failure the failure is what counts. But what the call
-   was to do is not done, and a caller that does not look would end with memory or state missing and every later call
-   succeeding. So the first refusal taints the session: what ends a round, hands over or takes over returns it, until the
-   embedder has said that it knows (forgive). RMIG__NO is for questions, and for calls that can be made again without
-   loss: they taint nothing. */
+/* Refused calls. RMIG__NO: nothing changes but the error text, and after a failure the failure is what counts. RMIG__REFUSE
+   is for calls that bring something: a block, pages, bytes. What was to be brought is missing then, and a caller that does
+   not look would go on to a finish that succeeds. So the first such refusal taints the session: what ends a round, hands
+   over or takes over returns it, until the embedder has said that it knows (forgive). */
 #define RMIG__NO(ss, status, ...)                                                                                      \
     ((ss)->failed != RMIG_OK ? (ss)->failed : (rmig_fail(&(ss)->error, status, __VA_ARGS__), (int)(status)))
 #define RMIG__REFUSE(ss, ...) rmig__taint(ss, RMIG__NO(ss, __VA_ARGS__))
@@ -2963,6 +2962,7 @@ struct rmig_source {
     bool lockstep, pin_all, zero_detect;
 
     enum rmig__source_op op;
+    int refused; // what the call that last began an operation was refused with; RMIG_OK: it was not
     enum rmig__source_state state;
     bool hello_sent, connect_posted;
     enum rmig__exchange exchange;
@@ -4191,7 +4191,7 @@ RMIG__DEF int rmig_source_process(struct rmig_source *s) {
     if (s == NULL)
         return RMIG_ERR_ARGUMENT;
     int status = rmig__source_progress(s);
-    return status == RMIG_OK && s->state != RMIG__SOURCE_DONE ? rmig__untainted(&s->ss) : status;
+    return status == RMIG_OK && s->state == RMIG__SOURCE_UP ? s->refused : status;
 }
 
 RMIG__DEF int rmig_source_fds(struct rmig_source *s, struct rmig_fd *fds, size_t n) {
@@ -4251,11 +4251,11 @@ static int rmig__source_idle(struct rmig_source *s, const char *call) {
     if (s->ss.failed)
         return s->ss.failed;
     if (s->state == RMIG__SOURCE_NEW)
-        return RMIG__REFUSE(&s->ss, RMIG_ERR_STATE, 0, "%s: connect first", call);
+        return RMIG__NO(&s->ss, RMIG_ERR_STATE, 0, "%s: connect first", call);
     if (s->state == RMIG__SOURCE_DONE)
-        return RMIG__REFUSE(&s->ss, RMIG_ERR_STATE, 0, "%s: the session is finished; open another source", call);
+        return RMIG__NO(&s->ss, RMIG_ERR_STATE, 0, "%s: the session is finished; open another source", call);
     if (s->op != RMIG__OP_NONE)
-        return RMIG__REFUSE(&s->ss, RMIG_ERR_STATE, 0,
+        return RMIG__NO(&s->ss, RMIG_ERR_STATE, 0,
                             "%s: an operation is under way; call rmig_source_process until it returns RMIG_OK", call);
     return RMIG_OK;
 }
@@ -4265,7 +4265,7 @@ RMIG__DEF int rmig_source_begin_round(struct rmig_source *s) {
     if (status != RMIG_OK)
         return status;
     if (s->in_round)
-        return RMIG__REFUSE(&s->ss, RMIG_ERR_STATE, 0, "rmig_source_begin_round: end the round before");
+        return RMIG__NO(&s->ss, RMIG_ERR_STATE, 0, "rmig_source_begin_round: end the round before");
     if (s->exchange == RMIG__BLOCKS_NONE)
         s->exchange = RMIG__BLOCKS_SENDING;
     s->in_round = true;
@@ -4284,8 +4284,10 @@ RMIG__DEF int rmig_source_begin_round(struct rmig_source *s) {
 static int rmig__save_check(struct rmig_source *s, const char *call, uint32_t block) {
     int status =
         s != NULL && s->in_round && s->op == RMIG__OP_NONE && !s->ss.failed ? RMIG_OK : rmig__source_idle(s, call);
-    if (status != RMIG_OK)
+    if (s == NULL)
         return status;
+    if (status != RMIG_OK)
+        return rmig__taint(&s->ss, status);
     if (!s->in_round)
         return RMIG__REFUSE(&s->ss, RMIG_ERR_STATE, 0, "%s: call rmig_source_begin_round first", call);
     if (block >= s->blocks.count)
@@ -4351,16 +4353,28 @@ RMIG__DEF int rmig_source_save_bitmap(struct rmig_source *s, uint32_t block, con
     return rmig__saved(s, block, first_page, pages, dirty->pending - before);
 }
 
-RMIG__DEF int rmig_source_end_round_start(struct rmig_source *s) {
+/* Begins an operation, if status lets it. A refusal stands until another operation has begun: who does not look at it must
+   not take what process says of the operation before for the success of this one. */
+static int rmig__begin_op(struct rmig_source *s, int status, enum rmig__source_op op) {
+    if (s == NULL)
+        return status;
+    s->refused = status;
+    if (status == RMIG_OK)
+        s->op = op;
+    return status;
+}
+
+static int rmig__may_end_round(struct rmig_source *s) {
     int status = rmig__source_idle(s, "rmig_source_end_round");
     if (status != RMIG_OK)
         return status;
     if (!s->in_round)
-        return RMIG__REFUSE(&s->ss, RMIG_ERR_STATE, 0, "rmig_source_end_round: no round has begun");
-    if (rmig__untainted(&s->ss) != RMIG_OK)
-        return s->ss.taint.status;
-    s->op = RMIG__OP_END_ROUND;
-    return RMIG_OK;
+        return RMIG__NO(&s->ss, RMIG_ERR_STATE, 0, "rmig_source_end_round: no round has begun");
+    return rmig__untainted(&s->ss);
+}
+
+RMIG__DEF int rmig_source_end_round_start(struct rmig_source *s) {
+    return rmig__begin_op(s, rmig__may_end_round(s), RMIG__OP_END_ROUND);
 }
 
 RMIG__DEF int rmig_source_end_round(struct rmig_source *s) {
@@ -4370,6 +4384,8 @@ RMIG__DEF int rmig_source_end_round(struct rmig_source *s) {
 
 RMIG__DEF int64_t rmig_source_put_some(struct rmig_source *s, const void *data, size_t n) {
     int status = rmig__source_idle(s, "rmig_source_put");
+    if (s != NULL)
+        rmig__taint(&s->ss, status);
     if (status == RMIG_OK && s->in_round && !s->ss.extended)
         status = RMIG__REFUSE(
             &s->ss, RMIG_ERR_STATE, 0,
@@ -4408,12 +4424,10 @@ RMIG__DEF int rmig_source_put(struct rmig_source *s, const void *data, size_t n)
 }
 
 RMIG__DEF int rmig_source_flush_start(struct rmig_source *s) {
-    int status = rmig__source_idle(s, "rmig_source_flush");
-    if (status != RMIG_OK)
-        return status;
-    s->op = RMIG__OP_FLUSH;
-    s->flush = s->stream_fill > 0;
-    return RMIG_OK;
+    int status = rmig__begin_op(s, rmig__source_idle(s, "rmig_source_flush"), RMIG__OP_FLUSH);
+    if (status == RMIG_OK)
+        s->flush = s->stream_fill > 0;
+    return status;
 }
 
 RMIG__DEF int rmig_source_flush(struct rmig_source *s) {
@@ -4421,18 +4435,21 @@ RMIG__DEF int rmig_source_flush(struct rmig_source *s) {
     return status == RMIG_OK ? rmig__source_drive(s) : status;
 }
 
-RMIG__DEF int rmig_source_finish_start(struct rmig_source *s) {
+static int rmig__may_finish(struct rmig_source *s) {
     int status = rmig__source_idle(s, "rmig_source_finish");
     if (status != RMIG_OK)
         return status;
     if (s->in_round || s->ss.stats.rounds == 0)
-        return RMIG__REFUSE(&s->ss, RMIG_ERR_STATE, 0, "rmig_source_finish: %s",
-                            s->in_round ? "end the round first" : "no round has sent the memory yet");
-    if (rmig__untainted(&s->ss) != RMIG_OK)
-        return s->ss.taint.status;
-    s->op = RMIG__OP_FINISH;
-    rmig__last_bytes(s);
-    return RMIG_OK;
+        return RMIG__NO(&s->ss, RMIG_ERR_STATE, 0, "rmig_source_finish: %s",
+                        s->in_round ? "end the round first" : "no round has sent the memory yet");
+    return rmig__untainted(&s->ss);
+}
+
+RMIG__DEF int rmig_source_finish_start(struct rmig_source *s) {
+    int status = rmig__begin_op(s, rmig__may_finish(s), RMIG__OP_FINISH);
+    if (status == RMIG_OK)
+        rmig__last_bytes(s);
+    return status;
 }
 
 RMIG__DEF int rmig_source_finish(struct rmig_source *s) {
@@ -4441,8 +4458,10 @@ RMIG__DEF int rmig_source_finish(struct rmig_source *s) {
 }
 
 RMIG__DEF void rmig_source_forgive(struct rmig_source *s) {
-    if (s != NULL)
-        memset(&s->ss.taint, 0, sizeof s->ss.taint);
+    if (s == NULL)
+        return;
+    memset(&s->ss.taint, 0, sizeof s->ss.taint);
+    s->refused = RMIG_OK;
 }
 
 RMIG__DEF void rmig_source_cancel(struct rmig_source *s) {
@@ -4861,7 +4880,7 @@ RMIG__DEF int rmig_sink_add_block(struct rmig_sink *s, const struct rmig_block_d
     if (s == NULL)
         return RMIG_ERR_ARGUMENT;
     if (s->block != NULL || s->ss.failed)
-        return RMIG__REFUSE(&s->ss, RMIG_ERR_STATE, 0, "rmig_sink_add_block: must come before rmig_sink_accept_blocks");
+        return RMIG__NO(&s->ss, RMIG_ERR_STATE, 0, "rmig_sink_add_block: must come before rmig_sink_accept_blocks");
     return rmig__taint(&s->ss, rmig_blocks_add(&s->blocks, desc, index, &s->ss.error));
 }
 
@@ -5409,18 +5428,19 @@ static int rmig__sink_say_ram_blocks(struct rmig_sink *s) {
    word, for as long as it needs: the source hears FINISH_PENDING meanwhile. Until FINISH_RESULT has left the guest is
    the source's whatever happens. */
 static int rmig__sink_on_finish(struct rmig_sink *s) {
-    if (s->ss.taint.status != RMIG_OK)
-        return RMIG__END(&s->ss, RMIG_ERR_SETUP, 0, "a call at the sink was refused, and not forgiven: %.230s",
-                         s->ss.taint.text);
-    rmig__sink_bar(s);
     bool take = rmig_get(&s->ss.cfg, RMIG_PARAM_AUTO_TAKE) != 0;
+    if (take && s->ss.taint.status != RMIG_OK)
+        return RMIG__END(&s->ss, RMIG_ERR_SETUP, 0, "refused: a call at the sink failed: %.230s", s->ss.taint.text);
+    rmig__sink_bar(s);
     s->state = take ? RMIG__SINK_TAKEN : RMIG__SINK_TAKING;
     s->event = take ? RMIG_SINK_NONE : RMIG_SINK_TAKE;
     return RMIG_OK;
 }
 
 static uint64_t rmig__pending_at(const struct rmig_sink *s) {
-    bool due = s->state == RMIG__SINK_TAKING && (s->ss.peer_features & RMIG_FEATURE_FINISH_PENDING) != 0;
+    /* A tainted sink cannot take: unless the embedder forgives, the source's patience ends the wait. */
+    bool due = s->state == RMIG__SINK_TAKING && s->ss.taint.status == RMIG_OK &&
+               (s->ss.peer_features & RMIG_FEATURE_FINISH_PENDING) != 0;
     return due ? rmig__idle_at(&s->ss) : RMIG_FOREVER;
 }
 
@@ -5625,7 +5645,7 @@ RMIG__DEF int rmig_sink_accept_blocks(struct rmig_sink *s) {
         return RMIG_ERR_ARGUMENT;
     struct rmig__session *ss = &s->ss;
     if (s->state != RMIG__SINK_ASKING)
-        return RMIG__REFUSE(ss, RMIG_ERR_STATE, 0, "rmig_sink_accept_blocks: wait for RMIG_SINK_BLOCKS first");
+        return RMIG__NO(ss, RMIG_ERR_STATE, 0, "rmig_sink_accept_blocks: wait for RMIG_SINK_BLOCKS first");
     if (rmig__untainted(ss) != RMIG_OK)
         return rmig__untainted(ss);
     uint32_t count = ss->extended ? s->peer_count : s->blocks.count;
@@ -5655,7 +5675,9 @@ RMIG__DEF int rmig_sink_refuse(struct rmig_sink *s, const char *reason) {
         return s->ss.failed;
     if (s->state <= RMIG__SINK_PARTING || s->state >= RMIG__SINK_TAKEN)
         return RMIG__NO(&s->ss, RMIG_ERR_STATE, 0, "rmig_sink_refuse: %s",
-                        s->state <= RMIG__SINK_PARTING ? "there is no source to refuse" : "the guest is taken already");
+                        s->state == RMIG__SINK_TAKEN || s->state == RMIG__SINK_HANDOVER
+                            ? "the guest is taken already"
+                            : "there is no source to refuse");
     RMIG__END(&s->ss, RMIG_ERR_SETUP, 0, "refused: %.250s", reason == NULL ? "" : reason);
     return RMIG_OK;
 }
@@ -5664,7 +5686,7 @@ RMIG__DEF int rmig_sink_take(struct rmig_sink *s) {
     if (s == NULL)
         return RMIG_ERR_ARGUMENT;
     if (s->ss.failed == RMIG_OK && s->state != RMIG__SINK_TAKING)
-        return RMIG__REFUSE(&s->ss, RMIG_ERR_STATE, 0, "rmig_sink_take: wait for RMIG_SINK_TAKE first, and take once");
+        return RMIG__NO(&s->ss, RMIG_ERR_STATE, 0, "rmig_sink_take: wait for RMIG_SINK_TAKE first, and take once");
     if (rmig__untainted(&s->ss) != RMIG_OK)
         return rmig__untainted(&s->ss);
     s->state = RMIG__SINK_TAKEN;
@@ -5690,7 +5712,7 @@ RMIG__DEF int rmig_sink_complete(struct rmig_sink *s) {
     if (s->ss.failed)
         return s->ss.failed;
     if (s->ss.extended || s->block == NULL || s->state != RMIG__SINK_UP)
-        return RMIG__REFUSE(
+        return RMIG__NO(
             &s->ss, RMIG_ERR_STATE, 0,
             "rmig_sink_complete: only for a version 1 source whose blocks were accepted; others finish by "
             "themselves");

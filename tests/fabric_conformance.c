@@ -8,6 +8,7 @@
 #include "../rmig.h"
 #include "../rmig_fabric_ofi.h"
 #include "../rmig_fabric_verbs.h"
+#include "half_write.h"
 #include "sim_fabric.h"
 
 #include <criterion/criterion.h>
@@ -125,6 +126,14 @@ static void open_ofi_tcp_poll(struct world *w) {
     w->active = open_ofi("tcp", true);
 }
 
+static void open_ofi_net(struct world *w) {
+    struct rmig_ofi_options options = {.provider = "net"};
+    w->passive = rmig_ofi_open(&options, NULL);
+    if (w->passive == NULL) // libfabric from 1.18 on has made it its tcp
+        cr_skip_test("no provider net");
+    w->active = open_ofi("net", false);
+}
+
 static struct rmig_fabric *open_verbs(bool poll) {
     struct rmig_verbs_options options = {.device = getenv("RMIG_TEST_DEVICE"), .poll = poll};
     struct rmig_error err = {0};
@@ -162,6 +171,7 @@ static const struct fabric_row {
     {"sim, slow", open_sim_slow, false, false},
     {"ofi, tcp", open_ofi_tcp, true, false},
     {"ofi, tcp, busy polling", open_ofi_tcp_poll, true, false},
+    {"ofi, net", open_ofi_net, true, false},
     {"verbs", open_verbs_waiting, true, true},
     {"verbs, busy polling", open_verbs_poll, true, true},
     {"ofi, verbs", open_ofi_verbs, true, true},
@@ -402,6 +412,15 @@ static void leave(struct world *w, struct end *end) {
     for (size_t i = 0; i < w->end_count; i++)
         if (w->ends[i] == end)
             w->ends[i] = w->ends[--w->end_count];
+}
+
+/* Hands an endpoint on to another `end`. */
+static void hand_on(struct world *w, struct end *from, struct end *to) {
+    *to = *from;
+    for (size_t i = 0; i < w->end_count; i++)
+        if (w->ends[i] == from)
+            w->ends[i] = to;
+    memset(from, 0, sizeof *from);
 }
 
 static void listen_on(struct world *w, const char *address) {
@@ -1337,6 +1356,73 @@ CONFORMANCE(a_write_to_memory_not_meant_for_the_peer_is_refused) {
     refuse_write(w, RMIG_ACCESS_LOCAL_READ | RMIG_ACCESS_LOCAL_WRITE, spoil_nothing);
 }
 
+/* A connection that was granted nothing, with all that another connection of the same fabric was granted. */
+static void use_foreign_key(struct world *w, bool other_listener) {
+    struct end a, p, b, q, first = {0};
+    connect_pair(w, &a, &p);
+    struct region dst = region(w, &p, GUARD, ALL_ACCESS);
+    memset(dst.p, 0x5a, dst.n);
+    if (other_listener)
+        hand_on(w, &w->listener, &first);
+    connect_pair(w, &b, &q);
+    struct region src = region(w, &b, GUARD, ALL_ACCESS), own = region(w, &q, GUARD, ALL_ACCESS);
+    memset(src.p, 0xee, src.n);
+    struct rmig_write honest = make_write(&src, 0, &own, 0, GUARD, 1, true);
+    write_all(w, &b, &honest, 1);
+    settle(w, &b, &q, &honest, 1);
+    struct rmig_write foreign = make_write(&src, 0, &dst, 0, GUARD, 2, true);
+    struct rmig_error err = {0};
+    int taken = b.ops->write(b.ep, &foreign, 1, &err);
+    uint64_t deadline = world_now(w) + 2 * LIMIT;
+    while (taken == 1 && last_words(&b) == NULL && last_words(&q) == NULL) {
+        cr_assert_lt(world_now(w), deadline, "%s: no end learns of the write with a foreign key", w->name);
+        pump(w);
+    }
+    for (size_t i = 0; i < dst.n; i++)
+        cr_assert_eq(dst.p[i], 0x5a, "%s: byte %zu was written by a connection that was not granted it", w->name, i);
+    send_message(w, &a, &p);
+    drop(w, &src);
+    drop(w, &own);
+    drop(w, &dst);
+    leave(w, &b);
+    leave(w, &q);
+    if (other_listener)
+        leave(w, &first);
+    leave_pair(w, &a, &p);
+}
+
+CONFORMANCE(a_key_is_not_good_on_another_connection_of_the_listener) { use_foreign_key(w, false); }
+CONFORMANCE(a_key_is_not_good_on_a_connection_of_another_listener) { use_foreign_key(w, true); }
+
+/* For fabrics that choose keys themselves: neither counted nor multiples of anything, and no two fabrics alike. */
+CONFORMANCE(keys_are_no_sequence) {
+    enum { COUNT = 64 };
+    struct end a, p;
+    struct region r[COUNT];
+    uint64_t high = 0, low = 0;
+    connect_pair(w, &a, &p);
+    for (size_t i = 0; i < COUNT; i++) {
+        r[i] = region(w, &p, 4096, ALL_ACCESS);
+        high += r[i].mr.key >> 31 & 1;
+        low += r[i].mr.key & 1;
+    }
+    bool chosen = w->sim != NULL || getenv("RMIG_TEST_ADDR") == NULL; // adapters make their own
+    for (size_t i = 2; i < COUNT && chosen; i++)
+        for (size_t k = 0; k + 1 < i; k++) {
+            uint32_t one = (uint32_t)(r[i].mr.key - r[i - 1].mr.key), other = (uint32_t)(r[k + 1].mr.key - r[k].mr.key);
+            cr_assert_neq(one, other, "%s: key %zu follows from key %zu as key %zu does from key %zu", w->name, i,
+                          i - 1, k + 1, k);
+        }
+    if (chosen) // 64 coins each: fewer than 8 heads come once in 2^31 runs
+        cr_assert(high >= 8 && high <= COUNT - 8 && low >= 8 && low <= COUNT - 8,
+                  "%s: %llu of %d keys have the top "
+                  "bit, %llu the lowest",
+                  w->name, (unsigned long long)high, COUNT, (unsigned long long)low);
+    for (size_t i = 0; i < COUNT; i++)
+        drop(w, &r[i]);
+    leave_pair(w, &a, &p);
+}
+
 // >>the end of a connection
 
 static void send_then(struct world *w, bool wait_for_completions, bool orderly) {
@@ -1421,6 +1507,130 @@ CONFORMANCE(work_posted_after_the_end_fails_or_vanishes) {
     drop(w, &out);
     leave_pair(w, &a, &p);
 }
+
+// >>writes that have half arrived
+
+enum cut_depth { CUT, CUT_AND_DEREGISTER, CUT_AND_CLOSE, CUT_DEPTHS };
+
+/* A write is held half-way at the target, which then cuts the connection. What comes afterwards lands nowhere, though
+   other connections of the same fabric go on. */
+static void cut_half_way(struct world *w, enum cut_depth depth) {
+    enum { SIZE = 1 << 20, HALF = 300000 };
+    struct end a, p, b, q;
+    struct half_write proxy;
+    static uint8_t then[SIZE];
+    listen_on(w, any_port(false));
+    half_write_open(&proxy, w->address);
+    connect_pair(w, &b, &q);
+    snprintf(w->address, sizeof w->address, "%s", proxy.address);
+    connect_pair(w, &a, &p);
+    send_message(w, &a, &p);
+    struct region src = region(w, &a, SIZE, ALL_ACCESS), dst = region(w, &p, SIZE, ALL_ACCESS);
+    memset(src.p, 0xee, SIZE);
+    half_write_hold(&proxy, 0, HALF);
+    struct rmig_write write = make_write(&src, 0, &dst, 0, SIZE, 1, true);
+    write_all(w, &a, &write, 1);
+    uint64_t deadline = world_now(w) + 2 * LIMIT;
+    while (!half_write_held(&proxy, 0) || dst.p[HALF / 2] == 0) {
+        cr_assert_lt(world_now(w), deadline, "%s: half a write did not come through", w->name);
+        pump(w);
+    }
+    p.ops->cut(p.ep);
+    p.quiet = true;
+    memcpy(then, dst.p, SIZE);
+    cr_assert_eq(then[SIZE - 1], 0, "%s: the whole write is there", w->name);
+    if (depth == CUT_AND_DEREGISTER)
+        deregister(w, &dst);
+    if (depth == CUT_AND_CLOSE) {
+        deregister(w, &dst);
+        leave(w, &p);
+    }
+    half_write_release(&proxy);
+    cr_assert(half_write_wait_over(&proxy, 0, SIZE, 20), "%s: the rest was not sent on", w->name);
+    a.quiet = true;
+    for (int i = 0; i < 20; i++) {
+        struct rmig_fabric_event e;
+        send_message(w, &b, &q);
+        send_message(w, &q, &b);
+        if (p.ep != NULL)
+            cr_assert_leq(p.ops->poll(p.ep, &e, 1, NULL), 0, "%s: an event after cut", w->name);
+    }
+    cr_assert_eq(memcmp(then, dst.p, SIZE), 0, "%s: memory changed after the connection was cut", w->name);
+    if (depth == CUT)
+        deregister(w, &dst);
+    munmap(dst.p, SIZE);
+    drop(w, &src);
+    leave(w, &b);
+    leave(w, &q);
+    leave_pair(w, &a, &p);
+    half_write_close(&proxy);
+}
+
+/* Over the providers that speak TCP; a simulated world has nothing that a proxy could hold. */
+#define OVER_TCP(behaviour)                                                                                            \
+    static void behaviour(struct world *w);                                                                            \
+    ParameterizedTestParameters(ofi, behaviour) {                                                                      \
+        static size_t rows[FABRICS];                                                                                   \
+        return cr_make_param_array(size_t, rows, choose_tcp_rows(rows));                                               \
+    }                                                                                                                  \
+    ParameterizedTest(size_t *row, ofi, behaviour, .timeout = 120) {                                                   \
+        struct world w = {0};                                                                                          \
+        w.name = fabrics[*row].name;                                                                                   \
+        fabrics[*row].open(&w);                                                                                        \
+        behaviour(&w);                                                                                                 \
+        world_close(&w);                                                                                               \
+    }                                                                                                                  \
+    static void behaviour(struct world *w)
+
+static size_t choose_tcp_rows(size_t *rows) {
+    size_t n = 0;
+    for (size_t i = 0; i < FABRICS; i++)
+        if (fabrics[i].real && !fabrics[i].rdma)
+            rows[n++] = i;
+    return n;
+}
+
+OVER_TCP(cut_is_safe_in_every_state) {
+    struct end a, p, b, q;
+    struct rmig_fabric_event e;
+    connect_pair(w, &b, &q);
+    for (int state = 0; state < 4; state++) { // resolved, requested, accepted, up
+        open_active(w, &a, w->address);
+        if (state > 0)
+            start_connect(w, &a, "request.", 8);
+        if (state > 0)
+            open_passive(w, &p, expect(w, &w->listener, RMIG_FEV_REQUEST)->e.request);
+        if (state > 1)
+            start_accept(w, &p, "reply...", 8);
+        if (state > 2) {
+            expect(w, &a, RMIG_FEV_ESTABLISHED);
+            expect(w, &p, RMIG_FEV_ESTABLISHED);
+        }
+        struct end *ends[] = {&a, state > 0 ? &p : &a};
+        for (int i = 0; i < 4; i++) {
+            const struct rmig_fabric_ops *ops = ends[i % 2]->ops;
+            struct rmig_ep *ep = ends[i % 2]->ep;
+            struct rmig_error err = {0};
+            uint8_t byte = 0;
+            ops->cut(ep);
+            cr_assert_leq(ops->poll(ep, &e, 1, NULL), 0, "%s: an event after cut", w->name);
+            cr_assert_lt(ops->recv(ep, &byte, 1, NULL, 1, &err), 0, "%s: a receive after cut", w->name);
+            cr_assert_lt(ops->send(ep, &byte, 1, NULL, 1, &err), 0, "%s: a send after cut", w->name);
+            ops->disconnect(ep);
+        }
+        leave(w, &a);
+        if (state > 0)
+            leave(w, &p);
+    }
+    send_message(w, &b, &q);
+    leave(w, &b);
+    leave(w, &q);
+    leave(w, &w->listener);
+}
+
+OVER_TCP(cut_ends_a_write_that_has_half_arrived) { cut_half_way(w, CUT); }
+OVER_TCP(cut_and_dereg_end_a_write_that_has_half_arrived) { cut_half_way(w, CUT_AND_DEREGISTER); }
+OVER_TCP(cut_and_close_end_a_write_that_has_half_arrived) { cut_half_way(w, CUT_AND_CLOSE); }
 
 // >>closing in every state
 
@@ -1738,7 +1948,7 @@ struct run {
     int status;
     uint64_t hash, received, time;
     bool failed[2];
-    char text[sizeof ((struct rmig_error *)0)->text];
+    char text[sizeof((struct rmig_error *)0)->text];
 };
 
 /* 50 messages back and forth in a world of the given configuration. */

@@ -118,6 +118,8 @@ static void sink_turn(struct pair *p) {
     int status = rmig_sink_wait(p->sink, &ev, 1000000);
     if (status == RMIG_OK && ev.type == RMIG_SINK_BLOCKS)
         status = rmig_sink_accept_blocks(p->sink);
+    if (status == RMIG_OK && ev.type == RMIG_SINK_TAKE)
+        status = rmig_sink_take(p->sink);
     while (status == RMIG_OK && ev.type == RMIG_SINK_STREAM && rmig_sink_get(p->sink, rest, sizeof rest) > 0) {
     }
     p->finished = status == RMIG_OK && ev.type == RMIG_SINK_FINISHED;

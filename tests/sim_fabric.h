@@ -162,7 +162,7 @@ struct sim_side {
     struct sim_ep *eps;
     struct sim_region *regions;
     uint32_t region_count, region_cap, region_free;
-    uint64_t key_mask; // so that keys of different sides differ
+    uint64_t key_secret; // what its keys are made of
     struct sim_stats stats;
 
     sim_step *step; // the actor
@@ -312,12 +312,13 @@ static inline void *sim_grow(void *p, size_t n, size_t size) {
     return p;
 }
 
-static inline uint64_t sim_random(struct sim *sim) { // splitmix64
-    uint64_t z = (sim->random += 0x9e3779b97f4a7c15u);
+static inline uint64_t sim_mix(uint64_t z) { // splitmix64's
     z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
     z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
     return z ^ (z >> 31);
 }
+
+static inline uint64_t sim_random(struct sim *sim) { return sim_mix(sim->random += 0x9e3779b97f4a7c15u); }
 
 static inline uint64_t sim_below(struct sim *sim, uint64_t n) { return n == 0 ? 0 : sim_random(sim) % n; }
 
@@ -427,15 +428,27 @@ static inline struct sim_region *sim_region_by_handle(struct sim_side *side, con
     return r->live && r->generation == id >> 20 ? r : NULL;
 }
 
+/* Puts all numbers of 32 bits into an order that only the secret tells (a Feistel network), and back. */
+static inline uint32_t sim_shuffle(uint64_t secret, uint32_t x, bool back) {
+    uint32_t left = x >> 16, right = x & 0xffff;
+    for (unsigned i = 0; i < 6; i++) {
+        uint64_t round = back ? 5 - i : i;
+        uint32_t next = left ^ (uint32_t)(sim_mix(secret + (round << 32 | right)) & 0xffff);
+        left = right;
+        right = next;
+    }
+    return right << 16 | left;
+}
+
+/* Keys differ from region to region and from side to side, and none tells another. */
 static inline uint64_t sim_key(const struct sim_side *side, uint32_t slot, uint32_t generation) {
-    uint64_t key = (((uint64_t)generation & 0xfff) << 20 | slot) ^ (side->key_mask & 0xffffffffu);
-    if (side->sim->cfg.key_bits > 32)
-        key |= side->key_mask & ~(uint64_t)0xffffffffu;
-    return key;
+    unsigned bits = side->sim->cfg.key_bits;
+    uint64_t key = sim_shuffle(side->key_secret, (generation & 0xfff) << 20 | slot, false);
+    return bits == 32 ? key : key | (sim_mix(side->key_secret ^ key) >> (64 - bits) & ~(uint64_t)0xffffffffu);
 }
 
 static inline struct sim_region *sim_region_by_key(struct sim_side *side, uint64_t key) {
-    uint32_t slot = (uint32_t)((key ^ side->key_mask) & 0xfffff);
+    uint32_t slot = sim_shuffle(side->key_secret, (uint32_t)key, true) & 0xfffff;
     if (slot == 0 || slot > side->region_count)
         return NULL;
     struct sim_region *r = &side->regions[slot - 1];
@@ -1779,14 +1792,13 @@ static inline struct sim *sim_open(const struct sim_config *cfg) {
     sim->next_port = 49152;
     for (unsigned i = 0; i < cfg->sides; i++) {
         struct sim_side *side = &sim->side[i];
-        uint64_t width = cfg->key_bits >= 64 ? UINT64_MAX : ((uint64_t)1 << cfg->key_bits) - 1;
         side->fabric.ops = &ops;
         side->sim = sim;
         side->index = i;
         side->open = true;
         side->time = 1000; // a deadline of 0 means at once, so no clock begins there
         side->deadline = 0;
-        side->key_mask = sim_random(sim) & width;
+        side->key_secret = sim_random(sim);
     }
     for (unsigned i = 0; i < SIM_FAULTS_MAX; i++)
         if (cfg->faults[i].kind != SIM_NO_FAULT && cfg->faults[i].op == SIM_TIME)
@@ -1839,6 +1851,15 @@ static inline void sim_kill(struct sim *sim, unsigned side) {
 }
 static inline void sim_silence(struct sim *sim) { sim->silent = true; }
 
+/* Regions of this side that a peer can write now. */
+static inline uint64_t sim_exposed(const struct sim *sim, unsigned side) {
+    uint64_t n = 0;
+    for (uint32_t i = 0; i < sim->side[side].region_count; i++) {
+        const struct sim_region *r = &sim->side[side].regions[i];
+        n += r->live && (r->access & RMIG_ACCESS_REMOTE_WRITE) != 0 && !r->ep->cut && !r->ep->revoked;
+    }
+    return n;
+}
 static inline const struct sim_stats *sim_stats(const struct sim *sim, unsigned side) { return &sim->side[side].stats; }
 
 /* The same for two runs that went the same way. */
