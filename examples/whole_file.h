@@ -62,11 +62,11 @@ static inline int whole_file_begin(struct whole_file *f, const char *path, bool 
         return rmig_fail(err, RMIG_ERR_FILE, errno, "cannot create %s: %s", f->part, strerror(errno));
     int status = whole_file_lock(fd, f->part, &mine, err);
     if (status == RMIG_OK && mine.st_size > 0 && !take_over)
-        status =
-            rmig_fail(err, RMIG_ERR_FILE, EEXIST,
-                      "%s exists, and may be the only copy: whoever wrote it was killed, or has kept it; then look "
-                      "at it and remove it",
-                      f->part);
+        status = rmig_fail(
+            err, RMIG_ERR_FILE, EEXIST,
+            "%s exists, and may be the only copy: its writer was killed, or kept it (exit status 6); look at it, then "
+            "remove it",
+            f->part);
     if (status != RMIG_OK) {
         close(fd);
         return status;
