@@ -5,53 +5,76 @@ rmig.h - move a running VM's memory to another host by RDMA
         #define RMIG_IMPLEMENTATION
     before including this file in exactly *one* C or C++ file, and nothing
     special in all others. Then pick a fabric:
-        #include "rmig_fabric_ofi.h"      libfabric: tcp, verbs, EFA, ...
+        #include "rmig_fabric_ofi.h"      libfabric: tcp on any machine
+        #include "rmig_fabric_verbs.h"    libibverbs: InfiniBand, RoCE, iWARP
 
     The core needs a 64-bit host and libc, nothing else. C11 or C++17.
 
 QUICK START
 
-    The source, in the hypervisor that owns the running guest:
+    The source, in the hypervisor that owns the running guest. Behind open no status is looked at
+    but the last: a call that was refused makes finish fail (see ERRORS).
 
-        struct rmig_error err;
-        struct rmig_config cfg = {0};                   // all defaults
-        rmig_set_param(&cfg, "chunk-size", "2M", &err);
-        struct rmig_fabric *fabric = rmig_ofi_open(NULL, &err);
-        struct rmig_source *src;
-        rmig_source_open(fabric, &cfg, &src, &err);
-        struct rmig_block_desc ram = {0};
-        ram.name = "ram"; ram.host = mem; ram.length = size;
-        uint32_t block;
-        rmig_source_add_block(src, &ram, &block);
-        rmig_source_connect(src, "10.0.0.2:4444");
-        rmig_source_begin_round(src);
-        rmig_source_save_range(src, block, 0, size);    // first everything,
-        rmig_source_end_round(src);                     // then what KVM's dirty log says:
-        rmig_source_begin_round(src);                   //   again and again, at last with the guest stopped
-        rmig_source_save_bitmap(src, block, dirty_log, 0, pages);
-        rmig_source_end_round(src);
-        rmig_source_put(src, &device_state, sizeof device_state);
-        if (rmig_source_finish(src) == RMIG_OK) the_guest_now_runs_there();
-        else fprintf(stderr, "%s\n", rmig_source_error(src)->text);
-        rmig_source_close(src);
-        rmig_fabric_close(fabric);
-
-    The sink:
-
-        struct rmig_sink *sink;
-        rmig_sink_open(fabric, &cfg, &sink, &err);
-        rmig_sink_listen(sink, "0.0.0.0:4444");
-        struct rmig_sink_event ev;
-        while (rmig_sink_wait(sink, &ev, RMIG_FOREVER) == RMIG_OK && ev.type != RMIG_SINK_FINISHED) {
-            if (ev.type == RMIG_SINK_BLOCKS) {          // ev.block_count, rmig_sink_peer_block()
-                rmig_sink_add_block(sink, &ram, &block);
-                rmig_sink_accept_blocks(sink);
-            }
-            while (ev.type == RMIG_SINK_STREAM && (got = rmig_sink_get(sink, state + n, sizeof state - n)) > 0)
-                n += got;
+        // 0: the guest runs at the other end. -1: it is still ours. 1: ask the other end before running it here.
+        int migrate_out(const char *address, void *mem, uint64_t size, const uint64_t *dirty_log, const void *state,
+                        size_t state_size) {
+            struct rmig_error err;
+            struct rmig_source *src = NULL;
+            uint32_t block = 0;
+            struct rmig_fabric *fabric = rmig_ofi_open(NULL, &err);
+            if (fabric == NULL || rmig_source_open(fabric, NULL, &src, &err) != RMIG_OK) // NULL: all defaults
+                return fprintf(stderr, "source: %s\n", err.text), rmig_fabric_close(fabric), -1;
+            struct rmig_block_desc ram = {"ram", mem, size, 0, RMIG_BACKING_UNKNOWN, -1, 0};
+            rmig_source_add_block(src, &ram, &block);
+            rmig_source_connect(src, address);                     // "10.0.0.2:4444"
+            rmig_source_begin_round(src);
+            rmig_source_save_range(src, block, 0, size);           // first everything,
+            rmig_source_end_round(src);
+            rmig_source_begin_round(src);                          // then what KVM's dirty log says: again and
+            rmig_source_save_bitmap(src, block, dirty_log, 0, (size + 4095) / 4096); // again, at last with it stopped
+            rmig_source_end_round(src);
+            rmig_source_put(src, state, state_size);
+            int rc = rmig_source_finish(src);
+            if (rc != RMIG_OK)
+                fprintf(stderr, "source: %s\n", rmig_source_error(src)->text);
+            rmig_source_close(src);
+            rmig_fabric_close(fabric);
+            return rc == RMIG_OK ? 0 : rc == RMIG_ERR_HANDOVER ? 1 : -1;
         }
 
-    examples/minimal.c is that, whole. docs/embedding.md has the event loop,
+    The sink. It has the last word: before rmig_sink_take it does everything that can fail.
+
+        // The bytes of state that came with the guest, which is ours. -1: it is not. -2: ask the other end.
+        int64_t migrate_in(const char *address, void *mem, uint64_t size, void *state, size_t state_max) {
+            struct rmig_error err;
+            struct rmig_sink *sink = NULL;
+            struct rmig_sink_event ev = {RMIG_SINK_NONE, 0, 0, 0};
+            size_t have = 0;
+            struct rmig_fabric *fabric = rmig_ofi_open(NULL, &err);
+            if (fabric == NULL || rmig_sink_open(fabric, NULL, &sink, &err) != RMIG_OK)
+                return fprintf(stderr, "sink: %s\n", err.text), rmig_fabric_close(fabric), -1;
+            struct rmig_block_desc ram = {"ram", mem, size, 0, RMIG_BACKING_UNKNOWN, -1, 0};
+            rmig_sink_add_block(sink, &ram, NULL);
+            int rc = rmig_sink_listen(sink, address);              // ":4444"
+            while (rc == RMIG_OK && ev.type != RMIG_SINK_FINISHED) {
+                rc = rmig_sink_wait(sink, &ev, RMIG_FOREVER);
+                if (ev.type == RMIG_SINK_BLOCKS)                   // rmig_sink_peer_block() says what the source has
+                    rmig_sink_accept_blocks(sink);
+                size_t got = rmig_sink_get(sink, (char *)state + have, state_max - have);
+                have += got;
+                if (got < ev.stream_bytes)
+                    rmig_sink_refuse(sink, "the state is too large");
+                if (ev.type == RMIG_SINK_TAKE)                     // all is there: make devices of the state, then
+                    rmig_sink_take(sink);
+            }
+            if (rc != RMIG_OK)
+                fprintf(stderr, "sink: %s\n", rmig_sink_error(sink)->text);
+            rmig_sink_close(sink);
+            rmig_fabric_close(fabric);
+            return rc == RMIG_OK ? (int64_t)have : rc == RMIG_ERR_HANDOVER ? -2 : -1;
+        }
+
+    examples/minimal.c is both ends in one program. docs/embedding.md has the event loop,
     the convergence loop and what to do about errors.
 
 MACROS TO OVERRIDE, before the include (the implementation and all users alike)
@@ -462,23 +485,30 @@ struct rmig_block {
     uint64_t fd_offset;
 };
 
-/* The table of RAM blocks: index = order of addition, search by guest offset and by name in O(log n). Zero-initialised
-   works. */
+/* A block's place in two search trees, the first by guest offset, the second by name: in each what hangs below it, lower
+   and higher. A block is its index + 1 there, 0 is none. */
+struct rmig_blocks_node {
+    uint32_t below[2][2];
+};
+
+/* The table of RAM blocks: index = order of addition; addition, search by guest offset and by name in O(log n), in
+   whatever order they were added. Zero-initialised works. */
 struct rmig_blocks {
     struct rmig_block *block; // by index
-    uint32_t *by_offset, *by_name; // indexes, sorted
+    struct rmig_blocks_node *node; // by index
+    uint32_t root[2]; // of the trees
     uint32_t count, capacity;
     uint32_t last; // where the last search by offset hit
 };
 
 RMIG_API void rmig_blocks_init(struct rmig_blocks *t);
 RMIG_API void rmig_blocks_free(struct rmig_blocks *t);
-/* Adds a block. Returns RMIG_OK and the index (0, 1, 2 ...), or RMIG_ERR_ARGUMENT (empty or long name, NULL host,
-   length 0, wrap-around of host or guest range, duplicate name, overlap of guest ranges: the text names both blocks),
-   or RMIG_ERR_NO_MEMORY. */
+/* Adds a block. Returns RMIG_OK and the index (0, 1, 2 ...), or RMIG_ERR_ARGUMENT (no table, empty or long name, NULL
+   host, length 0, wrap-around of host or guest range, duplicate name, overlap of guest ranges: the text names both
+   blocks), or RMIG_ERR_NO_MEMORY. */
 RMIG_API int rmig_blocks_add(struct rmig_blocks *t, const struct rmig_block_desc *desc, uint32_t *index,
                              struct rmig_error *err);
-/* RMIG_OK and the index, or RMIG_ERR_ARGUMENT if there is none (a hole, an unknown name). */
+/* RMIG_OK and the index (may be NULL), or RMIG_ERR_ARGUMENT if there is none (a hole, an unknown name, no table). */
 RMIG_API int rmig_blocks_by_name(const struct rmig_blocks *t, const char *name, uint32_t *index);
 RMIG_API int rmig_blocks_by_offset(struct rmig_blocks *t, uint64_t guest_offset, uint32_t *index);
 
@@ -750,7 +780,7 @@ RMIG_API int rmig_decode_register_result(const uint8_t *p, size_t n, struct rmig
     X(6, registration_max) /* bytes of one registration at the sender */                                               \
     X(7, idle_max) /* ns without a message after which the sender gives up; 0: never */                                \
     X(8, status) /* HELLO_RESULT: 0, or 1: refused, with a reason */                                                   \
-    X(10, features) /* RMIG_FEATURE_*: what the sender knows; what both know holds */
+    X(11, features) /* RMIG_FEATURE_*: what the sender knows; what both know holds */
 #define RMIG_HELLO_REASON_TAG 9 // text, not NUL-terminated
 #define RMIG_FEATURE_FINISH_PENDING 1u // a sink that needs time to answer FINISH says so again and again
 struct rmig_hello {
@@ -1664,40 +1694,74 @@ RMIG__DEF size_t rmig_param_list(struct rmig_param_info *out, size_t n) {
 
 // >>block: implementation
 
-RMIG__DEF void rmig_blocks_init(struct rmig_blocks *t) { memset(t, 0, sizeof *t); }
+RMIG__DEF void rmig_blocks_init(struct rmig_blocks *t) {
+    if (t != NULL)
+        memset(t, 0, sizeof *t);
+}
 
 RMIG__DEF void rmig_blocks_free(struct rmig_blocks *t) {
+    if (t == NULL)
+        return;
     for (uint32_t i = 0; i < t->count; i++)
         rmig__release(t->block[i].name);
     rmig__release(t->block);
-    rmig__release(t->by_offset);
-    rmig__release(t->by_name);
+    rmig__release(t->node);
     rmig_blocks_init(t);
 }
 
-/* First place in the sorted part of an order whose block is not below: by guest offset, or by name. */
-static uint32_t rmig__lower_offset(const struct rmig_blocks *t, uint64_t offset) {
-    uint32_t low = 0, high = t->count;
-    while (low < high) {
-        uint32_t middle = low + (high - low) / 2;
-        if (t->block[t->by_offset[middle]].guest_offset < offset)
-            low = middle + 1;
-        else
-            high = middle;
-    }
-    return low;
+/* The two orders are treaps: search trees in which no block hangs below one of lower rank. The ranks are as good as
+   random whatever the names and offsets are, so the trees are about 2 log2 n deep. */
+enum { RMIG__BY_OFFSET, RMIG__BY_NAME };
+
+static uint32_t rmig__blocks_rank(uint32_t i) {
+    i = (i ^ i >> 16) * 0x85ebca6bu;
+    i = (i ^ i >> 13) * 0xc2b2ae35u;
+    return i ^ i >> 16;
 }
 
-static uint32_t rmig__lower_name(const struct rmig_blocks *t, const char *name) {
-    uint32_t low = 0, high = t->count;
-    while (low < high) {
-        uint32_t middle = low + (high - low) / 2;
-        if (strcmp(t->block[t->by_name[middle]].name, name) < 0)
-            low = middle + 1;
-        else
-            high = middle;
+static bool rmig__blocks_before(const struct rmig_blocks *t, int order, uint32_t a, uint32_t b) {
+    if (order == RMIG__BY_OFFSET)
+        return t->block[a].guest_offset < t->block[b].guest_offset;
+    return strcmp(t->block[a].name, t->block[b].name) < 0;
+}
+
+/* Block i takes the place of the first one of lower rank on its way down. What hung there is divided: what is before i
+   hangs below it on one side, the rest on the other. */
+static void rmig__blocks_insert(struct rmig_blocks *t, int order, uint32_t i) {
+    uint32_t *at = &t->root[order];
+    while (*at != 0 && rmig__blocks_rank(*at - 1) >= rmig__blocks_rank(i))
+        at = &t->node[*at - 1].below[order][rmig__blocks_before(t, order, *at - 1, i)];
+    uint32_t rest = *at;
+    uint32_t *side[2] = {&t->node[i].below[order][0], &t->node[i].below[order][1]};
+    *at = i + 1;
+    while (rest != 0) {
+        bool before = rmig__blocks_before(t, order, rest - 1, i);
+        *side[!before] = rest;
+        side[!before] = &t->node[rest - 1].below[order][before];
+        rest = *side[!before];
     }
-    return low;
+    *side[0] = *side[1] = 0;
+}
+
+/* The last block that begins at or before the offset, and the first one that begins behind it: index + 1, 0 is none. */
+static void rmig__blocks_around(const struct rmig_blocks *t, uint64_t offset, uint32_t *before, uint32_t *behind) {
+    *before = *behind = 0;
+    for (uint32_t at = t->root[RMIG__BY_OFFSET]; at != 0;) {
+        bool is_before = t->block[at - 1].guest_offset <= offset;
+        *(is_before ? before : behind) = at;
+        at = t->node[at - 1].below[RMIG__BY_OFFSET][is_before];
+    }
+}
+
+/* The block of that name: index + 1, 0 is none. */
+static uint32_t rmig__blocks_named(const struct rmig_blocks *t, const char *name) {
+    uint32_t at = t->root[RMIG__BY_NAME];
+    for (int order = 1; at != 0 && order != 0;) {
+        order = strcmp(name, t->block[at - 1].name);
+        if (order != 0)
+            at = t->node[at - 1].below[RMIG__BY_NAME][order > 0];
+    }
+    return at;
 }
 
 static int rmig__blocks_check(const struct rmig_block_desc *d, struct rmig_error *err) {
@@ -1745,39 +1809,32 @@ static bool rmig__blocks_grow(struct rmig_blocks *t) {
     void *block = RMIG_REALLOC(t->block, capacity * sizeof *t->block);
     if (block != NULL)
         t->block = (struct rmig_block *)block;
-    void *by_offset = RMIG_REALLOC(t->by_offset, capacity * sizeof *t->by_offset);
-    if (by_offset != NULL)
-        t->by_offset = (uint32_t *)by_offset;
-    void *by_name = RMIG_REALLOC(t->by_name, capacity * sizeof *t->by_name);
-    if (by_name != NULL)
-        t->by_name = (uint32_t *)by_name;
-    if (block == NULL || by_offset == NULL || by_name == NULL)
+    void *node = RMIG_REALLOC(t->node, capacity * sizeof *t->node);
+    if (node != NULL)
+        t->node = (struct rmig_blocks_node *)node;
+    if (block == NULL || node == NULL)
         return false;
     t->capacity = capacity;
     return true;
 }
 
-static void rmig__order_insert(uint32_t *order, uint32_t count, uint32_t at, uint32_t index) {
-    memmove(order + at + 1, order + at, (count - at) * sizeof *order);
-    order[at] = index;
-}
-
 RMIG__DEF int rmig_blocks_add(struct rmig_blocks *t, const struct rmig_block_desc *desc, uint32_t *index,
                               struct rmig_error *err) {
-    if (desc == NULL)
-        return rmig_fail(err, RMIG_ERR_ARGUMENT, 0, "block: the description is NULL");
+    uint32_t before, behind;
+    if (t == NULL || desc == NULL)
+        return rmig_fail(err, RMIG_ERR_ARGUMENT, 0, "block: the %s is NULL", t == NULL ? "table" : "description");
     int status = rmig__blocks_check(desc, err);
     if (status != RMIG_OK)
         return status;
-    uint32_t at_name = rmig__lower_name(t, desc->name);
-    if (at_name < t->count && strcmp(t->block[t->by_name[at_name]].name, desc->name) == 0)
+    uint32_t same = rmig__blocks_named(t, desc->name);
+    if (same != 0)
         return rmig_fail(err, RMIG_ERR_ARGUMENT, 0, "block \"%.100s\": there is a block %u of that name already",
-                         desc->name, t->by_name[at_name]);
-    uint32_t at_offset = rmig__lower_offset(t, desc->guest_offset);
-    if (at_offset < t->count)
-        status = rmig__blocks_overlap(t, desc, t->by_offset[at_offset], err);
-    if (status == RMIG_OK && at_offset > 0)
-        status = rmig__blocks_overlap(t, desc, t->by_offset[at_offset - 1], err);
+                         desc->name, same - 1);
+    rmig__blocks_around(t, desc->guest_offset, &before, &behind);
+    if (before != 0)
+        status = rmig__blocks_overlap(t, desc, before - 1, err);
+    if (status == RMIG_OK && behind != 0)
+        status = rmig__blocks_overlap(t, desc, behind - 1, err);
     if (status != RMIG_OK)
         return status;
     size_t name_size = strlen(desc->name) + 1;
@@ -1793,8 +1850,8 @@ RMIG__DEF int rmig_blocks_add(struct rmig_blocks *t, const struct rmig_block_des
     b->backing = desc->backing;
     b->fd = desc->fd;
     b->fd_offset = desc->fd_offset;
-    rmig__order_insert(t->by_name, t->count, at_name, t->count);
-    rmig__order_insert(t->by_offset, t->count, at_offset, t->count);
+    rmig__blocks_insert(t, RMIG__BY_OFFSET, t->count);
+    rmig__blocks_insert(t, RMIG__BY_NAME, t->count);
     if (index != NULL)
         *index = t->count;
     t->count++;
@@ -1802,27 +1859,26 @@ RMIG__DEF int rmig_blocks_add(struct rmig_blocks *t, const struct rmig_block_des
 }
 
 RMIG__DEF int rmig_blocks_by_name(const struct rmig_blocks *t, const char *name, uint32_t *index) {
-    uint32_t at = name == NULL ? t->count : rmig__lower_name(t, name);
-    if (at >= t->count || strcmp(t->block[t->by_name[at]].name, name) != 0)
+    uint32_t found = t == NULL || name == NULL ? 0 : rmig__blocks_named(t, name);
+    if (found == 0)
         return RMIG_ERR_ARGUMENT;
-    *index = t->by_name[at];
+    if (index != NULL)
+        *index = found - 1;
     return RMIG_OK;
 }
 
 RMIG__DEF int rmig_blocks_by_offset(struct rmig_blocks *t, uint64_t guest_offset, uint32_t *index) {
+    uint32_t found, behind;
+    if (t == NULL)
+        return RMIG_ERR_ARGUMENT;
     if (t->last >= t->count || guest_offset - t->block[t->last].guest_offset >= t->block[t->last].length) {
-        uint32_t at = rmig__lower_offset(t, guest_offset);
-        if (at >= t->count || t->block[t->by_offset[at]].guest_offset != guest_offset) {
-            if (at == 0)
-                return RMIG_ERR_ARGUMENT;
-            at--;
-        }
-        uint32_t found = t->by_offset[at];
-        if (guest_offset - t->block[found].guest_offset >= t->block[found].length)
+        rmig__blocks_around(t, guest_offset, &found, &behind);
+        if (found == 0 || guest_offset - t->block[found - 1].guest_offset >= t->block[found - 1].length)
             return RMIG_ERR_ARGUMENT;
-        t->last = found;
+        t->last = found - 1;
     }
-    *index = t->last;
+    if (index != NULL)
+        *index = t->last;
     return RMIG_OK;
 }
 
@@ -2106,11 +2162,13 @@ static size_t rmig__put_tlv(uint8_t *out, uint32_t tag, const void *value, size_
     memcpy(out + 4, value, n);
     return 4 + n;
 }
+/* Tags of release 0.1.0 are always there; those that came later only if they say something. */
+#define RMIG__HELLO_SAYS(tag, value) ((tag) < RMIG_HELLO_REASON_TAG || (value) != 0)
 RMIG__DEF int rmig_encode_hello(uint8_t *out, size_t cap, const struct rmig_hello *in) {
     const char *nul = (const char *)memchr(in->reason, '\0', sizeof in->reason);
     size_t reason = nul == NULL ? sizeof in->reason : (size_t)(nul - in->reason);
     size_t need = reason == 0 ? 0 : 4 + reason;
-#define RMIG__X(tag, name) need += 4 + 8;
+#define RMIG__X(tag, name) need += RMIG__HELLO_SAYS(tag, in->name) ? 4 + 8 : 0;
     RMIG_HELLO_LIST(RMIG__X)
 #undef RMIG__X
     if (cap < need)
@@ -2119,7 +2177,7 @@ RMIG__DEF int rmig_encode_hello(uint8_t *out, size_t cap, const struct rmig_hell
     uint8_t value[8];
 #define RMIG__X(tag, name)                                                                                             \
     rmig__put_be64(value, in->name);                                                                                   \
-    at += rmig__put_tlv(out + at, tag, value, sizeof value);
+    at += RMIG__HELLO_SAYS(tag, in->name) ? rmig__put_tlv(out + at, tag, value, sizeof value) : 0;
     RMIG_HELLO_LIST(RMIG__X)
 #undef RMIG__X
     if (reason != 0)
@@ -5975,7 +6033,7 @@ RMIG__DEF void rmig_sink_stats(const struct rmig_sink *s, struct rmig_stats *out
 // >>stats: implementation
 
 RMIG__DEF uint64_t rmig_expected_downtime_ns(const struct rmig_stats *stats, uint64_t dirty) {
-    if (stats->throughput == 0)
+    if (stats == NULL || stats->throughput == 0)
         return RMIG_FOREVER;
     double ns = (double)dirty * 1e9 / (double)stats->throughput + 2.0 * (double)stats->message_rtt_ns;
     return ns >= 1.8e19 ? RMIG_FOREVER : (uint64_t)ns;

@@ -24,8 +24,9 @@ sim_actor and sim_close; the other one's steps must not, since a blocked actor c
 without a fabric's endpoints can be an actor too: a guest that writes its memory, say.
 
 Adversity. Data is read from the source's memory at some time between posting and completion and written to the target's
-at arrival, or part by part until then. A connection closed without disconnect loses what was not read yet. See struct sim_config for modes, limits
-and faults. Misuse of the contract by the caller is printed, counted, and makes sim_clean fail.
+at arrival, or part by part until then. A connection closed without disconnect loses what was not read yet. See struct
+sim_config for modes, limits and faults. Misuse of the contract by the caller is printed, counted, and makes sim_clean
+fail.
 */
 #ifndef RMIG_SIM_FABRIC_H
 #define RMIG_SIM_FABRIC_H
