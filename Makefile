@@ -132,7 +132,8 @@ PLAIN_LINES := $(call suite_lines,plain,$(SUITES)) \
 	'tap integration/kvm_live 300 tests/kvm_live.sh $(B)/kvm_live' \
 	'tap integration/qemu 600 tests/qemu_examples.sh $(B)/qemu_sink $(B)/qemu_source' \
 	'tap integration/mapped_ram 900 tests/mapped_ram.sh $(B)/mapped_ram $(B)' \
-	'tap readme 60 tests/readme.sh $(B)/rmig_migrate'
+	'tap readme 60 tests/readme.sh $(B)/rmig_migrate' \
+	'tap quick_start 400 tests/quick_start.sh'
 # Over RDMA devices: in virtual machines, or on the adapter that is named. The longest come first.
 RDMA_DEV ?=
 RDMA_BINARIES := $(addprefix $(B)/,plain/fabric_conformance plain/rdma verbs/hostile_peer rmig_migrate kvm_live \

@@ -5,53 +5,76 @@ rmig.h - move a running VM's memory to another host by RDMA
         #define RMIG_IMPLEMENTATION
     before including this file in exactly *one* C or C++ file, and nothing
     special in all others. Then pick a fabric:
-        #include "rmig_fabric_ofi.h"      libfabric: tcp, verbs, EFA, ...
+        #include "rmig_fabric_ofi.h"      libfabric: tcp on any machine
+        #include "rmig_fabric_verbs.h"    libibverbs: InfiniBand, RoCE, iWARP
 
     The core needs a 64-bit host and libc, nothing else. C11 or C++17.
 
 QUICK START
 
-    The source, in the hypervisor that owns the running guest:
+    The source, in the hypervisor that owns the running guest. Behind open no status is looked at
+    but the last: a call that was refused makes finish fail (see ERRORS).
 
-        struct rmig_error err;
-        struct rmig_config cfg = {0};                   // all defaults
-        rmig_set_param(&cfg, "chunk-size", "2M", &err);
-        struct rmig_fabric *fabric = rmig_ofi_open(NULL, &err);
-        struct rmig_source *src;
-        rmig_source_open(fabric, &cfg, &src, &err);
-        struct rmig_block_desc ram = {0};
-        ram.name = "ram"; ram.host = mem; ram.length = size;
-        uint32_t block;
-        rmig_source_add_block(src, &ram, &block);
-        rmig_source_connect(src, "10.0.0.2:4444");
-        rmig_source_begin_round(src);
-        rmig_source_save_range(src, block, 0, size);    // first everything,
-        rmig_source_end_round(src);                     // then what KVM's dirty log says:
-        rmig_source_begin_round(src);                   //   again and again, at last with the guest stopped
-        rmig_source_save_bitmap(src, block, dirty_log, 0, pages);
-        rmig_source_end_round(src);
-        rmig_source_put(src, &device_state, sizeof device_state);
-        if (rmig_source_finish(src) == RMIG_OK) the_guest_now_runs_there();
-        else fprintf(stderr, "%s\n", rmig_source_error(src)->text);
-        rmig_source_close(src);
-        rmig_fabric_close(fabric);
-
-    The sink:
-
-        struct rmig_sink *sink;
-        rmig_sink_open(fabric, &cfg, &sink, &err);
-        rmig_sink_listen(sink, "0.0.0.0:4444");
-        struct rmig_sink_event ev;
-        while (rmig_sink_wait(sink, &ev, RMIG_FOREVER) == RMIG_OK && ev.type != RMIG_SINK_FINISHED) {
-            if (ev.type == RMIG_SINK_BLOCKS) {          // ev.block_count, rmig_sink_peer_block()
-                rmig_sink_add_block(sink, &ram, &block);
-                rmig_sink_accept_blocks(sink);
-            }
-            while (ev.type == RMIG_SINK_STREAM && (got = rmig_sink_get(sink, state + n, sizeof state - n)) > 0)
-                n += got;
+        // 0: the guest runs at the other end. -1: it is still ours. 1: ask the other end before running it here.
+        int migrate_out(const char *address, void *mem, uint64_t size, const uint64_t *dirty_log, const void *state,
+                        size_t state_size) {
+            struct rmig_error err;
+            struct rmig_source *src = NULL;
+            uint32_t block = 0;
+            struct rmig_fabric *fabric = rmig_ofi_open(NULL, &err);
+            if (fabric == NULL || rmig_source_open(fabric, NULL, &src, &err) != RMIG_OK) // NULL: all defaults
+                return fprintf(stderr, "source: %s\n", err.text), rmig_fabric_close(fabric), -1;
+            struct rmig_block_desc ram = {"ram", mem, size, 0, RMIG_BACKING_UNKNOWN, -1, 0};
+            rmig_source_add_block(src, &ram, &block);
+            rmig_source_connect(src, address);                     // "10.0.0.2:4444"
+            rmig_source_begin_round(src);
+            rmig_source_save_range(src, block, 0, size);           // first everything,
+            rmig_source_end_round(src);
+            rmig_source_begin_round(src);                          // then what KVM's dirty log says: again and
+            rmig_source_save_bitmap(src, block, dirty_log, 0, (size + 4095) / 4096); // again, at last with it stopped
+            rmig_source_end_round(src);
+            rmig_source_put(src, state, state_size);
+            int rc = rmig_source_finish(src);
+            if (rc != RMIG_OK)
+                fprintf(stderr, "source: %s\n", rmig_source_error(src)->text);
+            rmig_source_close(src);
+            rmig_fabric_close(fabric);
+            return rc == RMIG_OK ? 0 : rc == RMIG_ERR_HANDOVER ? 1 : -1;
         }
 
-    examples/minimal.c is that, whole. docs/embedding.md has the event loop,
+    The sink. It has the last word: before rmig_sink_take it does everything that can fail.
+
+        // The bytes of state that came with the guest, which is ours. -1: it is not. -2: ask the other end.
+        int64_t migrate_in(const char *address, void *mem, uint64_t size, void *state, size_t state_max) {
+            struct rmig_error err;
+            struct rmig_sink *sink = NULL;
+            struct rmig_sink_event ev = {RMIG_SINK_NONE, 0, 0, 0};
+            size_t have = 0;
+            struct rmig_fabric *fabric = rmig_ofi_open(NULL, &err);
+            if (fabric == NULL || rmig_sink_open(fabric, NULL, &sink, &err) != RMIG_OK)
+                return fprintf(stderr, "sink: %s\n", err.text), rmig_fabric_close(fabric), -1;
+            struct rmig_block_desc ram = {"ram", mem, size, 0, RMIG_BACKING_UNKNOWN, -1, 0};
+            rmig_sink_add_block(sink, &ram, NULL);
+            int rc = rmig_sink_listen(sink, address);              // ":4444"
+            while (rc == RMIG_OK && ev.type != RMIG_SINK_FINISHED) {
+                rc = rmig_sink_wait(sink, &ev, RMIG_FOREVER);
+                if (ev.type == RMIG_SINK_BLOCKS)                   // rmig_sink_peer_block() says what the source has
+                    rmig_sink_accept_blocks(sink);
+                size_t got = rmig_sink_get(sink, (char *)state + have, state_max - have);
+                have += got;
+                if (got < ev.stream_bytes)
+                    rmig_sink_refuse(sink, "the state is too large");
+                if (ev.type == RMIG_SINK_TAKE)                     // all is there: make devices of the state, then
+                    rmig_sink_take(sink);
+            }
+            if (rc != RMIG_OK)
+                fprintf(stderr, "sink: %s\n", rmig_sink_error(sink)->text);
+            rmig_sink_close(sink);
+            rmig_fabric_close(fabric);
+            return rc == RMIG_OK ? (int64_t)have : rc == RMIG_ERR_HANDOVER ? -2 : -1;
+        }
+
+    examples/minimal.c is both ends in one program. docs/embedding.md has the event loop,
     the convergence loop and what to do about errors.
 
 MACROS TO OVERRIDE, before the include (the implementation and all users alike)
@@ -81,6 +104,13 @@ ERRORS
     enum rmig_status. Statuses above RMIG_SESSION_ERRORS (-1 ... -99) say that this call
     was refused and nothing changed. Those below (-100 ...) end the session: call close.
     rmig_source_error() and rmig_sink_error() say what happened, in words.
+
+    Nobody has to look at every status. A block, pages or stream bytes that a call refused are
+    missing, so the refusal taints the session: from then on end_round and finish at the source,
+    accept_blocks, take and complete at the sink return it with its text and do nothing. An
+    embedder that has dealt with it calls rmig_source_forgive or rmig_sink_forgive. Where a call
+    that begins an operation is refused, process returns that refusal until another has begun.
+    Every function takes NULL for its object, and returns RMIG_ERR_ARGUMENT (or 0, or nothing).
 
 MEMORY
 
@@ -220,6 +250,7 @@ RMIG__STATIC_ASSERT(sizeof(size_t) >= 8, "rmig needs a 64-bit host");
 #define rmig_source_process RMIG__NAME(rmig_source_process)
 #define rmig_source_fds RMIG__NAME(rmig_source_fds)
 #define rmig_source_next_deadline RMIG__NAME(rmig_source_next_deadline)
+#define rmig_source_forgive RMIG__NAME(rmig_source_forgive)
 #define rmig_source_cancel RMIG__NAME(rmig_source_cancel)
 #define rmig_source_error RMIG__NAME(rmig_source_error)
 #define rmig_source_stats RMIG__NAME(rmig_source_stats)
@@ -240,6 +271,8 @@ RMIG__STATIC_ASSERT(sizeof(size_t) >= 8, "rmig needs a 64-bit host");
 #define rmig_sink_wait RMIG__NAME(rmig_sink_wait)
 #define rmig_sink_fds RMIG__NAME(rmig_sink_fds)
 #define rmig_sink_next_deadline RMIG__NAME(rmig_sink_next_deadline)
+#define rmig_sink_take RMIG__NAME(rmig_sink_take)
+#define rmig_sink_forgive RMIG__NAME(rmig_sink_forgive)
 #define rmig_sink_cancel RMIG__NAME(rmig_sink_cancel)
 #define rmig_sink_error RMIG__NAME(rmig_sink_error)
 #define rmig_sink_stats RMIG__NAME(rmig_sink_stats)
@@ -323,6 +356,8 @@ enum rmig_param {
     RMIG_PARAM_PAGE_SIZE, // of the guest: unit of save_page and of dirty bitmaps, bytes
     RMIG_PARAM_PEER_CHUNK_SIZE, // of a plain version 1 peer, 0: unknown
     RMIG_PARAM_EXTENSION, // offer (source) or grant (sink) the rmig extension
+    RMIG_PARAM_HANDOVER_TIMEOUT, // ns without a word of the sink on the handover before the source keeps the guest
+    RMIG_PARAM_AUTO_TAKE, // the sink takes the guest as soon as everything is there, without RMIG_SINK_TAKE
     RMIG_PARAM_COUNT
 };
 
@@ -391,6 +426,8 @@ RMIG__TYPED(io_timeout, IO_TIMEOUT)
 RMIG__TYPED(page_size, PAGE_SIZE)
 RMIG__TYPED(peer_chunk_size, PEER_CHUNK_SIZE)
 RMIG__TYPED(extension, EXTENSION)
+RMIG__TYPED(handover_timeout, HANDOVER_TIMEOUT)
+RMIG__TYPED(auto_take, AUTO_TAKE)
 #undef RMIG__TYPED
 
 // >>chunk
@@ -448,23 +485,30 @@ struct rmig_block {
     uint64_t fd_offset;
 };
 
-/* The table of RAM blocks: index = order of addition, search by guest offset and by name in O(log n). Zero-initialised
-   works. */
+/* A block's place in two search trees, the first by guest offset, the second by name: in each what hangs below it, lower
+   and higher. A block is its index + 1 there, 0 is none. */
+struct rmig_blocks_node {
+    uint32_t below[2][2];
+};
+
+/* The table of RAM blocks: index = order of addition; addition, search by guest offset and by name in O(log n), in
+   whatever order they were added. Zero-initialised works. */
 struct rmig_blocks {
     struct rmig_block *block; // by index
-    uint32_t *by_offset, *by_name; // indexes, sorted
+    struct rmig_blocks_node *node; // by index
+    uint32_t root[2]; // of the trees
     uint32_t count, capacity;
     uint32_t last; // where the last search by offset hit
 };
 
 RMIG_API void rmig_blocks_init(struct rmig_blocks *t);
 RMIG_API void rmig_blocks_free(struct rmig_blocks *t);
-/* Adds a block. Returns RMIG_OK and the index (0, 1, 2 ...), or RMIG_ERR_ARGUMENT (empty or long name, NULL host,
-   length 0, wrap-around of host or guest range, duplicate name, overlap of guest ranges: the text names both blocks),
-   or RMIG_ERR_NO_MEMORY. */
+/* Adds a block. Returns RMIG_OK and the index (0, 1, 2 ...), or RMIG_ERR_ARGUMENT (no table, empty or long name, NULL
+   host, length 0, wrap-around of host or guest range, duplicate name, overlap of guest ranges: the text names both
+   blocks), or RMIG_ERR_NO_MEMORY. */
 RMIG_API int rmig_blocks_add(struct rmig_blocks *t, const struct rmig_block_desc *desc, uint32_t *index,
                              struct rmig_error *err);
-/* RMIG_OK and the index, or RMIG_ERR_ARGUMENT if there is none (a hole, an unknown name). */
+/* RMIG_OK and the index (may be NULL), or RMIG_ERR_ARGUMENT if there is none (a hole, an unknown name, no table). */
 RMIG_API int rmig_blocks_by_name(const struct rmig_blocks *t, const char *name, uint32_t *index);
 RMIG_API int rmig_blocks_by_offset(struct rmig_blocks *t, uint64_t guest_offset, uint32_t *index);
 
@@ -654,7 +698,8 @@ static inline void rmig_merge_take(struct rmig_merge *m, uint64_t first, uint64_
     X(KEEPALIVE, 71)                                                                                                   \
     X(FINISH, 72)                                                                                                      \
     X(FINISH_RESULT, 73)                                                                                               \
-    X(GOODBYE, 74)
+    X(GOODBYE, 74)                                                                                                     \
+    X(FINISH_PENDING, 75)
 
 enum rmig_message {
 #define RMIG__X(name, value) RMIG_MSG_##name = value,
@@ -734,8 +779,10 @@ RMIG_API int rmig_decode_register_result(const uint8_t *p, size_t n, struct rmig
     X(5, batch_max) /* entries of a batch that the sender takes */                                                     \
     X(6, registration_max) /* bytes of one registration at the sender */                                               \
     X(7, idle_max) /* ns without a message after which the sender gives up; 0: never */                                \
-    X(8, status) /* HELLO_RESULT: 0, or 1: refused, with a reason */
+    X(8, status) /* HELLO_RESULT: 0, or 1: refused, with a reason */                                                   \
+    X(11, features) /* RMIG_FEATURE_*: what the sender knows; what both know holds */
 #define RMIG_HELLO_REASON_TAG 9 // text, not NUL-terminated
+#define RMIG_FEATURE_FINISH_PENDING 1u // a sink that needs time to answer FINISH says so again and again
 struct rmig_hello {
 #define RMIG__X(tag, name) uint64_t name;
     RMIG_HELLO_LIST(RMIG__X)
@@ -1021,16 +1068,18 @@ RMIG_API int rmig_source_put(struct rmig_source *s, const void *data, size_t n);
 RMIG_API int rmig_source_flush_start(struct rmig_source *s);
 RMIG_API int rmig_source_flush(struct rmig_source *s);
 
-/* The handover: RMIG_OK means that the sink has everything, has deregistered all memory, and owns the guest. Any other
-   result: the guest is still this side's, except RMIG_ERR_HANDOVER (the link broke in the last microseconds: nobody can
-   know). With a plain version 1 sink there is no answer: RMIG_OK means that everything was delivered, and a failure
+/* The handover: RMIG_OK means that the sink has everything and that its embedder has taken the guest. Any other result: the
+   guest is still this side's, except RMIG_ERR_HANDOVER (the link broke in the last microseconds: nobody can know). A sink
+   that needs time to decide says so again and again; handover-timeout (10 s) without its word ends the session, and the
+   guest stays. RMIG_ERR_REFUSED: the sink's embedder did not take it; the text has its reason. With a plain version 1 sink there is no answer: RMIG_OK means that everything was delivered, and a failure
    after the last bytes have left is RMIG_ERR_HANDOVER. There, leave the last bytes of device state to finish, or a
    failure of flush leaves the same doubt. */
 RMIG_API int rmig_source_finish_start(struct rmig_source *s);
 RMIG_API int rmig_source_finish(struct rmig_source *s);
 
 /* Makes all progress possible without waiting. RMIG_PENDING: the operation goes on. RMIG_OK: no operation is under way
-   (saved pages may still be). Negative: the session's error. Call it when a descriptor is ready and when the deadline
+   (saved pages may still be). Negative: the session's error, or the refusal of the call that was to begin the last
+   operation. Call it when a descriptor is ready and when the deadline
    has come, also between rounds (it keeps the connection alive). */
 RMIG_API int rmig_source_process(struct rmig_source *s);
 /* Descriptors for the caller's poll/epoll, armed; returns how many (n >= 4 always suffices; 0: the fabric has none,
@@ -1038,6 +1087,9 @@ RMIG_API int rmig_source_process(struct rmig_source *s);
 RMIG_API int rmig_source_fds(struct rmig_source *s, struct rmig_fd *fds, size_t n);
 /* When to call process at the latest, in the fabric's ns; 0: at once; RMIG_FOREVER: no time. */
 RMIG_API uint64_t rmig_source_next_deadline(struct rmig_source *s);
+
+/* The embedder knows of the call that was refused, and goes on without it: end_round and finish work again. */
+RMIG_API void rmig_source_forgive(struct rmig_source *s);
 
 /* Ends the session from any state; the peer is told if it can be. The next process returns RMIG_ERR_CANCELLED, or
    RMIG_ERR_HANDOVER if the last word of finish is on its way already. Not from another thread. */
@@ -1062,7 +1114,8 @@ enum rmig_sink_event_type {
     RMIG_SINK_STREAM, // stream bytes are there: rmig_sink_get until it returns 0; the source waits meanwhile, up to its
                       // io-timeout
     RMIG_SINK_DISCONNECTED, // a plain version 1 source has left: rmig_sink_complete if the stream was whole, else close
-    RMIG_SINK_FINISHED // all is there, nothing is registered any more, the guest is this side's
+    RMIG_SINK_TAKE, // everything has arrived: rmig_sink_take or rmig_sink_refuse
+    RMIG_SINK_FINISHED // the guest is this side's, and no peer can write its memory any more
 };
 
 struct rmig_sink_event {
@@ -1093,6 +1146,19 @@ RMIG_API int rmig_sink_peer_block(struct rmig_sink *s, uint32_t i, struct rmig_b
 /* After RMIG_SINK_BLOCKS. RMIG_ERR_SETUP if a block of the source is missing or has another length; both ends then say
    which. */
 RMIG_API int rmig_sink_accept_blocks(struct rmig_sink *s);
+
+/* After RMIG_SINK_TAKE, which a source of the extension brings about by finish: the guest becomes this end's. The source
+   hears so; RMIG_SINK_FINISHED follows when it has confirmed that it lets go. Before the call do all that can fail: bring
+   files to the disk, make devices of the state. That may take as long as it needs if rmig_sink_process is called
+   meanwhile, at least four times in the source's handover-timeout (10 s): the source then hears that it must wait. Until
+   the call the guest is the source's, and any failure leaves it there; from the call on a broken link leaves
+   RMIG_ERR_HANDOVER. Where the fabric cannot revoke (struct rmig_fabric_caps: libfabric, iWARP) the source can write until
+   RMIG_SINK_FINISHED: parse and run nothing that stands in guest memory before. With the parameter auto-take the sink
+   takes by itself, and there is no RMIG_SINK_TAKE. RMIG_ERR_STATE at any other time. Does not block. */
+RMIG_API int rmig_sink_take(struct rmig_sink *s);
+/* Refuses the source, from its connection until rmig_sink_take: the guest stays there, and its calls return
+   RMIG_ERR_REFUSED with the reason (up to 250 bytes; NULL: none). RMIG_OK; the session is over: process returns
+   RMIG_ERR_SETUP. RMIG_ERR_STATE when there is no source, or the guest is taken. */
 RMIG_API int rmig_sink_refuse(struct rmig_sink *s, const char *reason);
 
 /* Copies up to n stream bytes that have arrived; returns how many, 0: none now. */
@@ -1108,15 +1174,17 @@ RMIG_API bool rmig_sink_has_return_path(const struct rmig_sink *s);
    broke, or stood still for io-timeout) end the session; without bytes a broken return path ends nothing. */
 RMIG_API int rmig_sink_return_put(struct rmig_sink *s, const void *data, size_t n);
 
-/* With a plain version 1 source only the reader of the stream knows its end: it says so here. Deregisters everything at
-   once; RMIG_SINK_FINISHED follows when the bytes put on the return path are delivered. If that fails, the guest is the
+/* With a plain version 1 source only the reader of the stream knows its end: it says so here. RMIG_SINK_FINISHED follows
+   when the bytes put on the return path are delivered and the source cannot write any more: at once where the fabric
+   revokes, elsewhere when the source has left, 1 s later at the latest. If that fails, the guest is the
    source's, or nobody can know (RMIG_ERR_HANDOVER): when bytes had gone out on the return path, or when the source has
    left, for a source without a return path does so as soon as its last byte is delivered. What fails in the embedder's
    own hands from that byte on (a disk that is full) leaves the same doubt: keep what there is. */
 RMIG_API int rmig_sink_complete(struct rmig_sink *s);
 
 /* Makes progress without waiting and delivers at most one event: RMIG_OK with ev->type (RMIG_SINK_NONE: nothing now),
-   or the session's error. Waiting for a source has no deadline; from its request on, silence of io-timeout is an error
+   or the session's error. After RMIG_SINK_FINISHED each call deregisters some of the guest's memory; rmig_sink_close does
+   what is left. Waiting for a source has no deadline; from its request on, silence of io-timeout is an error
    (a plain version 1 source, which is silent while it writes, is granted the time that all of RAM takes at 16 MB/s on
    top). */
 RMIG_API int rmig_sink_process(struct rmig_sink *s, struct rmig_sink_event *ev);
@@ -1124,6 +1192,10 @@ RMIG_API int rmig_sink_process(struct rmig_sink *s, struct rmig_sink_event *ev);
 RMIG_API int rmig_sink_wait(struct rmig_sink *s, struct rmig_sink_event *ev, uint64_t timeout_ns);
 RMIG_API int rmig_sink_fds(struct rmig_sink *s, struct rmig_fd *fds, size_t n); // n >= 12 always suffices
 RMIG_API uint64_t rmig_sink_next_deadline(struct rmig_sink *s);
+/* As rmig_source_forgive. */
+RMIG_API void rmig_sink_forgive(struct rmig_sink *s);
+/* Ends the session, until the guest is this side's for certain; the source is told if it can be. process then returns
+   RMIG_ERR_CANCELLED, or RMIG_ERR_HANDOVER between rmig_sink_take and the source's confirmation. */
 RMIG_API void rmig_sink_cancel(struct rmig_sink *s);
 /* As rmig_source_error; also why the last source was forgotten. */
 RMIG_API const struct rmig_error *rmig_sink_error(const struct rmig_sink *s);
@@ -1398,6 +1470,9 @@ static const struct rmig__param_row rmig__params[RMIG_PARAM_COUNT] = {
     {"peer-chunk-size", RMIG_UNIT_BYTES, RMIG_CHUNK_SIZE_MIN, RMIG_CHUNK_SIZE_MAX, 0, true, true,
      "of a plain version 1 peer; 0: unknown, any is safe"},
     {"extension", RMIG_UNIT_SWITCH, 0, 1, 1, false, false, "use rmig's extension when the peer has it too"},
+    {"handover-timeout", RMIG_UNIT_NS, RMIG__MS, 3600 * RMIG__SECOND, 10 * RMIG__SECOND, false, false,
+     "of a source: without the sink's word on the handover; the guest then stays"},
+    {"auto-take", RMIG_UNIT_SWITCH, 0, 1, 0, false, false, "of a sink: take the guest without asking the embedder"},
 };
 
 static bool rmig__param_valid(enum rmig_param param) {
@@ -1505,7 +1580,7 @@ static int rmig__param_find(const char *name, struct rmig_error *err) {
     for (int i = 0; name != NULL && i < RMIG_PARAM_COUNT; i++)
         if (strcmp(rmig__params[i].name, name) == 0)
             return i;
-    char known[240] = "";
+    char known[320] = "";
     for (int i = 0; i < RMIG_PARAM_COUNT; i++) {
         size_t at = strlen(known);
         snprintf(known + at, sizeof known - at, "%s%s", i == 0 ? "" : ", ", rmig__params[i].name);
@@ -1619,40 +1694,74 @@ RMIG__DEF size_t rmig_param_list(struct rmig_param_info *out, size_t n) {
 
 // >>block: implementation
 
-RMIG__DEF void rmig_blocks_init(struct rmig_blocks *t) { memset(t, 0, sizeof *t); }
+RMIG__DEF void rmig_blocks_init(struct rmig_blocks *t) {
+    if (t != NULL)
+        memset(t, 0, sizeof *t);
+}
 
 RMIG__DEF void rmig_blocks_free(struct rmig_blocks *t) {
+    if (t == NULL)
+        return;
     for (uint32_t i = 0; i < t->count; i++)
         rmig__release(t->block[i].name);
     rmig__release(t->block);
-    rmig__release(t->by_offset);
-    rmig__release(t->by_name);
+    rmig__release(t->node);
     rmig_blocks_init(t);
 }
 
-/* First place in the sorted part of an order whose block is not below: by guest offset, or by name. */
-static uint32_t rmig__lower_offset(const struct rmig_blocks *t, uint64_t offset) {
-    uint32_t low = 0, high = t->count;
-    while (low < high) {
-        uint32_t middle = low + (high - low) / 2;
-        if (t->block[t->by_offset[middle]].guest_offset < offset)
-            low = middle + 1;
-        else
-            high = middle;
-    }
-    return low;
+/* The two orders are treaps: search trees in which no block hangs below one of lower rank. The ranks are as good as
+   random whatever the names and offsets are, so the trees are about 2 log2 n deep. */
+enum { RMIG__BY_OFFSET, RMIG__BY_NAME };
+
+static uint32_t rmig__blocks_rank(uint32_t i) {
+    i = (i ^ i >> 16) * 0x85ebca6bu;
+    i = (i ^ i >> 13) * 0xc2b2ae35u;
+    return i ^ i >> 16;
 }
 
-static uint32_t rmig__lower_name(const struct rmig_blocks *t, const char *name) {
-    uint32_t low = 0, high = t->count;
-    while (low < high) {
-        uint32_t middle = low + (high - low) / 2;
-        if (strcmp(t->block[t->by_name[middle]].name, name) < 0)
-            low = middle + 1;
-        else
-            high = middle;
+static bool rmig__blocks_before(const struct rmig_blocks *t, int order, uint32_t a, uint32_t b) {
+    if (order == RMIG__BY_OFFSET)
+        return t->block[a].guest_offset < t->block[b].guest_offset;
+    return strcmp(t->block[a].name, t->block[b].name) < 0;
+}
+
+/* Block i takes the place of the first one of lower rank on its way down. What hung there is divided: what is before i
+   hangs below it on one side, the rest on the other. */
+static void rmig__blocks_insert(struct rmig_blocks *t, int order, uint32_t i) {
+    uint32_t *at = &t->root[order];
+    while (*at != 0 && rmig__blocks_rank(*at - 1) >= rmig__blocks_rank(i))
+        at = &t->node[*at - 1].below[order][rmig__blocks_before(t, order, *at - 1, i)];
+    uint32_t rest = *at;
+    uint32_t *side[2] = {&t->node[i].below[order][0], &t->node[i].below[order][1]};
+    *at = i + 1;
+    while (rest != 0) {
+        bool before = rmig__blocks_before(t, order, rest - 1, i);
+        *side[!before] = rest;
+        side[!before] = &t->node[rest - 1].below[order][before];
+        rest = *side[!before];
     }
-    return low;
+    *side[0] = *side[1] = 0;
+}
+
+/* The last block that begins at or before the offset, and the first one that begins behind it: index + 1, 0 is none. */
+static void rmig__blocks_around(const struct rmig_blocks *t, uint64_t offset, uint32_t *before, uint32_t *behind) {
+    *before = *behind = 0;
+    for (uint32_t at = t->root[RMIG__BY_OFFSET]; at != 0;) {
+        bool is_before = t->block[at - 1].guest_offset <= offset;
+        *(is_before ? before : behind) = at;
+        at = t->node[at - 1].below[RMIG__BY_OFFSET][is_before];
+    }
+}
+
+/* The block of that name: index + 1, 0 is none. */
+static uint32_t rmig__blocks_named(const struct rmig_blocks *t, const char *name) {
+    uint32_t at = t->root[RMIG__BY_NAME];
+    for (int order = 1; at != 0 && order != 0;) {
+        order = strcmp(name, t->block[at - 1].name);
+        if (order != 0)
+            at = t->node[at - 1].below[RMIG__BY_NAME][order > 0];
+    }
+    return at;
 }
 
 static int rmig__blocks_check(const struct rmig_block_desc *d, struct rmig_error *err) {
@@ -1700,39 +1809,32 @@ static bool rmig__blocks_grow(struct rmig_blocks *t) {
     void *block = RMIG_REALLOC(t->block, capacity * sizeof *t->block);
     if (block != NULL)
         t->block = (struct rmig_block *)block;
-    void *by_offset = RMIG_REALLOC(t->by_offset, capacity * sizeof *t->by_offset);
-    if (by_offset != NULL)
-        t->by_offset = (uint32_t *)by_offset;
-    void *by_name = RMIG_REALLOC(t->by_name, capacity * sizeof *t->by_name);
-    if (by_name != NULL)
-        t->by_name = (uint32_t *)by_name;
-    if (block == NULL || by_offset == NULL || by_name == NULL)
+    void *node = RMIG_REALLOC(t->node, capacity * sizeof *t->node);
+    if (node != NULL)
+        t->node = (struct rmig_blocks_node *)node;
+    if (block == NULL || node == NULL)
         return false;
     t->capacity = capacity;
     return true;
 }
 
-static void rmig__order_insert(uint32_t *order, uint32_t count, uint32_t at, uint32_t index) {
-    memmove(order + at + 1, order + at, (count - at) * sizeof *order);
-    order[at] = index;
-}
-
 RMIG__DEF int rmig_blocks_add(struct rmig_blocks *t, const struct rmig_block_desc *desc, uint32_t *index,
                               struct rmig_error *err) {
-    if (desc == NULL)
-        return rmig_fail(err, RMIG_ERR_ARGUMENT, 0, "block: the description is NULL");
+    uint32_t before, behind;
+    if (t == NULL || desc == NULL)
+        return rmig_fail(err, RMIG_ERR_ARGUMENT, 0, "block: the %s is NULL", t == NULL ? "table" : "description");
     int status = rmig__blocks_check(desc, err);
     if (status != RMIG_OK)
         return status;
-    uint32_t at_name = rmig__lower_name(t, desc->name);
-    if (at_name < t->count && strcmp(t->block[t->by_name[at_name]].name, desc->name) == 0)
+    uint32_t same = rmig__blocks_named(t, desc->name);
+    if (same != 0)
         return rmig_fail(err, RMIG_ERR_ARGUMENT, 0, "block \"%.100s\": there is a block %u of that name already",
-                         desc->name, t->by_name[at_name]);
-    uint32_t at_offset = rmig__lower_offset(t, desc->guest_offset);
-    if (at_offset < t->count)
-        status = rmig__blocks_overlap(t, desc, t->by_offset[at_offset], err);
-    if (status == RMIG_OK && at_offset > 0)
-        status = rmig__blocks_overlap(t, desc, t->by_offset[at_offset - 1], err);
+                         desc->name, same - 1);
+    rmig__blocks_around(t, desc->guest_offset, &before, &behind);
+    if (before != 0)
+        status = rmig__blocks_overlap(t, desc, before - 1, err);
+    if (status == RMIG_OK && behind != 0)
+        status = rmig__blocks_overlap(t, desc, behind - 1, err);
     if (status != RMIG_OK)
         return status;
     size_t name_size = strlen(desc->name) + 1;
@@ -1748,8 +1850,8 @@ RMIG__DEF int rmig_blocks_add(struct rmig_blocks *t, const struct rmig_block_des
     b->backing = desc->backing;
     b->fd = desc->fd;
     b->fd_offset = desc->fd_offset;
-    rmig__order_insert(t->by_name, t->count, at_name, t->count);
-    rmig__order_insert(t->by_offset, t->count, at_offset, t->count);
+    rmig__blocks_insert(t, RMIG__BY_OFFSET, t->count);
+    rmig__blocks_insert(t, RMIG__BY_NAME, t->count);
     if (index != NULL)
         *index = t->count;
     t->count++;
@@ -1757,27 +1859,26 @@ RMIG__DEF int rmig_blocks_add(struct rmig_blocks *t, const struct rmig_block_des
 }
 
 RMIG__DEF int rmig_blocks_by_name(const struct rmig_blocks *t, const char *name, uint32_t *index) {
-    uint32_t at = name == NULL ? t->count : rmig__lower_name(t, name);
-    if (at >= t->count || strcmp(t->block[t->by_name[at]].name, name) != 0)
+    uint32_t found = t == NULL || name == NULL ? 0 : rmig__blocks_named(t, name);
+    if (found == 0)
         return RMIG_ERR_ARGUMENT;
-    *index = t->by_name[at];
+    if (index != NULL)
+        *index = found - 1;
     return RMIG_OK;
 }
 
 RMIG__DEF int rmig_blocks_by_offset(struct rmig_blocks *t, uint64_t guest_offset, uint32_t *index) {
+    uint32_t found, behind;
+    if (t == NULL)
+        return RMIG_ERR_ARGUMENT;
     if (t->last >= t->count || guest_offset - t->block[t->last].guest_offset >= t->block[t->last].length) {
-        uint32_t at = rmig__lower_offset(t, guest_offset);
-        if (at >= t->count || t->block[t->by_offset[at]].guest_offset != guest_offset) {
-            if (at == 0)
-                return RMIG_ERR_ARGUMENT;
-            at--;
-        }
-        uint32_t found = t->by_offset[at];
-        if (guest_offset - t->block[found].guest_offset >= t->block[found].length)
+        rmig__blocks_around(t, guest_offset, &found, &behind);
+        if (found == 0 || guest_offset - t->block[found - 1].guest_offset >= t->block[found - 1].length)
             return RMIG_ERR_ARGUMENT;
-        t->last = found;
+        t->last = found - 1;
     }
-    *index = t->last;
+    if (index != NULL)
+        *index = t->last;
     return RMIG_OK;
 }
 
@@ -2061,11 +2162,13 @@ static size_t rmig__put_tlv(uint8_t *out, uint32_t tag, const void *value, size_
     memcpy(out + 4, value, n);
     return 4 + n;
 }
+/* Tags of release 0.1.0 are always there; those that came later only if they say something. */
+#define RMIG__HELLO_SAYS(tag, value) ((tag) < RMIG_HELLO_REASON_TAG || (value) != 0)
 RMIG__DEF int rmig_encode_hello(uint8_t *out, size_t cap, const struct rmig_hello *in) {
     const char *nul = (const char *)memchr(in->reason, '\0', sizeof in->reason);
     size_t reason = nul == NULL ? sizeof in->reason : (size_t)(nul - in->reason);
     size_t need = reason == 0 ? 0 : 4 + reason;
-#define RMIG__X(tag, name) need += 4 + 8;
+#define RMIG__X(tag, name) need += RMIG__HELLO_SAYS(tag, in->name) ? 4 + 8 : 0;
     RMIG_HELLO_LIST(RMIG__X)
 #undef RMIG__X
     if (cap < need)
@@ -2074,7 +2177,7 @@ RMIG__DEF int rmig_encode_hello(uint8_t *out, size_t cap, const struct rmig_hell
     uint8_t value[8];
 #define RMIG__X(tag, name)                                                                                             \
     rmig__put_be64(value, in->name);                                                                                   \
-    at += rmig__put_tlv(out + at, tag, value, sizeof value);
+    at += RMIG__HELLO_SAYS(tag, in->name) ? rmig__put_tlv(out + at, tag, value, sizeof value) : 0;
     RMIG_HELLO_LIST(RMIG__X)
 #undef RMIG__X
     if (reason != 0)
@@ -2270,6 +2373,7 @@ struct rmig__session {
     struct rmig_config cfg;
     struct rmig_holes holes;
     struct rmig_error error; // of the last call or of the session
+    struct rmig_error taint; // the first refused call that was not forgiven; status RMIG_OK: none
     int failed; // the session's status once it is over
     bool failure_told; // process has returned it
     struct rmig_fabric_caps caps;
@@ -2294,7 +2398,7 @@ struct rmig__session {
     int link_code;
 
     bool extended;
-    uint64_t peer_payload_max, peer_batch_max, peer_registration_max, peer_idle_max;
+    uint64_t peer_payload_max, peer_batch_max, peer_registration_max, peer_idle_max, peer_features;
 
     uint64_t writes_done; // writes whose completion is known, out of stats.writes_posted
     uint64_t last_progress; // when the last event came, or what is waited for began
@@ -2419,9 +2523,33 @@ static int rmig__session_end(struct rmig__session *ss) {
 
 #define RMIG__END(ss, ...) (rmig_fail(&(ss)->error, __VA_ARGS__), rmig__session_end(ss))
 
-/* A call that was refused: nothing changes but the error text. After a failure the failure is what counts. */
-#define RMIG__REFUSE(ss, status, ...)                                                                                  \
+/* Refused calls. RMIG__NO: nothing changes but the error text, and after a failure the failure is what counts. RMIG__REFUSE
+   is for calls that bring something: a block, pages, bytes. What was to be brought is missing then, and a caller that does
+   not look would go on to a finish that succeeds. So the first such refusal taints the session: what ends a round, hands
+   over or takes over returns it, until the embedder has said that it knows (forgive). */
+#define RMIG__NO(ss, status, ...)                                                                                      \
     ((ss)->failed != RMIG_OK ? (ss)->failed : (rmig_fail(&(ss)->error, status, __VA_ARGS__), (int)(status)))
+#define RMIG__REFUSE(ss, ...) rmig__taint(ss, RMIG__NO(ss, __VA_ARGS__))
+
+static int rmig__taint(struct rmig__session *ss, int status) {
+    if (ss->failed == RMIG_OK && ss->taint.status == RMIG_OK && status < RMIG_OK)
+        ss->taint = ss->error;
+    return status;
+}
+
+/* RMIG_OK, or the refusal that was not forgiven. */
+static int rmig__untainted(struct rmig__session *ss) {
+    if (ss->failed != RMIG_OK)
+        return ss->failed;
+    if (ss->taint.status != RMIG_OK)
+        ss->error = ss->taint;
+    return ss->taint.status;
+}
+
+/* Every public function takes NULL for its object: a program that does not look whether open has succeeded goes through
+   all its calls, and learns at any of them. */
+static const struct rmig_error rmig__no_source = {RMIG_ERR_ARGUMENT, 0, "the source is NULL: rmig_source_open failed"};
+static const struct rmig_error rmig__no_sink = {RMIG_ERR_ARGUMENT, 0, "the sink is NULL: rmig_sink_open failed"};
 
 /* Makes a source or a sink: an object of `size` bytes that begins with its session. NULL: *status says why, and *err in
    words. */
@@ -2498,18 +2626,6 @@ static int rmig__session_setup(struct rmig__session *ss) {
     return status == RMIG_OK ? RMIG_OK : rmig__session_end(ss);
 }
 
-/* Gives the endpoint back; the session may set up another. Guest memory has been deregistered before. */
-static void rmig__session_drop(struct rmig__session *ss) {
-    if (ss->control_registered)
-        ss->fabric->ops->dereg(ss->ep, &ss->control_mr, NULL);
-    ss->control_registered = false;
-    if (ss->ep != NULL)
-        ss->fabric->ops->close(ss->ep);
-    ss->ep = NULL;
-    ss->inbox_count = ss->unposted_count = 0;
-    ss->resolved = ss->established = ss->disconnected = ss->broken = ss->extended = ss->last_words = false;
-}
-
 /* Takes what an endpoint still has to say. True once it is at its end: nothing more will be delivered. *sends (may be
    NULL) gets a bit for each send that has completed. */
 static bool rmig__ep_ended(struct rmig_ep *ep, unsigned *sends) {
@@ -2540,10 +2656,35 @@ static void rmig__session_linger(struct rmig__session *ss) {
     }
 }
 
-static void rmig__session_close(struct rmig__session *ss) {
+/* The connection is dead: from here on nothing of the peer lands, whatever is registered. */
+static void rmig__session_cut(struct rmig__session *ss) {
+    if (ss->ep != NULL)
+        ss->fabric->ops->cut(ss->ep);
+    ss->disconnected = true;
+}
+
+/* The peer is told what can be told, then the connection is cut. Guest memory may be deregistered behind it. */
+static void rmig__session_leave(struct rmig__session *ss) {
     rmig__session_linger(ss);
     if (ss->ep != NULL && ss->established && !ss->disconnected && !ss->broken)
         ss->fabric->ops->disconnect(ss->ep);
+    rmig__session_cut(ss);
+}
+
+/* Gives the endpoint back; the session may set up another. Guest memory has been deregistered before. */
+static void rmig__session_drop(struct rmig__session *ss) {
+    rmig__session_cut(ss);
+    if (ss->control_registered)
+        ss->fabric->ops->dereg(ss->ep, &ss->control_mr, NULL);
+    ss->control_registered = false;
+    if (ss->ep != NULL)
+        ss->fabric->ops->close(ss->ep);
+    ss->ep = NULL;
+    ss->inbox_count = ss->unposted_count = 0;
+    ss->resolved = ss->established = ss->disconnected = ss->broken = ss->extended = ss->last_words = false;
+}
+
+static void rmig__session_close(struct rmig__session *ss) {
     rmig__session_drop(ss);
     rmig_holes_close(&ss->holes);
     rmig__release(ss->control);
@@ -2780,6 +2921,7 @@ static void rmig__fill_hello(const struct rmig__session *ss, struct rmig_hello *
     h->batch_max = RMIG_REPEAT_MAX;
     h->registration_max = ss->caps.registration_max;
     h->idle_max = rmig_get(&ss->cfg, RMIG_PARAM_IO_TIMEOUT);
+    h->features = RMIG_FEATURE_FINISH_PENDING;
 }
 
 /* Takes over the peer's limits; false if they leave no room to work. */
@@ -2788,7 +2930,13 @@ static bool rmig__take_limits(struct rmig__session *ss, const struct rmig_hello 
     ss->peer_batch_max = rmig__min(h->batch_max, RMIG_REPEAT_MAX);
     ss->peer_registration_max = h->registration_max;
     ss->peer_idle_max = h->idle_max;
+    ss->peer_features = h->features;
     return ss->peer_payload_max >= 512 && ss->peer_batch_max >= 1 && ss->peer_registration_max >= chunk;
+}
+
+/* When a message is due so that the peer does not take this end for dead. */
+static uint64_t rmig__idle_at(const struct rmig__session *ss) {
+    return ss->extended && ss->peer_idle_max != 0 ? rmig__after(ss->last_sent, ss->peer_idle_max / 4) : RMIG_FOREVER;
 }
 
 // >>source: implementation
@@ -2894,6 +3042,7 @@ struct rmig_source {
     bool lockstep, pin_all, zero_detect;
 
     enum rmig__source_op op;
+    int refused; // what the call that last began an operation was refused with; RMIG_OK: it was not
     enum rmig__source_state state;
     bool hello_sent, connect_posted;
     enum rmig__exchange exchange;
@@ -2964,7 +3113,7 @@ RMIG__DEF int rmig_source_open(struct rmig_fabric *fabric, const struct rmig_con
 RMIG__DEF void rmig_source_close(struct rmig_source *s) {
     if (s == NULL)
         return;
-    rmig__session_linger(&s->ss); // before writes under way lose their memory
+    rmig__session_leave(&s->ss); // before writes under way lose their memory
     for (uint32_t i = 0; i < s->region_count; i++)
         rmig__region_deregister(s, &s->region[i]);
     rmig__session_close(&s->ss);
@@ -2979,16 +3128,24 @@ RMIG__DEF void rmig_source_close(struct rmig_source *s) {
 }
 
 RMIG__DEF int rmig_source_add_block(struct rmig_source *s, const struct rmig_block_desc *desc, uint32_t *index) {
+    if (index != NULL)
+        *index = UINT32_MAX;
+    if (s == NULL)
+        return RMIG_ERR_ARGUMENT;
     if (s->state != RMIG__SOURCE_NEW || s->ss.failed)
         return RMIG__REFUSE(&s->ss, RMIG_ERR_STATE, 0, "rmig_source_add_block: must come before connect");
-    return rmig_blocks_add(&s->blocks, desc, index, &s->ss.error);
+    return rmig__taint(&s->ss, rmig_blocks_add(&s->blocks, desc, index, &s->ss.error));
 }
 
 RMIG__DEF int rmig_source_block_at(struct rmig_source *s, uint64_t guest_offset, uint32_t *block, uint64_t *offset) {
     uint32_t found;
+    if (block != NULL)
+        *block = UINT32_MAX; // refused by what comes next, where nobody looks
+    if (s == NULL)
+        return RMIG_ERR_ARGUMENT;
     if (rmig_blocks_by_offset(&s->blocks, guest_offset, &found) != RMIG_OK)
-        return RMIG__REFUSE(&s->ss, RMIG_ERR_ARGUMENT, 0, "rmig_source_block_at: no block holds guest offset 0x%llx",
-                            (unsigned long long)guest_offset);
+        return RMIG__NO(&s->ss, RMIG_ERR_ARGUMENT, 0, "rmig_source_block_at: no block holds guest offset 0x%llx",
+                        (unsigned long long)guest_offset);
     if (block != NULL)
         *block = found;
     if (offset != NULL)
@@ -3006,8 +3163,8 @@ static int rmig__source_tables(struct rmig_source *s) {
         chunks += rmig_chunk_count(length, s->chunk_size);
     }
     if (chunks >= UINT32_MAX / pieces)
-        return RMIG__REFUSE(&s->ss, RMIG_ERR_PARAM, 0, "chunk-size: %llu chunks are too many: raise chunk-size",
-                            (unsigned long long)chunks);
+        return RMIG__NO(&s->ss, RMIG_ERR_PARAM, 0, "chunk-size: %llu chunks are too many: raise chunk-size",
+                        (unsigned long long)chunks);
     s->block = (struct rmig__source_block *)rmig__calloc(n, sizeof *s->block);
     s->bits = (uint64_t *)rmig__calloc(words, sizeof *s->bits);
     s->chunks = (uint32_t *)rmig__calloc(chunks, sizeof *s->chunks);
@@ -3016,8 +3173,8 @@ static int rmig__source_tables(struct rmig_source *s) {
     s->stream = (uint8_t *)RMIG_MALLOC(RMIG_PAYLOAD_MAX);
     if (s->block == NULL || s->bits == NULL || s->chunks == NULL || s->region == NULL || s->piece == NULL ||
         s->stream == NULL)
-        return RMIG__REFUSE(&s->ss, RMIG_ERR_NO_MEMORY, 0, "out of memory for the tables of %u blocks, %llu chunks", n,
-                            (unsigned long long)chunks);
+        return RMIG__NO(&s->ss, RMIG_ERR_NO_MEMORY, 0, "out of memory for the tables of %u blocks, %llu chunks", n,
+                        (unsigned long long)chunks);
     s->region_capacity = (uint32_t)chunks;
     uint64_t *bits = s->bits;
     uint32_t *chunk = s->chunks;
@@ -3068,14 +3225,16 @@ static void rmig__source_parameters(struct rmig_source *s) {
 }
 
 RMIG__DEF int rmig_source_connect_start(struct rmig_source *s, const char *address) {
+    if (s == NULL)
+        return RMIG_ERR_ARGUMENT;
     struct rmig__session *ss = &s->ss;
     if (s->state != RMIG__SOURCE_NEW || ss->failed)
-        return RMIG__REFUSE(ss, RMIG_ERR_STATE, 0,
-                            "rmig_source_connect: this source has been connected before; open another");
+        return RMIG__NO(ss, RMIG_ERR_STATE, 0,
+                        "rmig_source_connect: this source has been connected before; open another");
     if (s->blocks.count == 0)
-        return RMIG__REFUSE(ss, RMIG_ERR_STATE, 0, "rmig_source_connect: add a block first");
+        return RMIG__NO(ss, RMIG_ERR_STATE, 0, "rmig_source_connect: add a block first");
     if (address == NULL)
-        return RMIG__REFUSE(ss, RMIG_ERR_ARGUMENT, 0, "rmig_source_connect: address is NULL; must be \"HOST:PORT\"");
+        return RMIG__NO(ss, RMIG_ERR_ARGUMENT, 0, "rmig_source_connect: address is NULL; must be \"HOST:PORT\"");
     rmig__source_parameters(s);
     int status = rmig__source_tables(s);
     if (status == RMIG_OK) {
@@ -3361,6 +3520,8 @@ static int rmig__source_on_message(struct rmig_source *s, const struct rmig__rec
         rmig__zero_settle(s);
         return RMIG_OK;
     }
+    if (h->type == RMIG_MSG_FINISH_PENDING && h->len == 0 && s->await == RMIG_MSG_FINISH_RESULT)
+        return RMIG_OK; // its coming is what counts
     if (s->await != 0 && h->type == s->await)
         return rmig__source_on_reply(s, rmig__control_buffer(&s->ss, r->buffer) + RMIG_HEADER_SIZE, h);
     return RMIG__END(&s->ss, RMIG_ERR_PROTOCOL, 0, "the sink sent %s (type %u, len %u) where %s was due",
@@ -3647,6 +3808,7 @@ static int rmig__ask(struct rmig_source *s, enum rmig_message type, uint32_t rep
 static int rmig__say_hello(struct rmig_source *s, uint8_t *payload) {
     struct rmig_hello h;
     rmig__fill_hello(&s->ss, &h);
+    h.idle_max = rmig__min(h.idle_max, rmig_get(&s->ss.cfg, RMIG_PARAM_HANDOVER_TIMEOUT));
     s->hello_sent = true;
     return rmig__ask(s, RMIG_MSG_HELLO, 1, (size_t)rmig_encode_hello(payload, RMIG_PAYLOAD_MAX, &h),
                      RMIG_MSG_HELLO_RESULT);
@@ -3775,11 +3937,6 @@ static bool rmig__zero_due(const struct rmig_source *s) {
     return s->zero_count > 0 && (!open || s->fence);
 }
 
-static uint64_t rmig__keepalive_at(const struct rmig_source *s) {
-    return s->ss.extended && s->ss.peer_idle_max != 0 ? rmig__after(s->ss.last_sent, s->ss.peer_idle_max / 4)
-                                                      : RMIG_FOREVER;
-}
-
 /* At most one message goes out for a READY. The order of the cases is the order of importance. */
 static int rmig__control_out(struct rmig_source *s, bool *moved) {
     uint8_t *payload = rmig__payload(&s->ss);
@@ -3811,7 +3968,7 @@ static int rmig__control_out(struct rmig_source *s, bool *moved) {
         status = rmig__ask(s, RMIG_MSG_FINISH, 1, 0, RMIG_MSG_FINISH_RESULT);
     }
     if (status == RMIG_OK && s->ss.stats.control_sent == before && s->credit &&
-        rmig__now(&s->ss) >= rmig__keepalive_at(s))
+        rmig__now(&s->ss) >= rmig__idle_at(&s->ss))
         status = rmig__ask(s, RMIG_MSG_KEEPALIVE, 1, 0, RMIG_MSG_NONE);
     if (s->stream_fill == 0)
         s->prelude = s->flush = false;
@@ -4098,23 +4255,27 @@ static const char *rmig__source_waits_for(const struct rmig_source *s) {
         return "writes to complete";
     if (!rmig__all_sent(&s->ss))
         return "a message to be delivered";
-    bool wants = s->op != RMIG__OP_NONE || s->pending > 0 || rmig__now(&s->ss) >= rmig__keepalive_at(s);
+    bool wants = s->op != RMIG__OP_NONE || s->pending > 0 || rmig__now(&s->ss) >= rmig__idle_at(&s->ss);
     return wants && !s->credit ? "READY" : NULL;
 }
 
+/* Which parameter bounds the wait. A sink that does not know FINISH_PENDING is granted io-timeout for its answer. */
+static enum rmig_param rmig__source_limit(const struct rmig_source *s) {
+    if (s->state == RMIG__SOURCE_CONNECTING || s->op == RMIG__OP_CONNECT)
+        return RMIG_PARAM_CONNECT_TIMEOUT;
+    bool pending = (s->ss.peer_features & RMIG_FEATURE_FINISH_PENDING) != 0;
+    return s->await == RMIG_MSG_FINISH_RESULT && pending ? RMIG_PARAM_HANDOVER_TIMEOUT : RMIG_PARAM_IO_TIMEOUT;
+}
+
 static uint64_t rmig__source_timeout(const struct rmig_source *s) {
-    bool connecting = s->state == RMIG__SOURCE_CONNECTING || s->op == RMIG__OP_CONNECT;
-    return rmig_get(&s->ss.cfg, connecting ? RMIG_PARAM_CONNECT_TIMEOUT : RMIG_PARAM_IO_TIMEOUT);
+    return rmig_get(&s->ss.cfg, rmig__source_limit(s));
 }
 
 static int rmig__source_timers(struct rmig_source *s) {
     const char *what = rmig__source_waits_for(s);
     if (what == NULL || rmig__now(&s->ss) < rmig__after(s->ss.last_progress, rmig__source_timeout(s)))
         return RMIG_OK;
-    return rmig__silent(&s->ss, "sink", rmig__source_timeout(s),
-                        rmig__source_timeout(s) == rmig_get(&s->ss.cfg, RMIG_PARAM_IO_TIMEOUT) ? "io-timeout"
-                                                                                               : "connect-timeout",
-                        what);
+    return rmig__silent(&s->ss, "sink", rmig__source_timeout(s), rmig__params[rmig__source_limit(s)].name, what);
 }
 
 /* Is the operation under way done? */
@@ -4177,7 +4338,7 @@ static int rmig__source_step(struct rmig_source *s) {
     return status == RMIG_OK ? rmig__source_timers(s) : status;
 }
 
-RMIG__DEF int rmig_source_process(struct rmig_source *s) {
+static int rmig__source_progress(struct rmig_source *s) {
     int status = rmig__source_step(s);
     s->ss.failure_told = s->ss.failed != RMIG_OK;
     if (status != RMIG_OK)
@@ -4187,7 +4348,16 @@ RMIG__DEF int rmig_source_process(struct rmig_source *s) {
     return s->op == RMIG__OP_NONE ? RMIG_OK : RMIG_PENDING;
 }
 
+RMIG__DEF int rmig_source_process(struct rmig_source *s) {
+    if (s == NULL)
+        return RMIG_ERR_ARGUMENT;
+    int status = rmig__source_progress(s);
+    return status == RMIG_OK && s->state == RMIG__SOURCE_UP ? s->refused : status;
+}
+
 RMIG__DEF int rmig_source_fds(struct rmig_source *s, struct rmig_fd *fds, size_t n) {
+    if (s == NULL)
+        return RMIG_ERR_ARGUMENT;
     if (s->ss.ep == NULL || s->ss.failed || s->state == RMIG__SOURCE_DONE)
         return 0;
     s->ss.no_fds = false;
@@ -4195,6 +4365,8 @@ RMIG__DEF int rmig_source_fds(struct rmig_source *s, struct rmig_fd *fds, size_t
 }
 
 RMIG__DEF uint64_t rmig_source_next_deadline(struct rmig_source *s) {
+    if (s == NULL)
+        return RMIG_FOREVER;
     if (s->ss.failed)
         return s->ss.failure_told ? RMIG_FOREVER : 0;
     if (s->state == RMIG__SOURCE_NEW || s->state == RMIG__SOURCE_DONE)
@@ -4205,7 +4377,7 @@ RMIG__DEF uint64_t rmig_source_next_deadline(struct rmig_source *s) {
     if (rmig__source_waits_for(s) != NULL)
         at = rmig__min(at, rmig__after(s->ss.last_progress, rmig__source_timeout(s)));
     if (s->credit)
-        at = rmig__min(at, rmig__keepalive_at(s));
+        at = rmig__min(at, rmig__idle_at(&s->ss));
     if (s->pace_until != 0)
         at = rmig__min(at, s->pace_until);
     if (rmig__closed_window(s) != NULL && rmig__hold_until(s) > rmig__now(&s->ss))
@@ -4217,7 +4389,7 @@ RMIG__DEF uint64_t rmig_source_next_deadline(struct rmig_source *s) {
 
 static int rmig__source_drive(struct rmig_source *s) {
     for (;;) {
-        int status = rmig_source_process(s);
+        int status = rmig__source_progress(s);
         if (status != RMIG_PENDING)
             return status;
         s->ss.ready = false;
@@ -4235,14 +4407,16 @@ RMIG__DEF int rmig_source_connect(struct rmig_source *s, const char *address) {
 
 /* The session is up and no operation is under way. */
 static int rmig__source_idle(struct rmig_source *s, const char *call) {
+    if (s == NULL)
+        return RMIG_ERR_ARGUMENT;
     if (s->ss.failed)
         return s->ss.failed;
     if (s->state == RMIG__SOURCE_NEW)
-        return RMIG__REFUSE(&s->ss, RMIG_ERR_STATE, 0, "%s: connect first", call);
+        return RMIG__NO(&s->ss, RMIG_ERR_STATE, 0, "%s: connect first", call);
     if (s->state == RMIG__SOURCE_DONE)
-        return RMIG__REFUSE(&s->ss, RMIG_ERR_STATE, 0, "%s: the session is finished; open another source", call);
+        return RMIG__NO(&s->ss, RMIG_ERR_STATE, 0, "%s: the session is finished; open another source", call);
     if (s->op != RMIG__OP_NONE)
-        return RMIG__REFUSE(&s->ss, RMIG_ERR_STATE, 0,
+        return RMIG__NO(&s->ss, RMIG_ERR_STATE, 0,
                             "%s: an operation is under way; call rmig_source_process until it returns RMIG_OK", call);
     return RMIG_OK;
 }
@@ -4252,7 +4426,7 @@ RMIG__DEF int rmig_source_begin_round(struct rmig_source *s) {
     if (status != RMIG_OK)
         return status;
     if (s->in_round)
-        return RMIG__REFUSE(&s->ss, RMIG_ERR_STATE, 0, "rmig_source_begin_round: end the round before");
+        return RMIG__NO(&s->ss, RMIG_ERR_STATE, 0, "rmig_source_begin_round: end the round before");
     if (s->exchange == RMIG__BLOCKS_NONE)
         s->exchange = RMIG__BLOCKS_SENDING;
     s->in_round = true;
@@ -4269,9 +4443,12 @@ RMIG__DEF int rmig_source_begin_round(struct rmig_source *s) {
 
 /* Between begin and end of a round, for a block that exists. */
 static int rmig__save_check(struct rmig_source *s, const char *call, uint32_t block) {
-    int status = s->in_round && s->op == RMIG__OP_NONE && !s->ss.failed ? RMIG_OK : rmig__source_idle(s, call);
-    if (status != RMIG_OK)
+    int status =
+        s != NULL && s->in_round && s->op == RMIG__OP_NONE && !s->ss.failed ? RMIG_OK : rmig__source_idle(s, call);
+    if (s == NULL)
         return status;
+    if (status != RMIG_OK)
+        return rmig__taint(&s->ss, status);
     if (!s->in_round)
         return RMIG__REFUSE(&s->ss, RMIG_ERR_STATE, 0, "%s: call rmig_source_begin_round first", call);
     if (block >= s->blocks.count)
@@ -4337,14 +4514,28 @@ RMIG__DEF int rmig_source_save_bitmap(struct rmig_source *s, uint32_t block, con
     return rmig__saved(s, block, first_page, pages, dirty->pending - before);
 }
 
-RMIG__DEF int rmig_source_end_round_start(struct rmig_source *s) {
+/* Begins an operation, if status lets it. A refusal stands until another operation has begun: who does not look at it must
+   not take what process says of the operation before for the success of this one. */
+static int rmig__begin_op(struct rmig_source *s, int status, enum rmig__source_op op) {
+    if (s == NULL)
+        return status;
+    s->refused = status;
+    if (status == RMIG_OK)
+        s->op = op;
+    return status;
+}
+
+static int rmig__may_end_round(struct rmig_source *s) {
     int status = rmig__source_idle(s, "rmig_source_end_round");
     if (status != RMIG_OK)
         return status;
     if (!s->in_round)
-        return RMIG__REFUSE(&s->ss, RMIG_ERR_STATE, 0, "rmig_source_end_round: no round has begun");
-    s->op = RMIG__OP_END_ROUND;
-    return RMIG_OK;
+        return RMIG__NO(&s->ss, RMIG_ERR_STATE, 0, "rmig_source_end_round: no round has begun");
+    return rmig__untainted(&s->ss);
+}
+
+RMIG__DEF int rmig_source_end_round_start(struct rmig_source *s) {
+    return rmig__begin_op(s, rmig__may_end_round(s), RMIG__OP_END_ROUND);
 }
 
 RMIG__DEF int rmig_source_end_round(struct rmig_source *s) {
@@ -4354,6 +4545,8 @@ RMIG__DEF int rmig_source_end_round(struct rmig_source *s) {
 
 RMIG__DEF int64_t rmig_source_put_some(struct rmig_source *s, const void *data, size_t n) {
     int status = rmig__source_idle(s, "rmig_source_put");
+    if (s != NULL)
+        rmig__taint(&s->ss, status);
     if (status == RMIG_OK && s->in_round && !s->ss.extended)
         status = RMIG__REFUSE(
             &s->ss, RMIG_ERR_STATE, 0,
@@ -4392,12 +4585,10 @@ RMIG__DEF int rmig_source_put(struct rmig_source *s, const void *data, size_t n)
 }
 
 RMIG__DEF int rmig_source_flush_start(struct rmig_source *s) {
-    int status = rmig__source_idle(s, "rmig_source_flush");
-    if (status != RMIG_OK)
-        return status;
-    s->op = RMIG__OP_FLUSH;
-    s->flush = s->stream_fill > 0;
-    return RMIG_OK;
+    int status = rmig__begin_op(s, rmig__source_idle(s, "rmig_source_flush"), RMIG__OP_FLUSH);
+    if (status == RMIG_OK)
+        s->flush = s->stream_fill > 0;
+    return status;
 }
 
 RMIG__DEF int rmig_source_flush(struct rmig_source *s) {
@@ -4405,16 +4596,21 @@ RMIG__DEF int rmig_source_flush(struct rmig_source *s) {
     return status == RMIG_OK ? rmig__source_drive(s) : status;
 }
 
-RMIG__DEF int rmig_source_finish_start(struct rmig_source *s) {
+static int rmig__may_finish(struct rmig_source *s) {
     int status = rmig__source_idle(s, "rmig_source_finish");
     if (status != RMIG_OK)
         return status;
     if (s->in_round || s->ss.stats.rounds == 0)
-        return RMIG__REFUSE(&s->ss, RMIG_ERR_STATE, 0, "rmig_source_finish: %s",
-                            s->in_round ? "end the round first" : "no round has sent the memory yet");
-    s->op = RMIG__OP_FINISH;
-    rmig__last_bytes(s);
-    return RMIG_OK;
+        return RMIG__NO(&s->ss, RMIG_ERR_STATE, 0, "rmig_source_finish: %s",
+                        s->in_round ? "end the round first" : "no round has sent the memory yet");
+    return rmig__untainted(&s->ss);
+}
+
+RMIG__DEF int rmig_source_finish_start(struct rmig_source *s) {
+    int status = rmig__begin_op(s, rmig__may_finish(s), RMIG__OP_FINISH);
+    if (status == RMIG_OK)
+        rmig__last_bytes(s);
+    return status;
 }
 
 RMIG__DEF int rmig_source_finish(struct rmig_source *s) {
@@ -4422,16 +4618,30 @@ RMIG__DEF int rmig_source_finish(struct rmig_source *s) {
     return status == RMIG_OK ? rmig__source_drive(s) : status;
 }
 
+RMIG__DEF void rmig_source_forgive(struct rmig_source *s) {
+    if (s == NULL)
+        return;
+    memset(&s->ss.taint, 0, sizeof s->ss.taint);
+    s->refused = RMIG_OK;
+}
+
 RMIG__DEF void rmig_source_cancel(struct rmig_source *s) {
-    if (s->ss.failed == RMIG_OK && s->state != RMIG__SOURCE_DONE)
+    if (s != NULL && s->ss.failed == RMIG_OK && s->state != RMIG__SOURCE_DONE)
         RMIG__END(&s->ss, RMIG_ERR_CANCELLED, 0, "cancelled at the source");
 }
 
-RMIG__DEF const struct rmig_error *rmig_source_error(const struct rmig_source *s) { return &s->ss.error; }
+RMIG__DEF const struct rmig_error *rmig_source_error(const struct rmig_source *s) {
+    return s == NULL ? &rmig__no_source : &s->ss.error;
+}
 
-RMIG__DEF bool rmig_source_extended(const struct rmig_source *s) { return s->ss.extended; }
+RMIG__DEF bool rmig_source_extended(const struct rmig_source *s) { return s != NULL && s->ss.extended; }
 
 RMIG__DEF void rmig_source_stats(const struct rmig_source *s, struct rmig_stats *out) {
+    if (out == NULL)
+        return;
+    memset(out, 0, sizeof *out);
+    if (s == NULL)
+        return;
     *out = s->ss.stats;
     out->bytes_pending = s->pending * s->page_size;
     uint64_t span = s->round_began - s->round_before;
@@ -4472,15 +4682,19 @@ enum rmig__sink_state {
     RMIG__SINK_HELLO, // extended: the source's HELLO is due
     RMIG__SINK_UP,
     RMIG__SINK_ASKING, // the embedder's word on the blocks is due
-    RMIG__SINK_HANDOVER, // FINISH came, GOODBYE is due
+    RMIG__SINK_TAKING, // FINISH came, the embedder's word on the guest is due
+    RMIG__SINK_TAKEN, // it took the guest; the source is to hear so
+    RMIG__SINK_HANDOVER, // FINISH_RESULT is out, GOODBYE is due
     RMIG__SINK_RETURNING, // complete but for bytes on the return path
+    RMIG__SINK_LEAVING, // complete, but the source may write until it has left, or is cut off
     RMIG__SINK_OVER
 };
 
 #define RMIG__RETURN_MAX 4096 // bytes that may wait
 #define RMIG__RETURN_RECVS 2 // one for the READY in hand, one for the next
 #define RMIG__RETURN_RECV 64 // a READY has 16 bytes; what does not fit ends the return path
-#define RMIG__RETURN_LINGER RMIG__SECOND // for the source to leave by itself, in close
+#define RMIG__LEAVE RMIG__SECOND // for the source to leave by itself
+#define RMIG__STEP_RELEASE (64 * RMIG_MIB) // deregistered in one call
 
 /* The second connection of a stock source, for bytes to it. Nothing tells who has opened it, so it must not be able to
    hurt the session: what is wrong on it matters only to bytes that are put on it. */
@@ -4508,7 +4722,8 @@ struct rmig_sink {
     uint64_t accepted_at; // when its request came
     uint8_t answer[RMIG_PRIVATE_DATA_SIZE];
     bool begun; // the migration: from here on a failure of the source is the session's
-    uint64_t part_until; // PARTING
+    uint64_t part_until; // PARTING, LEAVING
+    bool barred; // the source's right to write is gone
     struct rmig__return ret;
     bool ready_out; // a READY has gone out and no message has come for it
     bool pin_all;
@@ -4541,21 +4756,19 @@ RMIG__DEF int rmig_sink_open(struct rmig_fabric *fabric, const struct rmig_confi
     return status;
 }
 
-/* From here on no write of the peer can land. */
-static int rmig__sink_deregister_all(struct rmig_sink *s) {
-    int status = RMIG_OK;
-    struct rmig_error err;
-    memset(&err, 0, sizeof err);
-    for (uint32_t i = 0; i < s->region_count; i++) {
-        struct rmig__sink_region *r = &s->region[i];
+/* Deregisters about so many bytes, newest regions first. The source's right to write is gone before: what fails here is
+   memory that stays pinned until the fabric is closed, no danger. */
+static void rmig__sink_release(struct rmig_sink *s, uint64_t budget) {
+    while (s->region_count > 0 && budget > 0) {
+        struct rmig__sink_region *r = &s->region[--s->region_count];
+        struct rmig_error err;
+        memset(&err, 0, sizeof err);
         if (r->used && rmig__deregister(&s->ss, &r->mr, r->length, &err) != RMIG_OK)
-            status = RMIG_ERR_REGISTRATION;
+            rmig__trace(&s->ss, "guest memory cannot be deregistered: %s", err.text);
+        budget -= r->used ? rmig__min(budget, rmig__max(r->length, RMIG_MIB)) : 0;
         r->used = false;
     }
-    s->region_count = s->region_free = 0;
-    if (status != RMIG_OK)
-        rmig_fail(&s->ss.error, status, err.provider_code, "guest memory cannot be deregistered: %.200s", err.text);
-    return status;
+    s->region_free = (uint32_t)rmig__min(s->region_free, s->region_count);
 }
 
 // --- the return path
@@ -4729,7 +4942,7 @@ static void rmig__return_linger(struct rmig_sink *s) {
     eps[n++] = s->ret.ep;
     if (!s->ss.disconnected && !s->ss.broken)
         eps[n++] = s->ss.ep;
-    uint64_t until = rmig__after(rmig__now(&s->ss), RMIG__RETURN_LINGER);
+    uint64_t until = rmig__after(rmig__now(&s->ss), RMIG__LEAVE);
     while (rmig__now(&s->ss) < until) {
         size_t left = 0;
         for (size_t i = 0; i < n; i++)
@@ -4741,9 +4954,11 @@ static void rmig__return_linger(struct rmig_sink *s) {
     }
 }
 
-RMIG__DEF bool rmig_sink_has_return_path(const struct rmig_sink *s) { return s->ret.up; }
+RMIG__DEF bool rmig_sink_has_return_path(const struct rmig_sink *s) { return s != NULL && s->ret.up; }
 
 RMIG__DEF int rmig_sink_return_put(struct rmig_sink *s, const void *data, size_t n) {
+    if (s == NULL)
+        return RMIG_ERR_ARGUMENT;
     struct rmig__session *ss = &s->ss;
     struct rmig__return *r = &s->ret;
     if (ss->failed)
@@ -4764,8 +4979,8 @@ RMIG__DEF int rmig_sink_return_put(struct rmig_sink *s, const void *data, size_t
         return RMIG__END(ss, r->broken.status, r->broken.provider_code,
                          "the return path: %zu bytes cannot be delivered: %s", n, r->broken.text);
     if (n > RMIG__RETURN_MAX - r->waiting)
-        return RMIG__REFUSE(ss, RMIG_ERR_FULL, 0, "rmig_sink_return_put: %zu bytes wait, with %zu more than %d would",
-                            r->waiting, n, RMIG__RETURN_MAX);
+        return RMIG__NO(ss, RMIG_ERR_FULL, 0, "rmig_sink_return_put: %zu bytes wait, with %zu more than %d would",
+                        r->waiting, n, RMIG__RETURN_MAX);
     if (r->waiting == 0 && r->up)
         r->since = rmig__now(ss);
     if (n > 0)
@@ -4780,8 +4995,9 @@ RMIG__DEF int rmig_sink_return_put(struct rmig_sink *s, const void *data, size_t
 RMIG__DEF void rmig_sink_close(struct rmig_sink *s) {
     if (s == NULL)
         return;
-    rmig__sink_deregister_all(s);
     rmig__return_linger(s);
+    rmig__session_leave(&s->ss);
+    rmig__sink_release(s, UINT64_MAX);
     rmig__session_close(&s->ss);
     rmig__return_drop(s);
     if (s->listener != NULL)
@@ -4796,10 +5012,12 @@ RMIG__DEF void rmig_sink_close(struct rmig_sink *s) {
 }
 
 RMIG__DEF int rmig_sink_listen(struct rmig_sink *s, const char *address) {
+    if (s == NULL)
+        return RMIG_ERR_ARGUMENT;
     if (s->state != RMIG__SINK_NEW || s->ss.failed)
-        return RMIG__REFUSE(&s->ss, RMIG_ERR_STATE, 0, "rmig_sink_listen: this sink has listened before; open another");
+        return RMIG__NO(&s->ss, RMIG_ERR_STATE, 0, "rmig_sink_listen: this sink has listened before; open another");
     if (address == NULL)
-        return RMIG__REFUSE(&s->ss, RMIG_ERR_ARGUMENT, 0, "rmig_sink_listen: address is NULL; must be \"HOST:PORT\"");
+        return RMIG__NO(&s->ss, RMIG_ERR_ARGUMENT, 0, "rmig_sink_listen: address is NULL; must be \"HOST:PORT\"");
     int status = s->ss.fabric->ops->listen(s->ss.fabric, address, &s->listener, &s->ss.error);
     if (status != RMIG_OK) {
         s->listener = NULL;
@@ -4810,25 +5028,31 @@ RMIG__DEF int rmig_sink_listen(struct rmig_sink *s, const char *address) {
 }
 
 RMIG__DEF int rmig_sink_address(struct rmig_sink *s, char *buf, size_t n) {
+    if (s == NULL)
+        return RMIG_ERR_ARGUMENT;
     if (s->listener == NULL)
-        return RMIG__REFUSE(&s->ss, RMIG_ERR_STATE, 0, "rmig_sink_address: listen first");
+        return RMIG__NO(&s->ss, RMIG_ERR_STATE, 0, "rmig_sink_address: listen first");
     if (buf == NULL || n == 0)
-        return RMIG__REFUSE(&s->ss, RMIG_ERR_ARGUMENT, 0, "rmig_sink_address: buf is NULL or empty; 64 bytes suffice");
+        return RMIG__NO(&s->ss, RMIG_ERR_ARGUMENT, 0, "rmig_sink_address: buf is NULL or empty; 64 bytes suffice");
     return s->ss.fabric->ops->address(s->listener, buf, n, &s->ss.error);
 }
 
 RMIG__DEF int rmig_sink_add_block(struct rmig_sink *s, const struct rmig_block_desc *desc, uint32_t *index) {
+    if (s == NULL)
+        return RMIG_ERR_ARGUMENT;
     if (s->block != NULL || s->ss.failed)
-        return RMIG__REFUSE(&s->ss, RMIG_ERR_STATE, 0, "rmig_sink_add_block: must come before rmig_sink_accept_blocks");
-    return rmig_blocks_add(&s->blocks, desc, index, &s->ss.error);
+        return RMIG__NO(&s->ss, RMIG_ERR_STATE, 0, "rmig_sink_add_block: must come before rmig_sink_accept_blocks");
+    return rmig__taint(&s->ss, rmig_blocks_add(&s->blocks, desc, index, &s->ss.error));
 }
 
 RMIG__DEF int rmig_sink_peer_block(struct rmig_sink *s, uint32_t i, struct rmig_block_entry *out) {
+    if (s == NULL)
+        return RMIG_ERR_ARGUMENT;
     if (out == NULL)
-        return RMIG__REFUSE(&s->ss, RMIG_ERR_ARGUMENT, 0, "rmig_sink_peer_block: out is NULL");
+        return RMIG__NO(&s->ss, RMIG_ERR_ARGUMENT, 0, "rmig_sink_peer_block: out is NULL");
     if (i >= s->peer_count)
-        return RMIG__REFUSE(&s->ss, RMIG_ERR_ARGUMENT, 0, "rmig_sink_peer_block: %u; the source has named %u blocks", i,
-                            s->peer_count);
+        return RMIG__NO(&s->ss, RMIG_ERR_ARGUMENT, 0, "rmig_sink_peer_block: %u; the source has named %u blocks", i,
+                        s->peer_count);
     const char *name = s->names + s->peer[i].name;
     out->length = s->peer[i].length;
     out->guest_offset = s->peer[i].guest_offset;
@@ -4984,6 +5208,35 @@ static int rmig__sink_poll_listener(struct rmig_sink *s) {
         if (e.type == RMIG_FEV_ERROR)
             rmig__trace(&s->ss, "listener: %s", e.text);
     }
+}
+
+// --- the end
+
+/* Takes the source's right to write away, if that can be done with the connection kept. Otherwise the connection is cut
+   before RMIG_SINK_FINISHED. */
+static void rmig__sink_bar(struct rmig_sink *s) {
+    struct rmig__session *ss = &s->ss;
+    if (ss->caps.revokes && !ss->disconnected && !ss->broken)
+        s->barred = ss->fabric->ops->revoke(ss->ep, NULL) == RMIG_OK;
+}
+
+/* The guest is this end's. Where the source may still write, it is given a moment to leave by itself: if it were cut off
+   at once, the acknowledgement of its last message might not get out, and it would take that for a failure. */
+static void rmig__sink_leave(struct rmig_sink *s) {
+    s->ss.handover = NULL;
+    s->state = RMIG__SINK_LEAVING;
+    s->part_until = rmig__after(rmig__now(&s->ss), RMIG__LEAVE);
+}
+
+static void rmig__sink_left(struct rmig_sink *s) {
+    struct rmig__session *ss = &s->ss;
+    bool gone = ss->disconnected || ss->broken;
+    if (!s->barred && !gone && rmig__now(ss) < s->part_until && !rmig__ep_ended(ss->ep, &ss->sends_free))
+        return;
+    if (!s->barred)
+        rmig__session_cut(ss);
+    s->state = RMIG__SINK_OVER;
+    s->event = RMIG_SINK_FINISHED;
 }
 
 // --- messages
@@ -5332,13 +5585,37 @@ static int rmig__sink_say_ram_blocks(struct rmig_sink *s) {
     return rmig__send(&s->ss, RMIG_MSG_RAM_BLOCKS_RESULT, 1, (size_t)s->block_count * RMIG_RAM_BLOCK_SIZE);
 }
 
-/* The handover, first half: nothing is writable any more, and the source hears so. */
+/* The handover, first half. The source's right to write is taken away where the fabric can; then the embedder has the
+   word, for as long as it needs: the source hears FINISH_PENDING meanwhile. Until FINISH_RESULT has left the guest is
+   the source's whatever happens. */
 static int rmig__sink_on_finish(struct rmig_sink *s) {
-    if (rmig__sink_deregister_all(s) != RMIG_OK)
-        return rmig__session_end(&s->ss);
-    s->state = RMIG__SINK_HANDOVER;
-    s->ss.handover = "has";
-    return rmig__send(&s->ss, RMIG_MSG_FINISH_RESULT, 1, 0);
+    bool take = rmig_get(&s->ss.cfg, RMIG_PARAM_AUTO_TAKE) != 0;
+    if (take && s->ss.taint.status != RMIG_OK)
+        return RMIG__END(&s->ss, RMIG_ERR_SETUP, 0, "refused: a call at the sink failed: %.230s", s->ss.taint.text);
+    rmig__sink_bar(s);
+    s->state = take ? RMIG__SINK_TAKEN : RMIG__SINK_TAKING;
+    s->event = take ? RMIG_SINK_NONE : RMIG_SINK_TAKE;
+    return RMIG_OK;
+}
+
+static uint64_t rmig__pending_at(const struct rmig_sink *s) {
+    /* A tainted sink cannot take: unless the embedder forgives, the source's patience ends the wait. */
+    bool due = s->state == RMIG__SINK_TAKING && s->ss.taint.status == RMIG_OK &&
+               (s->ss.peer_features & RMIG_FEATURE_FINISH_PENDING) != 0;
+    return due ? rmig__idle_at(&s->ss) : RMIG_FOREVER;
+}
+
+/* What the source is to hear of the handover now. */
+static int rmig__sink_answer(struct rmig_sink *s) {
+    struct rmig__session *ss = &s->ss;
+    if (rmig__payload(ss) == NULL)
+        return RMIG_OK;
+    if (s->state == RMIG__SINK_TAKEN) {
+        s->state = RMIG__SINK_HANDOVER;
+        ss->handover = "has";
+        return rmig__send(ss, RMIG_MSG_FINISH_RESULT, 1, 0);
+    }
+    return rmig__now(ss) >= rmig__pending_at(s) ? rmig__send(ss, RMIG_MSG_FINISH_PENDING, 1, 0) : RMIG_OK;
 }
 
 static int rmig__sink_dispatch(struct rmig_sink *s, const uint8_t *p, const struct rmig_header *h, uint8_t *out) {
@@ -5403,12 +5680,12 @@ static int rmig__sink_on_message(struct rmig_sink *s, bool *moved) {
     if (s->state == RMIG__SINK_HELLO && h->type == RMIG_MSG_HELLO) {
         status = rmig__sink_on_hello(s, p, h, out);
     } else if (s->state == RMIG__SINK_HANDOVER && h->type == RMIG_MSG_GOODBYE && h->len == 0) {
-        s->state = RMIG__SINK_OVER;
-        s->event = RMIG_SINK_FINISHED;
+        rmig__sink_leave(s);
     } else if (s->state != RMIG__SINK_UP || !s->ready_out) {
         return rmig__sink_bad(s, h,
                               s->state == RMIG__SINK_HELLO      ? "HELLO was due"
                               : s->state == RMIG__SINK_HANDOVER ? "GOODBYE was due"
+                              : s->state >= RMIG__SINK_TAKING   ? "nothing was due before FINISH_RESULT"
                                                                 : "two messages for one READY");
     } else if (h->type == RMIG_MSG_QEMU_FILE && h->len > 0) {
         /* Told again while bytes are left and some were taken, and when nothing else can come. */
@@ -5435,7 +5712,7 @@ static int rmig__sink_on_message(struct rmig_sink *s, bool *moved) {
 }
 
 RMIG__DEF size_t rmig_sink_get(struct rmig_sink *s, void *buf, size_t n) {
-    if (!s->stream_told || s->ss.inbox_count == 0 || s->ss.failed || buf == NULL)
+    if (s == NULL || !s->stream_told || s->ss.inbox_count == 0 || s->ss.failed || buf == NULL)
         return 0;
     const struct rmig__received *r = &s->ss.inbox[0];
     size_t left = r->header.len - s->stream_at;
@@ -5525,16 +5802,17 @@ static int rmig__sink_tables(struct rmig_sink *s, uint32_t count) {
 }
 
 RMIG__DEF int rmig_sink_accept_blocks(struct rmig_sink *s) {
+    if (s == NULL)
+        return RMIG_ERR_ARGUMENT;
     struct rmig__session *ss = &s->ss;
-    if (ss->failed)
-        return ss->failed;
     if (s->state != RMIG__SINK_ASKING)
-        return RMIG__REFUSE(ss, RMIG_ERR_STATE, 0, "rmig_sink_accept_blocks: wait for RMIG_SINK_BLOCKS first");
+        return RMIG__NO(ss, RMIG_ERR_STATE, 0, "rmig_sink_accept_blocks: wait for RMIG_SINK_BLOCKS first");
+    if (rmig__untainted(ss) != RMIG_OK)
+        return rmig__untainted(ss);
     uint32_t count = ss->extended ? s->peer_count : s->blocks.count;
     if (!ss->extended && (count == 0 || count > RMIG__V1_BLOCKS_MAX))
-        return RMIG__REFUSE(ss, RMIG_ERR_STATE, 0,
-                            "rmig_sink_accept_blocks: %u blocks; a version 1 source takes 1 to %d", count,
-                            RMIG__V1_BLOCKS_MAX);
+        return RMIG__NO(ss, RMIG_ERR_STATE, 0, "rmig_sink_accept_blocks: %u blocks; a version 1 source takes 1 to %d",
+                        count, RMIG__V1_BLOCKS_MAX);
     uint8_t *out = rmig__payload(ss);
     if (out == NULL)
         return RMIG__END(ss, RMIG_ERR_FABRIC, 0, "no send buffer is free although at most two are in use");
@@ -5552,12 +5830,29 @@ RMIG__DEF int rmig_sink_accept_blocks(struct rmig_sink *s) {
 }
 
 RMIG__DEF int rmig_sink_refuse(struct rmig_sink *s, const char *reason) {
+    if (s == NULL)
+        return RMIG_ERR_ARGUMENT;
     if (s->ss.failed)
         return s->ss.failed;
-    if (s->state <= RMIG__SINK_PARTING || s->state >= RMIG__SINK_RETURNING)
-        return RMIG__REFUSE(&s->ss, RMIG_ERR_STATE, 0, "rmig_sink_refuse: there is no source to refuse");
+    if (s->state <= RMIG__SINK_PARTING || s->state >= RMIG__SINK_TAKEN)
+        return RMIG__NO(&s->ss, RMIG_ERR_STATE, 0, "rmig_sink_refuse: %s",
+                        s->state == RMIG__SINK_TAKEN || s->state == RMIG__SINK_HANDOVER
+                            ? "the guest is taken already"
+                            : "there is no source to refuse");
     RMIG__END(&s->ss, RMIG_ERR_SETUP, 0, "refused: %.250s", reason == NULL ? "" : reason);
     return RMIG_OK;
+}
+
+RMIG__DEF int rmig_sink_take(struct rmig_sink *s) {
+    if (s == NULL)
+        return RMIG_ERR_ARGUMENT;
+    if (s->ss.failed == RMIG_OK && s->state != RMIG__SINK_TAKING)
+        return RMIG__NO(&s->ss, RMIG_ERR_STATE, 0, "rmig_sink_take: wait for RMIG_SINK_TAKE first, and take once");
+    if (rmig__untainted(&s->ss) != RMIG_OK)
+        return rmig__untainted(&s->ss);
+    s->state = RMIG__SINK_TAKEN;
+    s->ss.again = true;
+    return rmig__sink_answer(s);
 }
 
 /* Complete once the source has what was put on the return path. What it says on the first connection changes nothing
@@ -5565,25 +5860,28 @@ RMIG__DEF int rmig_sink_refuse(struct rmig_sink *s, const char *reason) {
 static void rmig__sink_returned(struct rmig_sink *s) {
     struct rmig__session *ss = &s->ss;
     if (s->ret.waiting == 0) {
-        s->state = RMIG__SINK_OVER;
-        s->event = RMIG_SINK_FINISHED;
+        rmig__sink_leave(s);
+        rmig__sink_left(s);
     } else if (!ss->disconnected && !ss->broken) {
         ss->disconnected = rmig__ep_ended(ss->ep, &ss->sends_free);
     }
 }
 
 RMIG__DEF int rmig_sink_complete(struct rmig_sink *s) {
+    if (s == NULL)
+        return RMIG_ERR_ARGUMENT;
     if (s->ss.failed)
         return s->ss.failed;
     if (s->ss.extended || s->block == NULL || s->state != RMIG__SINK_UP)
-        return RMIG__REFUSE(
+        return RMIG__NO(
             &s->ss, RMIG_ERR_STATE, 0,
             "rmig_sink_complete: only for a version 1 source whose blocks were accepted; others finish by "
             "themselves");
+    if (rmig__untainted(&s->ss) != RMIG_OK)
+        return rmig__untainted(&s->ss);
     if (s->disconnect_told || s->ret.sent > 0 || s->ret.spoke) // the source may take it for complete already
         s->ss.handover = "has";
-    if (rmig__sink_deregister_all(s) != RMIG_OK)
-        return rmig__session_end(&s->ss);
+    rmig__sink_bar(s);
     s->state = RMIG__SINK_RETURNING;
     rmig__return_last_word(s);
     rmig__sink_returned(s);
@@ -5655,12 +5953,18 @@ static int rmig__sink_connection(struct rmig_sink *s, bool *moved) {
     bool handed_over = s->state == RMIG__SINK_HANDOVER && ss->inbox_count > 0 &&
                        ss->inbox[0].header.type == RMIG_MSG_GOODBYE; // nothing behind it counts
     for (unsigned i = 0; i < ss->inbox_count && !handed_over; i++) // also behind what the embedder has not taken yet
-        if (ss->inbox[i].header.type == RMIG_MSG_ERROR)
+        if (ss->inbox[i].header.type == RMIG_MSG_ERROR) {
+            ss->handover = NULL; // a source that gives up before GOODBYE keeps the guest
             return rmig__peer_error(ss, "source", &ss->inbox[i]);
+        }
     if (ss->inbox_count > 0 && s->state != RMIG__SINK_ACCEPTING)
         status = rmig__sink_on_message(s, moved);
+    if (s->state == RMIG__SINK_LEAVING)
+        return RMIG_OK;
     if (status == RMIG_OK && s->event == RMIG_SINK_NONE)
         status = rmig__sink_link(s);
+    if (status == RMIG_OK && (s->state == RMIG__SINK_TAKING || s->state == RMIG__SINK_TAKEN))
+        status = rmig__sink_answer(s);
     if (status != RMIG_OK || s->event != RMIG_SINK_NONE || s->state != RMIG__SINK_UP)
         return status;
     if (!s->ready_out && ss->inbox_count == 0 && !ss->disconnected && rmig__payload(ss) != NULL) {
@@ -5674,6 +5978,10 @@ static int rmig__sink_connection(struct rmig_sink *s, bool *moved) {
 static void rmig__sink_turn(struct rmig_sink *s, bool *moved) {
     if (s->state == RMIG__SINK_PARTING) {
         rmig__sink_part(s, moved);
+        return;
+    }
+    if (s->state == RMIG__SINK_LEAVING) {
+        rmig__sink_left(s);
         return;
     }
     if (s->state == RMIG__SINK_OVER || (s->listener != NULL && rmig__sink_poll_listener(s) != RMIG_OK))
@@ -5705,9 +6013,14 @@ static int rmig__sink_step(struct rmig_sink *s) {
 }
 
 RMIG__DEF int rmig_sink_process(struct rmig_sink *s, struct rmig_sink_event *ev) {
+    if (ev != NULL)
+        memset(ev, 0, sizeof *ev);
+    if (s == NULL)
+        return RMIG_ERR_ARGUMENT;
     if (ev == NULL)
-        return RMIG__REFUSE(&s->ss, RMIG_ERR_ARGUMENT, 0, "rmig_sink_process: ev is NULL");
-    memset(ev, 0, sizeof *ev);
+        return RMIG__NO(&s->ss, RMIG_ERR_ARGUMENT, 0, "rmig_sink_process: ev is NULL");
+    if (s->state == RMIG__SINK_OVER && s->event == RMIG_SINK_NONE)
+        rmig__sink_release(s, RMIG__STEP_RELEASE);
     int status = rmig__sink_step(s);
     s->ss.failure_told = status != RMIG_OK;
     if (status != RMIG_OK)
@@ -5737,6 +6050,8 @@ static size_t rmig__sink_eps(const struct rmig_sink *s, struct rmig_ep **eps) {
 RMIG__DEF int rmig_sink_fds(struct rmig_sink *s, struct rmig_fd *fds, size_t n) {
     struct rmig_ep *eps[3];
     int count = 0;
+    if (s == NULL)
+        return RMIG_ERR_ARGUMENT;
     if (s->ss.failed || s->state == RMIG__SINK_OVER)
         return 0;
     s->ss.no_fds = false;
@@ -5751,22 +6066,27 @@ RMIG__DEF int rmig_sink_fds(struct rmig_sink *s, struct rmig_fd *fds, size_t n) 
 }
 
 RMIG__DEF uint64_t rmig_sink_next_deadline(struct rmig_sink *s) {
+    if (s == NULL)
+        return RMIG_FOREVER;
     if (s->ss.failed)
         return s->ss.failure_told ? RMIG_FOREVER : 0;
     if (s->state == RMIG__SINK_OVER)
-        return s->event != RMIG_SINK_NONE ? 0 : RMIG_FOREVER;
+        return s->event != RMIG_SINK_NONE || s->region_count > 0 ? 0 : RMIG_FOREVER;
     if (s->ss.ready || s->ss.again)
         return 0;
-    if (s->state == RMIG__SINK_PARTING)
+    if (s->state == RMIG__SINK_PARTING || s->state == RMIG__SINK_LEAVING)
         return s->ss.no_fds ? rmig__min(s->part_until, rmig__now(&s->ss) + RMIG__MS) : s->part_until;
     uint64_t at =
         rmig__sink_waits_for(s) == NULL ? RMIG_FOREVER : rmig__after(s->ss.last_progress, rmig__sink_timeout(s));
     at = rmig__min(at, rmig__return_deadline(s));
+    at = rmig__min(at, rmig__payload(&s->ss) != NULL ? rmig__pending_at(s) : RMIG_FOREVER);
     bool poll = s->ss.no_fds || s->ss.unposted_count > 0 || rmig__return_can_send(s);
     return poll ? rmig__min(at, rmig__now(&s->ss) + RMIG__MS) : at;
 }
 
 RMIG__DEF int rmig_sink_wait(struct rmig_sink *s, struct rmig_sink_event *ev, uint64_t timeout_ns) {
+    if (s == NULL || ev == NULL)
+        return rmig_sink_process(s, ev);
     uint64_t until = rmig__after(rmig__now(&s->ss), timeout_ns);
     for (;;) {
         int status = rmig_sink_process(s, ev);
@@ -5776,35 +6096,47 @@ RMIG__DEF int rmig_sink_wait(struct rmig_sink *s, struct rmig_sink_event *ev, ui
         uint64_t deadline = rmig__min(rmig_sink_next_deadline(s), until);
         if (rmig__now(&s->ss) >= until)
             return RMIG_OK;
-        if (s->state == RMIG__SINK_OVER)
-            return RMIG__REFUSE(&s->ss, RMIG_ERR_STATE, 0,
-                                "rmig_sink_wait: the session is finished, no event will come");
         if (deadline == 0)
             continue;
+        if (s->state == RMIG__SINK_OVER)
+            return RMIG__NO(&s->ss, RMIG_ERR_STATE, 0, "rmig_sink_wait: the session is finished, no event will come");
         struct rmig_ep *eps[3];
         size_t n = rmig__sink_eps(s, eps);
         if (n == 0)
-            return RMIG__REFUSE(&s->ss, RMIG_ERR_STATE, 0, "rmig_sink_wait: listen first");
+            return RMIG__NO(&s->ss, RMIG_ERR_STATE, 0, "rmig_sink_wait: listen first");
         if (s->ss.fabric->ops->wait(s->ss.fabric, eps, n, deadline, &s->ss.error) != RMIG_OK)
             return rmig__session_end(&s->ss);
     }
 }
 
+RMIG__DEF void rmig_sink_forgive(struct rmig_sink *s) {
+    if (s != NULL)
+        memset(&s->ss.taint, 0, sizeof s->ss.taint);
+}
+
 RMIG__DEF void rmig_sink_cancel(struct rmig_sink *s) {
-    if (s->ss.failed == RMIG_OK && s->state != RMIG__SINK_OVER)
+    if (s != NULL && s->ss.failed == RMIG_OK && s->state < RMIG__SINK_LEAVING)
         RMIG__END(&s->ss, RMIG_ERR_CANCELLED, 0, "cancelled at the sink");
 }
 
-RMIG__DEF const struct rmig_error *rmig_sink_error(const struct rmig_sink *s) { return &s->ss.error; }
+RMIG__DEF const struct rmig_error *rmig_sink_error(const struct rmig_sink *s) {
+    return s == NULL ? &rmig__no_sink : &s->ss.error;
+}
 
-RMIG__DEF bool rmig_sink_extended(const struct rmig_sink *s) { return s->ss.extended; }
+RMIG__DEF bool rmig_sink_extended(const struct rmig_sink *s) { return s != NULL && s->ss.extended; }
 
-RMIG__DEF void rmig_sink_stats(const struct rmig_sink *s, struct rmig_stats *out) { *out = s->ss.stats; }
+RMIG__DEF void rmig_sink_stats(const struct rmig_sink *s, struct rmig_stats *out) {
+    if (out == NULL)
+        return;
+    memset(out, 0, sizeof *out);
+    if (s != NULL)
+        *out = s->ss.stats;
+}
 
 // >>stats: implementation
 
 RMIG__DEF uint64_t rmig_expected_downtime_ns(const struct rmig_stats *stats, uint64_t dirty) {
-    if (stats->throughput == 0)
+    if (stats == NULL || stats->throughput == 0)
         return RMIG_FOREVER;
     double ns = (double)dirty * 1e9 / (double)stats->throughput + 2.0 * (double)stats->message_rtt_ns;
     return ns >= 1.8e19 ? RMIG_FOREVER : (uint64_t)ns;

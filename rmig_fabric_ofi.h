@@ -39,6 +39,17 @@ could still write to it. rmig_ofi_open therefore puts FI_MR_CACHE_MAX_COUNT=0 in
 already (call it before other threads use the environment), which has its effect if libfabric was not used before in
 the process; where the cache is on all the same, no connection is made.
 
+STRANGERS
+
+    libfabric's providers over TCP trust their peer. What could be done about that is done here: nothing is shared
+between connections, keys are drawn at random, each endpoint has a receive context of its own, and FI_NET_MAX_SAVED=0
+and FI_TCP_MAX_SAVED=0 go into the environment as above, so that no tagged message is kept for nobody. What is left, seen
+with 1.17's `tcp` and `net`: whoever can connect can end the process, with an acknowledgement of 16 bytes that nobody
+waits for; and a peer that was given a key and guesses where its region lies in memory can write beyond the region's end,
+since the length it names is added without a look at the carry. Only peers that are trusted may reach a listener over
+TCP: keep it on a network of its own, or behind a tunnel that knows who they are. Adapters check in hardware, and have
+neither fault.
+
 POPULATING
 
     An adapter pins what is registered, so the memory is there when the data comes. A provider in software (tcp) does
@@ -63,7 +74,10 @@ KNOWN OF LIBFABRIC
 
     The descriptors of 1.17's provider `net` and of 1.18.0's `tcp` stay readable after the first message (fixed in
     1.18.1): all works, but waiting spins. 1.17's `tcp` is not affected. The deprecated `sockets` loses completions of
-    writes: it is not for use.
+    writes and ends the process when a `tcp` peer connects: it is refused.
+
+    A TCP connection on which no request comes is libfabric's alone: it costs a descriptor until the client closes it,
+    after the listener and the fabric are closed too. A process that listens to strangers bounds them from outside.
 
 LICENCE
 
@@ -115,6 +129,7 @@ RMIG_API const char *rmig_ofi_provider(const struct rmig_fabric *f);
 // >>ofi: libfabric and the operating system
 
 #include <errno.h>
+#include <fcntl.h>
 #include <netdb.h>
 #include <netinet/in.h>
 #include <poll.h>
@@ -124,10 +139,14 @@ RMIG_API const char *rmig_ofi_provider(const struct rmig_fabric *f);
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <strings.h>
 #include <sys/mman.h>
+#include <sys/random.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/uio.h>
 #include <time.h>
+#include <unistd.h>
 
 #include <rdma/fabric.h>
 #include <rdma/fi_cm.h>
@@ -163,21 +182,11 @@ extern "C" {
 #define RMIG__OFI_WAIT_MAX_NS 1000000000ULL // a provider's lost wake-up costs this, not a hang
 #define RMIG__OFI_IDLE_NS 50000 // sleep where a provider has no descriptors
 #define RMIG__OFI_POLLFDS 64
+#define RMIG__OFI_REQUESTS 64 // at a listener, neither opened nor rejected; what comes beyond is rejected
+#define RMIG__OFI_DESCRIPTORS 16 // that an endpoint takes, at most: its queues, and libfabric's own for each
+#define RMIG__OFI_STARVED_NS 1000000000ULL // how often a listener says that it can accept nobody
 #define RMIG__OFI_SOFT_WRITE                                                                                           \
     1048576 // longer writes fall out of the caches of a provider in software: measured, a quarter slower
-
-struct rmig__ofi_net { // one per libfabric fabric: the scope of event queues and listeners
-    struct rmig__ofi_net *next;
-    struct fi_info *info;
-    struct fid_fabric *fabric;
-};
-
-struct rmig__ofi_domain { // one per adapter or interface: the scope of completion queues, registrations and connections
-    struct rmig__ofi_domain *next;
-    struct rmig__ofi_net *net;
-    struct fi_info *info;
-    struct fid_domain *domain;
-};
 
 struct rmig__ofi_range { // to be populated
     uintptr_t at, end;
@@ -200,9 +209,7 @@ struct rmig__ofi {
     bool poll;
     bool delivery; // completions mean delivery
     uint64_t order; // message order asked for
-    uint32_t keys; // registrations made so far
-    struct rmig__ofi_net *nets;
-    struct rmig__ofi_domain *domains;
+    bool shared; // receive contexts of their own are bound to endpoints: see rmig__ofi_negotiate
     bool no_populate;
     struct rmig__ofi_populator *populator; // NULL: not started
 };
@@ -211,7 +218,7 @@ struct rmig__ofi_ep { // what listeners and connections share
     struct rmig_ep base;
     bool listener;
     bool waitable;
-    struct rmig__ofi_net *net;
+    struct fid_fabric *fabric; // its own: see rmig__ofi_open_fabric
     struct fid_eq *eq;
     struct fi_info *info;
 };
@@ -229,6 +236,9 @@ struct rmig__ofi_listener {
     struct rmig__ofi_ep head;
     struct fid_pep *pep;
     struct rmig__ofi_request *requests;
+    char text[512]; // what went wrong with a request; empty: nothing that was not told
+    int code;
+    uint64_t asked_at; // when it was last looked whether descriptors are left
     uint32_t users; // the caller, and connections neither accepted nor closed: rejecting them takes the listener
 };
 
@@ -250,9 +260,10 @@ enum rmig__ofi_state { RMIG__OFI_RESOLVED, RMIG__OFI_IDLE, RMIG__OFI_CONNECTING,
 struct rmig__ofi_conn {
     struct rmig__ofi_ep head;
     enum rmig__ofi_state state;
-    struct rmig__ofi_domain *domain;
+    struct fid_domain *domain; // its own: a key is good in all of its domain, and nowhere else
     struct rmig__ofi_listener *from; // passive side, until accepted
     struct fid_ep *ep;
+    struct fid_ep *context; // takes the receives; NULL: ep does
     struct fid_cq *cq;
     char peer[300]; // address, for texts
     size_t cm_data_max;
@@ -282,6 +293,7 @@ struct rmig__ofi_conn {
 
 union rmig__ofi_cm_event {
     struct fi_eq_entry entry;
+    struct fi_eq_cm_entry cm;
     uint64_t align;
     char bytes[sizeof(struct fi_eq_cm_entry) + RMIG__OFI_CM_DATA];
 };
@@ -314,6 +326,33 @@ static uint64_t rmig__ofi_now(struct rmig_fabric *f) {
     (void)f;
     clock_gettime(CLOCK_MONOTONIC, &t);
     return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+}
+
+// >>ofi: descriptors
+
+static bool rmig__ofi_starved(void) {
+    int fd[4], n = 0, code = 0;
+    while (n < 4 && code == 0) {
+        fd[n] = open("/dev/null", O_RDONLY | O_CLOEXEC);
+        code = fd[n] < 0 ? errno : 0;
+        n += code == 0;
+    }
+    while (n > 0)
+        close(fd[--n]);
+    return code == EMFILE || code == ENFILE;
+}
+
+/* libfabric says "no memory", or nothing, when it has no descriptors. Returns err's status. */
+static int rmig__ofi_blame_descriptors(const struct rmig__ofi *f, struct rmig_error *err) {
+    struct rlimit limit;
+    if (err->provider_code != EMFILE && err->provider_code != ENFILE && !rmig__ofi_starved())
+        return err->status;
+    memset(&limit, 0, sizeof limit);
+    getrlimit(RLIMIT_NOFILE, &limit);
+    return rmig_fail(err, RMIG_ERR_FABRIC, EMFILE,
+                     "libfabric provider '%s': out of file descriptors: a listener or a connection takes up to %d, and "
+                     "this process may have %llu: raise RLIMIT_NOFILE (ulimit -n), or close some (%.200s)",
+                     f->provider, RMIG__OFI_DESCRIPTORS, (unsigned long long)limit.rlim_cur, err->text);
 }
 
 // >>ofi: populating
@@ -436,7 +475,7 @@ static void rmig__ofi_populate_stop(struct rmig__ofi *f) {
 
 // >>ofi: choosing a provider, resolving addresses
 
-static struct fi_info *rmig__ofi_hints(const char *provider, bool delivery, uint64_t order) {
+static struct fi_info *rmig__ofi_hints(const char *provider, bool delivery, uint64_t order, bool shared) {
     struct fi_info *h = fi_allocinfo();
     if (h == NULL)
         return NULL;
@@ -444,6 +483,8 @@ static struct fi_info *rmig__ofi_hints(const char *provider, bool delivery, uint
     h->mode = FI_CONTEXT | FI_CONTEXT2;
     h->addr_format = FI_SOCKADDR;
     h->ep_attr->type = FI_EP_MSG;
+    if (shared)
+        h->ep_attr->rx_ctx_cnt = FI_SHARED_CONTEXT;
     h->domain_attr->threading = FI_THREAD_DOMAIN;
     h->domain_attr->control_progress = FI_PROGRESS_MANUAL; // no threads behind our back
     h->domain_attr->data_progress = FI_PROGRESS_MANUAL;
@@ -466,6 +507,8 @@ static struct fi_info *rmig__ofi_hints(const char *provider, bool delivery, uint
 static bool rmig__ofi_usable(const struct fi_info *info) {
     if (info->ep_attr->type != FI_EP_MSG || (info->domain_attr->mr_mode & ~RMIG__OFI_MR_MODE) != 0)
         return false;
+    if ((info->domain_attr->mr_mode & FI_MR_PROV_KEY) == 0 && info->domain_attr->mr_key_size < sizeof(uint32_t))
+        return false; // keys that can be guessed
     return info->addr_format == FI_SOCKADDR || info->addr_format == FI_SOCKADDR_IN ||
            info->addr_format == FI_SOCKADDR_IN6;
 }
@@ -473,7 +516,7 @@ static bool rmig__ofi_usable(const struct fi_info *info) {
 /* The first usable offer for the fabric's provider; the caller frees it. tx, rx: queue sizes wanted, 0: its default. */
 static int rmig__ofi_getinfo(const struct rmig__ofi *f, const char *host, const char *port, uint64_t flags, size_t tx,
                              size_t rx, struct fi_info **out) {
-    struct fi_info *list = NULL, *i, *h = rmig__ofi_hints(f->provider, f->delivery, f->order);
+    struct fi_info *list = NULL, *i, *h = rmig__ofi_hints(f->provider, f->delivery, f->order, f->shared);
     *out = NULL;
     if (h == NULL)
         return -FI_ENOMEM;
@@ -492,30 +535,54 @@ static int rmig__ofi_getinfo(const struct rmig__ofi *f, const char *host, const 
     return ret;
 }
 
-/* Sets delivery and order to the best that the provider can. */
+static bool rmig__ofi_pins(const struct fi_info *info) { // whoever makes keys or wants memory to exist has an adapter
+    return (info->domain_attr->mr_mode & (FI_MR_ALLOCATED | FI_MR_PROV_KEY)) != 0;
+}
+
+/* Sets delivery and order to the best that the provider can. In libfabric's providers in software a tagged message
+   follows the endpoint's pointer to a receive context, which there may be none: one for each endpoint is asked for
+   where it can be had. Adapters have no such parser, and iWARP has no such contexts. */
 static bool rmig__ofi_negotiate(struct rmig__ofi *f) {
     for (int attempt = 0; attempt < 3; attempt++) {
         struct fi_info *info;
         f->delivery = attempt != 1;
         f->order = attempt == 2 ? FI_ORDER_SAS : RMIG__OFI_ORDER;
+        f->shared = false;
         if (rmig__ofi_getinfo(f, NULL, NULL, 0, 0, 0, &info) != 0)
             continue;
+        f->shared = !rmig__ofi_pins(info);
         fi_freeinfo(info);
+        if (f->shared && rmig__ofi_getinfo(f, NULL, NULL, 0, 0, 0, &info) == 0)
+            fi_freeinfo(info);
+        else
+            f->shared = false;
         return true;
     }
     return false;
 }
 
+static bool rmig__ofi_is_deprecated(const char *name) { return strncasecmp(name, "sockets", 7) == 0; }
+
+static int rmig__ofi_refuse_deprecated(struct rmig_error *err) {
+    return rmig_fail(err, RMIG_ERR_FABRIC, 0,
+                     "libfabric's provider 'sockets' is deprecated, loses completions of writes and ends the process "
+                     "when a peer uses another provider: use 'tcp' at both ends");
+}
+
 static int rmig__ofi_choose(struct rmig__ofi *f, const char *wanted, struct rmig_error *err) {
-    struct fi_info *list = NULL, *h = rmig__ofi_hints(wanted, false, 0);
-    bool found = false;
+    if (wanted != NULL && rmig__ofi_is_deprecated(wanted))
+        return rmig__ofi_refuse_deprecated(err);
+    struct fi_info *list = NULL, *h = rmig__ofi_hints(wanted, false, 0, false);
+    bool found = false, deprecated = false;
     if (h == NULL)
         return rmig_fail(err, RMIG_ERR_NO_MEMORY, 0, "out of memory for libfabric's hints");
     int ret = fi_getinfo(RMIG__OFI_VERSION, NULL, NULL, 0, h, &list);
     fi_freeinfo(h);
     for (struct fi_info *i = list; ret == 0 && i != NULL && !found; i = i->next) {
         const char *name = rmig__ofi_name(i->fabric_attr->prov_name);
-        if (!rmig__ofi_usable(i) || strcmp(name, f->provider) == 0 || strlen(name) >= sizeof f->provider)
+        deprecated = deprecated || rmig__ofi_is_deprecated(name);
+        if (!rmig__ofi_usable(i) || rmig__ofi_is_deprecated(name) || strcmp(name, f->provider) == 0 ||
+            strlen(name) >= sizeof f->provider)
             continue;
         memcpy(f->provider, name, strlen(name) + 1);
         found = rmig__ofi_negotiate(f);
@@ -524,6 +591,8 @@ static int rmig__ofi_choose(struct rmig__ofi *f, const char *wanted, struct rmig
         fi_freeinfo(list);
     if (found)
         return RMIG_OK;
+    if (deprecated)
+        return rmig__ofi_refuse_deprecated(err);
     if (ret == 0)
         ret = -FI_ENODATA;
     if (wanted != NULL)
@@ -566,109 +635,22 @@ static int rmig__ofi_resolve(const struct rmig__ofi *f, const char *address, boo
                      passive ? "listen on" : "reach", address, fi_strerror(-ret));
 }
 
-// >>ofi: fabrics and domains, cached
+// >>ofi: fabrics and event queues
 
-static int rmig__ofi_get_net(struct rmig__ofi *f, const struct fi_info *info, struct rmig__ofi_net **out,
-                             struct rmig_error *err) {
-    struct rmig__ofi_net *net;
-    for (net = f->nets; net != NULL; net = net->next)
-        if (strcmp(rmig__ofi_name(net->info->fabric_attr->name), rmig__ofi_name(info->fabric_attr->name)) == 0)
-            break;
-    *out = net;
-    if (net != NULL)
+/* Each endpoint has a libfabric fabric of its own. Providers progress all of a fabric in whatever call comes along, and
+   connections that have not asked yet point to the listener that took them, even when it is closed: what comes on them
+   is never read if nothing of its fabric is left. */
+static int rmig__ofi_open_fabric(struct rmig__ofi_ep *ep, struct fi_info *info, struct rmig_error *err) {
+    int ret = fi_fabric(info->fabric_attr, &ep->fabric, NULL);
+    if (ret == 0)
         return RMIG_OK;
-    net = (struct rmig__ofi_net *)rmig__ofi_alloc(1, sizeof *net);
-    if (net == NULL)
-        return rmig_fail(err, RMIG_ERR_NO_MEMORY, 0, "out of memory for a fabric");
-    net->info = fi_dupinfo(info);
-    int ret = net->info == NULL ? -FI_ENOMEM : fi_fabric(net->info->fabric_attr, &net->fabric, NULL);
-    if (ret != 0) {
-        if (net->info != NULL)
-            fi_freeinfo(net->info);
-        rmig__ofi_free(net);
-        return rmig__ofi_fail(err, RMIG_ERR_FABRIC, ret, "fi_fabric");
-    }
-    net->next = f->nets;
-    f->nets = net;
-    *out = net;
-    return RMIG_OK;
-}
-
-static bool rmig__ofi_pins(const struct fi_info *info) { // whoever makes keys or wants memory to exist has an adapter
-    return (info->domain_attr->mr_mode & (FI_MR_ALLOCATED | FI_MR_PROV_KEY)) != 0;
-}
-
-/* With a cache of registrations the same memory, registered twice, gets the same key twice, and keeps it when it is
-   deregistered. */
-static bool rmig__ofi_caches(const struct rmig__ofi_domain *d) {
-    struct fid_mr *mr[2] = {NULL, NULL};
-    const size_t page = 4096;
-    if ((d->info->domain_attr->mr_mode & FI_MR_PROV_KEY) == 0)
-        return false;
-    void *probe = mmap(NULL, page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (probe == MAP_FAILED)
-        return false;
-    for (int i = 0; i < 2; i++)
-        if (fi_mr_reg(d->domain, probe, page, FI_REMOTE_WRITE, 0, 0, 0, &mr[i], NULL) != 0)
-            mr[i] = NULL;
-    bool same = mr[0] != NULL && mr[1] != NULL && fi_mr_key(mr[0]) == fi_mr_key(mr[1]) &&
-                fi_mr_key(mr[0]) != FI_KEY_NOTAVAIL; // known only once bound to an endpoint: it tells nothing
-    for (int i = 0; i < 2; i++)
-        if (mr[i] != NULL)
-            fi_close(&mr[i]->fid);
-    munmap(probe, page);
-    return same;
-}
-
-static int rmig__ofi_get_domain(struct rmig__ofi *f, struct rmig__ofi_net *net, const struct fi_info *info,
-                                struct rmig__ofi_domain **out, struct rmig_error *err) {
-    struct rmig__ofi_domain *d;
-    for (d = f->domains; d != NULL; d = d->next)
-        if (d->net == net && d->info->domain_attr->mr_mode == info->domain_attr->mr_mode &&
-            strcmp(rmig__ofi_name(d->info->domain_attr->name), rmig__ofi_name(info->domain_attr->name)) == 0)
-            break;
-    *out = d;
-    if (d != NULL)
-        return RMIG_OK;
-    d = (struct rmig__ofi_domain *)rmig__ofi_alloc(1, sizeof *d);
-    if (d == NULL)
-        return rmig_fail(err, RMIG_ERR_NO_MEMORY, 0, "out of memory for a domain");
-    d->net = net;
-    d->info = fi_dupinfo(info);
-    int ret = d->info == NULL ? -FI_ENOMEM : fi_domain(net->fabric, d->info, &d->domain, NULL);
-    if (ret != 0) {
-        if (d->info != NULL)
-            fi_freeinfo(d->info);
-        rmig__ofi_free(d);
-        return rmig__ofi_fail(err, RMIG_ERR_FABRIC, ret, "fi_domain");
-    }
-    d->next = f->domains; // from here on close_fabric frees it
-    f->domains = d;
-    if (rmig__ofi_caches(d))
-        return rmig_fail(err, RMIG_ERR_FABRIC, 0,
-                         "libfabric's registration cache is on, so that a peer could write memory after it was "
-                         "deregistered: start the program with FI_MR_CACHE_MAX_COUNT=0");
-    *out = d;
-    return RMIG_OK;
+    ep->fabric = NULL;
+    return rmig__ofi_fail(err, RMIG_ERR_FABRIC, ret, "fi_fabric");
 }
 
 static void rmig__ofi_close_fabric(struct rmig_fabric *base) {
     struct rmig__ofi *f = (struct rmig__ofi *)(void *)base;
     rmig__ofi_populate_stop(f);
-    while (f->domains != NULL) {
-        struct rmig__ofi_domain *d = f->domains;
-        f->domains = d->next;
-        fi_close(&d->domain->fid);
-        fi_freeinfo(d->info);
-        rmig__ofi_free(d);
-    }
-    while (f->nets != NULL) {
-        struct rmig__ofi_net *net = f->nets;
-        f->nets = net->next;
-        fi_close(&net->fabric->fid);
-        fi_freeinfo(net->info);
-        rmig__ofi_free(net);
-    }
     rmig__ofi_free(f);
 }
 
@@ -682,7 +664,7 @@ static int rmig__ofi_open_eq(struct rmig__ofi_ep *ep, bool poll_only, struct rmi
     struct fi_eq_attr attr;
     memset(&attr, 0, sizeof attr);
     attr.wait_obj = FI_WAIT_FD;
-    if (!poll_only && fi_eq_open(ep->net->fabric, &attr, &ep->eq, NULL) == 0) {
+    if (!poll_only && fi_eq_open(ep->fabric, &attr, &ep->eq, NULL) == 0) {
         ep->waitable = rmig__ofi_has_fd(&ep->eq->fid);
         if (ep->waitable)
             return RMIG_OK;
@@ -690,11 +672,14 @@ static int rmig__ofi_open_eq(struct rmig__ofi_ep *ep, bool poll_only, struct rmi
     }
     ep->eq = NULL;
     attr.wait_obj = FI_WAIT_NONE;
-    int ret = fi_eq_open(ep->net->fabric, &attr, &ep->eq, NULL);
+    int ret = fi_eq_open(ep->fabric, &attr, &ep->eq, NULL);
     return ret == 0 ? RMIG_OK : rmig__ofi_fail(err, RMIG_ERR_FABRIC, ret, "fi_eq_open");
 }
 
 // >>ofi: listeners
+
+/* Private data of a rejection that has none: by its data the peer tells one from a port where nobody listens. */
+static const uint8_t rmig__ofi_no[8] = {0, 0, 0, 0, 0, 0, 0, 0};
 
 static void rmig__ofi_drop_request(struct rmig__ofi_listener *l, struct rmig__ofi_request *r, const void *data,
                                    size_t n) {
@@ -713,6 +698,8 @@ static void rmig__ofi_release_listener(struct rmig__ofi_listener *l) {
         fi_close(&l->pep->fid);
     if (l->head.eq != NULL)
         fi_close(&l->head.eq->fid);
+    if (l->head.fabric != NULL)
+        fi_close(&l->head.fabric->fid);
     if (l->head.info != NULL)
         fi_freeinfo(l->head.info);
     rmig__ofi_free(l);
@@ -733,45 +720,81 @@ static void rmig__ofi_unframe(const struct rmig__ofi_listener *l, struct rmig__o
     r->length = sizeof version_1;
 }
 
-/* Takes the listener's events; returns the status of the event queue. Out of memory: the request is refused. */
+static void rmig__ofi_add_request(struct rmig__ofi_listener *l, const struct fi_eq_cm_entry *cm, size_t data_length) {
+    struct rmig__ofi_request **tail = &l->requests;
+    size_t count = 0;
+    for (; *tail != NULL; tail = &(*tail)->next)
+        count++;
+    struct rmig__ofi_request *r = NULL;
+    if (count < RMIG__OFI_REQUESTS && data_length <= sizeof r->data)
+        r = (struct rmig__ofi_request *)rmig__ofi_alloc(1, sizeof *r);
+    if (r == NULL) {
+        fi_reject(l->pep, cm->info->handle, rmig__ofi_no, sizeof rmig__ofi_no);
+        fi_freeinfo(cm->info);
+        return;
+    }
+    r->info = cm->info;
+    r->length = data_length;
+    memcpy(r->data, cm->data, data_length);
+    rmig__ofi_unframe(l, r);
+    *tail = r;
+}
+
+/* What is wrong with one that asks ends nothing but its request. Returns the listener's own status. */
+static int rmig__ofi_read_listener_error(struct rmig__ofi_listener *l, struct rmig_error *err) {
+    struct fi_eq_err_entry e;
+    memset(&e, 0, sizeof e);
+    ssize_t n = fi_eq_readerr(l->head.eq, &e, 0);
+    if (n == -FI_EAGAIN)
+        return RMIG_OK;
+    int code = n < 0 ? (int)-n : e.err < 0 ? -e.err : e.err;
+    if (n < 0 || code == FI_ENODEV) // the adapter is gone
+        return rmig__ofi_fail(err, RMIG_ERR_FABRIC, -code, "listening");
+    l->code = code;
+    snprintf(l->text, sizeof l->text, "a request to connect failed: %s", fi_strerror(code));
+    return RMIG_OK;
+}
+
+/* Takes some of the listener's events, up to the first error; returns its status. */
 static int rmig__ofi_read_requests(struct rmig__ofi_listener *l, struct rmig_error *err) {
-    for (;;) {
+    for (int i = 0; i < RMIG__OFI_REQUESTS && l->text[0] == '\0'; i++) {
         union rmig__ofi_cm_event buf;
         uint32_t event = 0;
         ssize_t n = fi_eq_read(l->head.eq, &event, &buf, sizeof buf, 0);
         if (n == -FI_EAGAIN)
             return RMIG_OK;
         if (n == -FI_EAVAIL) {
-            struct fi_eq_err_entry e;
-            memset(&e, 0, sizeof e);
-            n = fi_eq_readerr(l->head.eq, &e, 0);
-            return rmig__ofi_fail(err, RMIG_ERR_FABRIC, n < 0 ? n : -e.err, "listening");
-        }
-        if (n < 0)
+            int status = rmig__ofi_read_listener_error(l, err);
+            if (status != RMIG_OK)
+                return status;
+        } else if (n < 0) {
             return rmig__ofi_fail(err, RMIG_ERR_FABRIC, n, "fi_eq_read");
-        if (event != FI_CONNREQ || (size_t)n < sizeof(struct fi_eq_cm_entry))
-            continue;
-        const struct fi_eq_cm_entry *cm = (const struct fi_eq_cm_entry *)(const void *)&buf;
-        struct rmig__ofi_request *r = (struct rmig__ofi_request *)rmig__ofi_alloc(1, sizeof *r);
-        if (r == NULL) {
-            fi_reject(l->pep, cm->info->handle, NULL, 0);
-            fi_freeinfo(cm->info);
-            continue;
+        } else if (event == FI_CONNREQ && (size_t)n >= sizeof(struct fi_eq_cm_entry)) {
+            rmig__ofi_add_request(l, &buf.cm, (size_t)n - sizeof buf.cm);
         }
-        r->info = cm->info;
-        r->length = (size_t)n - sizeof *cm;
-        memcpy(r->data, buf.bytes + sizeof *cm, r->length);
-        rmig__ofi_unframe(l, r);
-        struct rmig__ofi_request **tail = &l->requests;
-        while (*tail != NULL)
-            tail = &(*tail)->next;
-        *tail = r;
     }
+    return RMIG_OK;
+}
+
+/* A provider in software accepts by itself, and where it has no descriptor for that it says nothing. */
+static void rmig__ofi_check_starved(struct rmig__ofi_listener *l) {
+    uint64_t now = rmig__ofi_now(l->head.base.fabric);
+    if (rmig__ofi_pins(l->head.info) || now - l->asked_at < RMIG__OFI_STARVED_NS)
+        return;
+    l->asked_at = now;
+    struct rmig_error err;
+    rmig_fail(&err, RMIG_OK, 0, "nobody can connect");
+    rmig__ofi_blame_descriptors((struct rmig__ofi *)(void *)l->head.base.fabric, &err);
+    if (err.status == RMIG_OK)
+        return;
+    l->code = err.provider_code;
+    snprintf(l->text, sizeof l->text, "%s", err.text);
 }
 
 static int rmig__ofi_poll_listener(struct rmig__ofi_listener *l, struct rmig_fabric_event *events, size_t n,
                                    struct rmig_error *err) {
     size_t count = 0;
+    l->text[0] = '\0'; // was told
     int status = rmig__ofi_read_requests(l, err);
     for (struct rmig__ofi_request *r = l->requests; r != NULL && count < n; r = r->next) {
         if (r->told)
@@ -784,12 +807,23 @@ static int rmig__ofi_poll_listener(struct rmig__ofi_listener *l, struct rmig_fab
         e->private_data = r->data;
         e->private_data_length = r->length;
     }
+    if (count == 0 && l->text[0] == '\0')
+        rmig__ofi_check_starved(l);
+    if (count < n && l->text[0] != '\0') {
+        struct rmig_fabric_event *e = &events[count++];
+        memset(e, 0, sizeof *e);
+        e->type = RMIG_FEV_ERROR;
+        e->provider_code = l->code;
+        e->text = l->text;
+    }
     return count > 0 || status == RMIG_OK ? (int)count : status;
 }
 
 static void rmig__ofi_close_listener(struct rmig__ofi_listener *l) {
     if (l->pep != NULL && l->head.eq != NULL) {
-        rmig__ofi_read_requests(l, NULL); // a request that nobody saw holds memory too
+        /* Requests that nobody saw hold memory and descriptors too; fresh ones may come all the time. */
+        for (int i = 0; i < RMIG__OFI_REQUESTS && rmig__ofi_read_requests(l, NULL) == RMIG_OK; i++)
+            l->text[0] = '\0';
         while (l->requests != NULL) {
             struct rmig__ofi_request *r = l->requests;
             l->requests = r->next;
@@ -803,12 +837,12 @@ static int rmig__ofi_start_listener(struct rmig__ofi *f, struct rmig__ofi_listen
                                     struct rmig_error *err) {
     int status = rmig__ofi_resolve(f, address, true, 0, 0, &l->head.info, err);
     if (status == RMIG_OK)
-        status = rmig__ofi_get_net(f, l->head.info, &l->head.net, err);
+        status = rmig__ofi_open_fabric(&l->head, l->head.info, err);
     if (status == RMIG_OK)
         status = rmig__ofi_open_eq(&l->head, f->poll, err);
     if (status != RMIG_OK)
         return status;
-    int ret = fi_passive_ep(l->head.net->fabric, l->head.info, &l->pep, NULL);
+    int ret = fi_passive_ep(l->head.fabric, l->head.info, &l->pep, NULL);
     if (ret == 0)
         ret = fi_pep_bind(l->pep, &l->head.eq->fid, 0);
     if (ret == 0)
@@ -827,8 +861,11 @@ static int rmig__ofi_listen(struct rmig_fabric *base, const char *address, struc
     l->head.base.fabric = base;
     l->head.listener = true;
     l->users = 1;
+    struct rmig_error why;
+    err = err == NULL ? &why : err;
     int status = rmig__ofi_start_listener((struct rmig__ofi *)(void *)base, l, address, err);
     if (status != RMIG_OK) {
+        status = rmig__ofi_blame_descriptors((struct rmig__ofi *)(void *)base, err);
         rmig__ofi_close_listener(l);
         return status;
     }
@@ -885,7 +922,6 @@ static size_t rmig__ofi_cm_data_max(struct fid *fid) {
 }
 
 static int rmig__ofi_reject(struct rmig_ep *ep, void *request, const uint8_t *data, size_t n, struct rmig_error *err) {
-    static const uint8_t none[8] = {0, 0, 0, 0, 0, 0, 0, 0};
     struct rmig__ofi_listener *l = rmig__ofi_listener_of(ep);
     if (l == NULL)
         return rmig_fail(err, RMIG_ERR_STATE, 0, "reject: the endpoint is not a listener");
@@ -895,28 +931,126 @@ static int rmig__ofi_reject(struct rmig_ep *ep, void *request, const uint8_t *da
     struct rmig__ofi_request *r = rmig__ofi_take_request(l, request);
     if (r == NULL)
         return rmig_fail(err, RMIG_ERR_STATE, 0, "reject: the request was used up already");
-    if (n == 0) { // by its data the peer tells a rejection from a port where nobody listens
-        data = none;
-        n = sizeof none;
+    if (n == 0) {
+        data = rmig__ofi_no;
+        n = sizeof rmig__ofi_no;
     }
     rmig__ofi_drop_request(l, r, data, n);
     return RMIG_OK;
 }
 
+// >>ofi: keys
+// Who knows a key can write, so nobody may guess one: each is drawn from the system's random numbers. Where the
+// provider makes the keys it has an adapter, which checks the connection too.
+
+static int rmig__ofi_random(void *out, size_t n) {
+    ssize_t got = getrandom(out, n, 0);
+    if (got == (ssize_t)n)
+        return 0;
+    int fd = open("/dev/urandom", O_RDONLY | O_CLOEXEC);
+    if (fd < 0)
+        return -errno;
+    got = read(fd, out, n);
+    int code = got < 0 ? errno : EIO;
+    close(fd);
+    return got == (ssize_t)n ? 0 : -code;
+}
+
+/* Not 0, which means none, and at most 32 bits: version 1 peers carry no more. */
+static int rmig__ofi_draw_key(uint64_t *out) {
+    uint32_t key = 0;
+    int ret = 0;
+    while (key == 0 && ret == 0)
+        ret = rmig__ofi_random(&key, sizeof key);
+    *out = key;
+    return ret;
+}
+
+static int rmig__ofi_try_reg(struct rmig__ofi_conn *c, void *address, uint64_t length, uint64_t access,
+                             struct fid_mr **mr) {
+    int mode = c->head.info->domain_attr->mr_mode, ret = -FI_ENOKEY;
+    for (int i = 0; i < 64 && ret == -FI_ENOKEY; i++) { // a key that is drawn may be in use
+        uint64_t key = 0;
+        ret = (mode & FI_MR_PROV_KEY) != 0 ? 0 : rmig__ofi_draw_key(&key);
+        if (ret == 0)
+            ret = fi_mr_reg(c->domain, address, (size_t)length, access, 0, key, 0, mr, NULL);
+    }
+    if (ret != 0 || (mode & FI_MR_ENDPOINT) == 0)
+        return ret;
+    ret = fi_mr_bind(*mr, &c->ep->fid, 0);
+    if (ret == 0)
+        ret = fi_mr_enable(*mr);
+    if (ret != 0)
+        fi_close(&(*mr)->fid);
+    return ret;
+}
+
+/* With a cache of registrations the same memory, registered twice, gets the same key twice, and keeps it when it is
+   deregistered. Each domain has a cache of its own, so each is asked. */
+static int rmig__ofi_check_cache(struct rmig__ofi_conn *c, struct rmig_error *err) {
+    struct fid_mr *mr[2] = {NULL, NULL};
+    uint64_t key[2] = {FI_KEY_NOTAVAIL, FI_KEY_NOTAVAIL};
+    const size_t page = 4096;
+    if ((c->head.info->domain_attr->mr_mode & FI_MR_PROV_KEY) == 0)
+        return RMIG_OK;
+    void *probe = mmap(NULL, page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    int ret = probe == MAP_FAILED ? -errno : 0;
+    for (int i = 0; i < 2 && ret == 0; i++) {
+        ret = rmig__ofi_try_reg(c, probe, page, FI_REMOTE_WRITE, &mr[i]);
+        if (ret != 0)
+            mr[i] = NULL;
+        else
+            key[i] = fi_mr_key(mr[i]);
+    }
+    for (int i = 0; i < 2; i++)
+        if (mr[i] != NULL)
+            fi_close(&mr[i]->fid);
+    if (probe != MAP_FAILED)
+        munmap(probe, page);
+    if (ret == 0 && (key[0] == FI_KEY_NOTAVAIL || key[1] == FI_KEY_NOTAVAIL))
+        ret = -FI_ENOKEY;
+    if (ret != 0)
+        return rmig_fail(err, RMIG_ERR_FABRIC, -ret,
+                         "libfabric provider '%s': whether its registration cache is off cannot be told, since "
+                         "registering a page twice failed: %s",
+                         rmig__ofi_of(&c->head.base)->provider, fi_strerror(-ret));
+    if (key[0] != key[1])
+        return RMIG_OK;
+    return rmig_fail(err, RMIG_ERR_FABRIC, 0,
+                     "libfabric's registration cache is on, so that a peer could write memory after it was "
+                     "deregistered: start the program with FI_MR_CACHE_MAX_COUNT=0");
+}
+
 // >>ofi: connections, made and freed
 
-static void rmig__ofi_free_conn(struct rmig__ofi_conn *c) {
+/* The provider reads nothing more for an endpoint that is closed, a write that has half arrived neither; closing its
+   regions would not stop that. */
+static void rmig__ofi_sever(struct rmig__ofi_conn *c) {
     if (c->ep != NULL)
         fi_close(&c->ep->fid);
     if (c->from != NULL) { // opened from a request and never accepted: the request is still to be freed, after its user
-        if (c->ep != NULL)
+        if (c->ep != NULL) {
             fi_reject(c->from->pep, c->head.info->handle, NULL, 0);
+            c->head.info->handle = NULL;
+        }
         rmig__ofi_release_listener(c->from);
     }
+    c->ep = NULL;
+    c->from = NULL;
+}
+
+static void rmig__ofi_free_conn(struct rmig__ofi_conn *c) {
+    rmig__ofi_sever(c);
+    if (c->context != NULL)
+        fi_close(&c->context->fid);
     if (c->cq != NULL)
         fi_close(&c->cq->fid);
+    if (c->domain != NULL)
+        fi_close(&c->domain->fid);
     if (c->head.eq != NULL)
         fi_close(&c->head.eq->fid);
+    if (c->head.fabric != NULL)
+        fi_close(&c->head.fabric->fid);
     if (c->head.info != NULL)
         fi_freeinfo(c->head.info);
     rmig__ofi_free(c->ops);
@@ -958,13 +1092,21 @@ static int rmig__ofi_make_ops(struct rmig__ofi_conn *c, const struct rmig_ep_con
     return RMIG_OK;
 }
 
+static int rmig__ofi_open_domain(struct rmig__ofi_conn *c, struct rmig_error *err) {
+    int ret = fi_domain(c->head.fabric, c->head.info, &c->domain, NULL);
+    if (ret == 0)
+        return RMIG_OK;
+    c->domain = NULL;
+    return rmig__ofi_fail(err, RMIG_ERR_FABRIC, ret, "fi_domain");
+}
+
 static int rmig__ofi_open_cq(struct rmig__ofi_conn *c, struct rmig_error *err) {
     struct fi_cq_attr attr;
     memset(&attr, 0, sizeof attr);
     attr.size = (size_t)c->send_depth + c->write_depth + c->recv_depth;
     attr.format = FI_CQ_FORMAT_MSG;
     attr.wait_obj = FI_WAIT_FD;
-    if (c->head.waitable && fi_cq_open(c->domain->domain, &attr, &c->cq, NULL) == 0) {
+    if (c->head.waitable && fi_cq_open(c->domain, &attr, &c->cq, NULL) == 0) {
         if (rmig__ofi_has_fd(&c->cq->fid))
             return RMIG_OK;
         fi_close(&c->cq->fid);
@@ -972,31 +1114,22 @@ static int rmig__ofi_open_cq(struct rmig__ofi_conn *c, struct rmig_error *err) {
     c->cq = NULL;
     c->head.waitable = false;
     attr.wait_obj = FI_WAIT_NONE;
-    int ret = fi_cq_open(c->domain->domain, &attr, &c->cq, NULL);
+    int ret = fi_cq_open(c->domain, &attr, &c->cq, NULL);
     return ret == 0 ? RMIG_OK : rmig__ofi_fail(err, RMIG_ERR_FABRIC, ret, "fi_cq_open");
 }
 
-/* Makes everything from c->head.info; what was made before a failure is in *c. */
-static int rmig__ofi_build_conn(struct rmig__ofi *f, struct rmig__ofi_conn *c, const struct rmig_ep_config *cfg,
-                                struct rmig_error *err) {
-    const struct fi_info *info = c->head.info;
-    int status = RMIG_OK;
-    if (c->from != NULL)
-        c->head.net = c->from->head.net; // a request's info need not name its fabric as the listener's does
-    else
-        status = rmig__ofi_get_net(f, info, &c->head.net, err);
-    if (status == RMIG_OK)
-        status = rmig__ofi_get_domain(f, c->head.net, info, &c->domain, err);
-    if (status == RMIG_OK)
-        status = rmig__ofi_make_ops(c, cfg, err);
-    if (status == RMIG_OK)
-        status = rmig__ofi_open_eq(&c->head, f->poll, err);
-    if (status == RMIG_OK)
-        status = rmig__ofi_open_cq(c, err);
-    if (status != RMIG_OK)
-        return status;
-    c->ordered_completions = (info->tx_attr->comp_order & RMIG__OFI_STRICT) == RMIG__OFI_STRICT;
-    int ret = fi_endpoint(c->domain->domain, c->head.info, &c->ep, NULL);
+static int rmig__ofi_open_ep(struct rmig__ofi_conn *c, struct rmig_error *err) {
+    struct fi_info *info = c->head.info;
+    int ret = 0;
+    if (info->ep_attr->rx_ctx_cnt == FI_SHARED_CONTEXT) {
+        info->rx_attr->size = c->recv_depth;
+        ret = fi_srx_context(c->domain, info->rx_attr, &c->context, NULL);
+        if (ret != 0) {
+            c->context = NULL;
+            return rmig__ofi_fail(err, RMIG_ERR_FABRIC, ret, "fi_srx_context");
+        }
+    }
+    ret = fi_endpoint(c->domain, info, &c->ep, NULL);
     if (ret != 0) {
         c->ep = NULL;
         return rmig__ofi_fail(err, RMIG_ERR_FABRIC, ret, "fi_endpoint");
@@ -1006,10 +1139,36 @@ static int rmig__ofi_build_conn(struct rmig__ofi *f, struct rmig__ofi_conn *c, c
         ret = fi_ep_bind(c->ep, &c->cq->fid, FI_TRANSMIT | FI_SELECTIVE_COMPLETION);
     if (ret == 0)
         ret = fi_ep_bind(c->ep, &c->cq->fid, FI_RECV);
+    if (ret == 0 && c->context != NULL)
+        ret = fi_ep_bind(c->ep, &c->context->fid, 0);
     if (ret == 0)
         ret = fi_enable(c->ep);
-    if (ret != 0)
-        return rmig__ofi_fail(err, RMIG_ERR_FABRIC, ret, "enabling an endpoint");
+    return ret == 0 ? RMIG_OK : rmig__ofi_fail(err, RMIG_ERR_FABRIC, ret, "enabling an endpoint");
+}
+
+/* Makes everything from c->head.info; what was made before a failure is in *c. */
+static int rmig__ofi_build_conn(struct rmig__ofi *f, struct rmig__ofi_conn *c, const struct rmig_ep_config *cfg,
+                                struct rmig_error *err) {
+    const struct fi_info *info = c->head.info;
+    // A request's info need not name its fabric as the listener's does.
+    int status = rmig__ofi_open_fabric(&c->head, c->from != NULL ? c->from->head.info : c->head.info, err);
+    if (status == RMIG_OK)
+        status = rmig__ofi_open_domain(c, err);
+    if (status == RMIG_OK)
+        status = rmig__ofi_make_ops(c, cfg, err);
+    if (status == RMIG_OK)
+        status = rmig__ofi_open_eq(&c->head, f->poll, err);
+    if (status == RMIG_OK)
+        status = rmig__ofi_open_cq(c, err);
+    if (status != RMIG_OK)
+        return status;
+    status = rmig__ofi_open_ep(c, err);
+    if (status != RMIG_OK)
+        return status;
+    c->ordered_completions = (info->tx_attr->comp_order & RMIG__OFI_STRICT) == RMIG__OFI_STRICT;
+    status = rmig__ofi_check_cache(c, err);
+    if (status != RMIG_OK)
+        return status;
     c->cm_data_max = rmig__ofi_cm_data_max(&c->ep->fid);
     if (c->cm_data_max < 8)
         return rmig_fail(err, RMIG_ERR_FABRIC, 0,
@@ -1035,11 +1194,14 @@ static int rmig__ofi_open_active(struct rmig_fabric *base, const char *address, 
     struct rmig__ofi_conn *c = rmig__ofi_new_conn(base, RMIG__OFI_RESOLVED, address);
     if (c == NULL)
         return rmig_fail(err, RMIG_ERR_NO_MEMORY, 0, "out of memory for a connection");
+    struct rmig_error why;
+    err = err == NULL ? &why : err;
     int status = rmig__ofi_resolve(f, address, false, (size_t)cfg->send_depth + cfg->write_depth, cfg->recv_depth,
                                    &c->head.info, err);
     if (status == RMIG_OK)
         status = rmig__ofi_build_conn(f, c, cfg, err);
     if (status != RMIG_OK) {
+        status = rmig__ofi_blame_descriptors(f, err);
         rmig__ofi_free_conn(c);
         return status;
     }
@@ -1070,12 +1232,15 @@ static int rmig__ofi_open_request(struct rmig_ep *ep, void *request, const struc
     c->bare = r->bare;
     c->from = l;
     l->users++;
-    int status = rmig__ofi_build_conn((struct rmig__ofi *)(void *)ep->fabric, c, cfg, err);
+    struct rmig_error why;
+    err = err == NULL ? &why : err;
+    int status = rmig__ofi_build_conn(rmig__ofi_of(ep), c, cfg, err);
     if (status == RMIG_OK) {
         rmig__ofi_free(r);
         *out = &c->head.base;
         return RMIG_OK;
     }
+    status = rmig__ofi_blame_descriptors(rmig__ofi_of(ep), err);
     if (c->ep == NULL) // the request is untouched
         c->head.info = NULL;
     else
@@ -1419,6 +1584,15 @@ static int rmig__ofi_accept(struct rmig_ep *ep, const uint8_t *data, size_t n, s
     return RMIG_OK;
 }
 
+static void rmig__ofi_cut(struct rmig_ep *ep) {
+    struct rmig__ofi_conn *c = (struct rmig__ofi_conn *)(void *)ep;
+    if (c->head.listener) // nobody writes through one
+        return;
+    rmig__ofi_sever(c);
+    rmig__ofi_end(c, RMIG_FEV_DISCONNECTED, 0, "cut by this side");
+    c->state = RMIG__OFI_ENDED;
+}
+
 static void rmig__ofi_disconnect(struct rmig_ep *ep) {
     struct rmig__ofi_conn *c = (struct rmig__ofi_conn *)(void *)ep;
     if (c->head.listener || c->leaving)
@@ -1462,37 +1636,6 @@ static int rmig__ofi_caps(struct rmig_ep *ep, struct rmig_fabric_caps *caps, str
     return RMIG_OK;
 }
 
-/* A key of ours: unique, not 0, at most 32 bits so that version 1 peers can carry it, and scattered so that a peer's
-   wrong arithmetic hits no other region. */
-static uint64_t rmig__ofi_next_key(struct rmig__ofi *f, size_t key_size) {
-    uint32_t mask = key_size >= 4 ? UINT32_MAX : ((uint32_t)1 << (8 * key_size)) - 1;
-    uint32_t key = 0;
-    while (key == 0)
-        key = (++f->keys * 0x9e3779b1u) & mask; // odd factor: a bijection
-    return key;
-}
-
-static int rmig__ofi_try_reg(struct rmig__ofi_conn *c, void *address, uint64_t length, uint64_t access,
-                             struct fid_mr **mr) {
-    const struct fi_domain_attr *attr = c->head.info->domain_attr;
-    struct rmig__ofi *f = rmig__ofi_of(&c->head.base);
-    int ret = -FI_ENOKEY;
-    for (int i = 0; i < 64 && ret == -FI_ENOKEY; i++) { // a key may still be in use after 2^32 registrations
-        uint64_t key = (attr->mr_mode & FI_MR_PROV_KEY) != 0 ? 0 : rmig__ofi_next_key(f, attr->mr_key_size);
-        ret = fi_mr_reg(c->domain->domain, address, (size_t)length, access, 0, key, 0, mr, NULL);
-    }
-    if (ret != 0)
-        return ret;
-    if ((attr->mr_mode & FI_MR_ENDPOINT) != 0) {
-        ret = fi_mr_bind(*mr, &c->ep->fid, 0);
-        if (ret == 0)
-            ret = fi_mr_enable(*mr);
-        if (ret != 0)
-            fi_close(&(*mr)->fid);
-    }
-    return ret;
-}
-
 // >>ofi: registering
 
 static int rmig__ofi_reg(struct rmig_ep *ep, void *address, uint64_t length, unsigned access, struct rmig_mr *mr,
@@ -1502,6 +1645,8 @@ static int rmig__ofi_reg(struct rmig_ep *ep, void *address, uint64_t length, uns
     uint64_t flags = 0;
     if (c->head.listener)
         return rmig_fail(err, RMIG_ERR_STATE, 0, "reg: the endpoint is a listener");
+    if (c->ep == NULL)
+        return rmig_fail(err, RMIG_ERR_STATE, 0, "reg: the connection was cut");
     if (address == NULL || length == 0 || length > SIZE_MAX)
         return rmig_fail(err, RMIG_ERR_ARGUMENT, 0, "reg: %llu bytes at %p: a range of memory is needed",
                          (unsigned long long)length, address);
@@ -1522,9 +1667,16 @@ static int rmig__ofi_reg(struct rmig_ep *ep, void *address, uint64_t length, uns
         return rmig_fail(err, RMIG_ERR_REGISTRATION, -ret,
                          "libfabric provider '%s': registering %llu bytes at %p failed: %s", rmig__ofi_of(ep)->provider,
                          (unsigned long long)length, address, fi_strerror(-ret));
+    uint64_t key = fi_mr_key(fid);
+    if (remote && (key == 0 || key == FI_KEY_NOTAVAIL)) {
+        fi_close(&fid->fid);
+        return rmig_fail(err, RMIG_ERR_REGISTRATION, 0,
+                         "libfabric provider '%s' gave %llu bytes at %p no key that a peer could use",
+                         rmig__ofi_of(ep)->provider, (unsigned long long)length, address);
+    }
     mr->handle = fid;
     mr->desc = fi_mr_desc(fid);
-    mr->key = fi_mr_key(fid);
+    mr->key = key == FI_KEY_NOTAVAIL ? 0 : key;
     mr->remote_address = (c->head.info->domain_attr->mr_mode & FI_MR_VIRT_ADDR) != 0 ? (uint64_t)(uintptr_t)address : 0;
     if ((access & RMIG_ACCESS_REMOTE_WRITE) != 0 && !rmig__ofi_pins(c->head.info))
         rmig__ofi_populate(rmig__ofi_of(ep), address, length, fid);
@@ -1574,7 +1726,8 @@ static int rmig__ofi_recv(struct rmig_ep *ep, void *buf, uint64_t n, const struc
     struct rmig__ofi_op *op = c->free_recvs[c->free_recv_count - 1];
     op->id = id;
     op->done = op->told = false;
-    ssize_t ret = fi_recv(c->ep, buf, (size_t)n, mr == NULL ? NULL : mr->desc, FI_ADDR_UNSPEC, op);
+    ssize_t ret = fi_recv(c->context != NULL ? c->context : c->ep, buf, (size_t)n, mr == NULL ? NULL : mr->desc,
+                          FI_ADDR_UNSPEC, op);
     if (ret == -FI_EAGAIN)
         return rmig_fail(err, RMIG_ERR_FULL, FI_EAGAIN, "recv: the provider's queue is full");
     if (ret != 0)
@@ -1695,7 +1848,8 @@ static int rmig__ofi_write(struct rmig_ep *ep, const struct rmig_write *writes, 
 /* Something that no descriptor would tell. */
 static bool rmig__ofi_pending(struct rmig__ofi_ep *head) {
     if (head->listener) {
-        struct rmig__ofi_request *r = ((struct rmig__ofi_listener *)(void *)head)->requests;
+        struct rmig__ofi_listener *l = (struct rmig__ofi_listener *)(void *)head;
+        struct rmig__ofi_request *r = l->requests;
         while (r != NULL && r->told)
             r = r->next;
         return r != NULL;
@@ -1730,7 +1884,7 @@ static int rmig__ofi_fds(struct rmig_ep *ep, struct rmig_fd *fds, size_t n, bool
     }
     if (*ready)
         return (int)count;
-    int ret = fi_trywait(head->net->fabric, fid, (int)count);
+    int ret = fi_trywait(head->fabric, fid, (int)count);
     if (ret != 0 && ret != -FI_EAGAIN)
         return rmig__ofi_fail(err, RMIG_ERR_FABRIC, ret, "fi_trywait");
     *ready = ret == -FI_EAGAIN;
@@ -1819,6 +1973,8 @@ static const struct rmig_fabric_ops rmig__ofi_ops = {
     rmig__ofi_fds,
     NULL, // reg_dmabuf
     NULL, // lockable: the provider's own refusal comes with the registration
+    NULL, // revoke: a write whose header has arrived outlives its region
+    rmig__ofi_cut,
 };
 
 RMIG__DEF struct rmig_fabric *rmig_ofi_open(const struct rmig_ofi_options *options, struct rmig_error *err) {
@@ -1830,7 +1986,9 @@ RMIG__DEF struct rmig_fabric *rmig_ofi_open(const struct rmig_ofi_options *optio
     f->base.ops = &rmig__ofi_ops;
     f->poll = options != NULL && options->poll;
     f->no_populate = options != NULL && options->no_populate;
-    setenv("FI_MR_CACHE_MAX_COUNT", "0", 0); // read by libfabric when it is used first; see REGISTRATION
+    setenv("FI_MR_CACHE_MAX_COUNT", "0", 0); // all read by libfabric when it is used first; see REGISTRATION
+    setenv("FI_NET_MAX_SAVED", "0", 0); // and STRANGERS
+    setenv("FI_TCP_MAX_SAVED", "0", 0);
     if (rmig__ofi_choose(f, options == NULL ? NULL : options->provider, err) != RMIG_OK) {
         rmig__ofi_free(f);
         return NULL;

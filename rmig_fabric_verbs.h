@@ -132,6 +132,7 @@ extern "C" {
 
 #define RMIG__VERBS_BACKLOG 16
 #define RMIG__VERBS_BATCH 64 // work requests behind one doorbell; completions taken at once
+#define RMIG__VERBS_REQUESTS 64 // that wait for their answer, and that one poll reads: more peers are rejected, or wait
 #define RMIG__VERBS_RETRY 7 // transport retries; receiver not ready: 7 means without end
 #define RMIG__VERBS_RNR_TIMER 12 // 0.64 ms until a peer tries again: what rdma_cm leaves, 0, means 0.66 s
 #define RMIG__VERBS_HOLD_NS 100000000ULL // how long flushed operations wait for the connection manager's reason
@@ -224,7 +225,7 @@ struct rmig__verbs_conn {
     uint64_t held_at; // when the first operation was flushed, 0: none was
     size_t data_length;
     uint8_t data[RMIG__VERBS_CM_DATA];
-    char text[400];
+    char text[700];
 };
 
 static void *rmig__verbs_alloc(size_t n, size_t size) {
@@ -348,6 +349,53 @@ static const char *rmig__verbs_hint(const struct rmig__verbs_conn *c, int code, 
     return buf;
 }
 
+// >>verbs: file descriptors
+
+/* EMFILE or ENFILE where descriptors ran out, else 0. code: what failed with. The libraries do not tell when it was the
+   device that could not be opened, which takes two: so two are tried. */
+static int rmig__verbs_out_of_fds(int code) {
+    int fds[2] = {-1, -1};
+    int found = code == EMFILE || code == ENFILE ? code : 0;
+    for (int i = 0; i < 2 && found == 0; i++) {
+        fds[i] = open("/dev/null", O_RDONLY | O_CLOEXEC);
+        found = fds[i] < 0 && (errno == EMFILE || errno == ENFILE) ? errno : 0;
+    }
+    for (int i = 0; i < 2; i++)
+        if (fds[i] >= 0)
+            close(fds[i]);
+    return found;
+}
+
+/* "" or "; ..." that says so, how many are needed, and what to do. */
+static const char *rmig__verbs_fd_hint(int code, char *buf, size_t size) {
+    struct rlimit limit;
+    int out = rmig__verbs_out_of_fds(code);
+    buf[0] = '\0';
+    if (out == EMFILE && getrlimit(RLIMIT_NOFILE, &limit) == 0)
+        snprintf(buf, size,
+                 "; this process has no file descriptor left, and a listener takes 1, a connection 2, a device 2: "
+                 "RLIMIT_NOFILE is %llu, raise it (ulimit -n, LimitNOFILE= of systemd)",
+                 (unsigned long long)limit.rlim_cur);
+    if (out == ENFILE)
+        snprintf(buf, size, "; this system has no file descriptor left: raise fs.file-max (sysctl)");
+    return buf;
+}
+
+/* Where a descriptor is made: what for, and why not. */
+static int rmig__verbs_no_fd(struct rmig_error *err, int code, const char *what) {
+    char hint[300];
+    return rmig_fail(err, code == ENOMEM ? RMIG_ERR_NO_MEMORY : RMIG_ERR_FABRIC, code, "verbs: %s: %s%s", what,
+                     strerror(code), rmig__verbs_fd_hint(code, hint, sizeof hint));
+}
+
+/* The libraries offer no way to make a descriptor that never blocks and ends with exec, so it becomes so at once. */
+static int rmig__verbs_tame(int fd, struct rmig_error *err) {
+    int flags = fcntl(fd, F_GETFL), close_flags = fcntl(fd, F_GETFD);
+    bool done = flags >= 0 && close_flags >= 0 && fcntl(fd, F_SETFD, close_flags | FD_CLOEXEC) == 0 &&
+                fcntl(fd, F_SETFL, flags | O_NONBLOCK) == 0;
+    return done ? RMIG_OK : rmig__verbs_fail(err, errno, "fcntl");
+}
+
 // >>verbs: addresses
 
 static int rmig__verbs_lookup(const char *address, bool passive, struct addrinfo **out, struct rmig_error *err) {
@@ -370,19 +418,16 @@ static int rmig__verbs_lookup(const char *address, bool passive, struct addrinfo
     return RMIG_OK;
 }
 
-static int rmig__verbs_unblock(int fd, struct rmig_error *err) {
-    int flags = fcntl(fd, F_GETFL);
-    bool done = flags >= 0 && fcntl(fd, F_SETFL, flags | O_NONBLOCK) == 0;
-    return done ? RMIG_OK : rmig__verbs_fail(err, errno, "fcntl");
-}
-
 static int rmig__verbs_open_channel(struct rmig__verbs_ep *ep, struct rmig_error *err) {
     ep->channel = rdma_create_event_channel();
-    if (ep->channel == NULL)
-        return rmig_fail(err, RMIG_ERR_FABRIC, errno,
-                         "verbs: the connection manager cannot be opened: %s (is the kernel module rdma_ucm loaded?)",
-                         strerror(errno));
-    return rmig__verbs_unblock(ep->channel->fd, err);
+    int code = errno;
+    if (ep->channel != NULL)
+        return rmig__verbs_tame(ep->channel->fd, err);
+    if (rmig__verbs_out_of_fds(code) != 0)
+        return rmig__verbs_no_fd(err, code, "the connection manager cannot be opened");
+    return rmig_fail(err, RMIG_ERR_FABRIC, code,
+                     "verbs: the connection manager cannot be opened: %s (is the kernel module rdma_ucm loaded?)",
+                     strerror(code));
 }
 
 static bool rmig__verbs_wrong_device(const struct rmig__verbs *f, const struct rdma_cm_id *id) {
@@ -409,6 +454,16 @@ static size_t rmig__verbs_copy_data(uint8_t *to, const struct rdma_cm_event *eve
 
 // >>verbs: listeners
 
+/*
+Requests wait in a list until they are answered. What goes wrong with one, or comes for one that is in the list (its
+peer gave up, its device went), concerns that one alone: only what is the listener's own, its device or its channel,
+makes poll fail. One poll reads a bounded number of events, and the list has a limit: who floods a listener with
+requests is rejected and holds up nobody.
+*/
+
+/* Over iWARP the peer tells a rejection from a port where nobody listens by its data. */
+static const uint8_t rmig__verbs_no_reason[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+
 static void rmig__verbs_drop_request(struct rmig__verbs_request *r, const uint8_t *data, size_t n) {
     if (!r->gone)
         rdma_reject(r->id, data, (uint8_t)n);
@@ -416,48 +471,69 @@ static void rmig__verbs_drop_request(struct rmig__verbs_request *r, const uint8_
     rmig__verbs_free(r);
 }
 
+/* False: there are too many, or no memory for one more. */
 static bool rmig__verbs_add_request(struct rmig__verbs_listener *l, const struct rdma_cm_event *event) {
-    struct rmig__verbs_request *r = (struct rmig__verbs_request *)rmig__verbs_alloc(1, sizeof *r);
+    struct rmig__verbs_request **tail = &l->requests;
+    unsigned count = 0;
+    for (; *tail != NULL; tail = &(*tail)->next)
+        count++;
+    struct rmig__verbs_request *r =
+        count >= RMIG__VERBS_REQUESTS ? NULL : (struct rmig__verbs_request *)rmig__verbs_alloc(1, sizeof *r);
     if (r == NULL)
         return false;
     r->id = event->id;
     r->reads = event->param.conn.responder_resources;
     r->length = rmig__verbs_copy_data(r->data, event);
-    struct rmig__verbs_request **tail = &l->requests;
-    while (*tail != NULL)
-        tail = &(*tail)->next;
     *tail = r;
     return true;
 }
 
 /* A request whose peer gave up before it was answered: whoever was told of it may still name it. */
 static void rmig__verbs_lose_request(struct rmig__verbs_listener *l, const struct rdma_cm_id *id) {
-    for (struct rmig__verbs_request *r = l->requests; r != NULL; r = r->next)
-        r->gone = r->gone || r->id == id;
+    for (struct rmig__verbs_request **at = &l->requests; *at != NULL; at = &(*at)->next) {
+        struct rmig__verbs_request *r = *at;
+        if (r->id != id)
+            continue;
+        r->gone = true;
+        if (!r->told) {
+            *at = r->next;
+            rmig__verbs_drop_request(r, NULL, 0);
+        }
+        return;
+    }
+}
+
+/* Ids are destroyed behind the acknowledgement of their events: before, that would wait for it. */
+static void rmig__verbs_on_listener(struct rmig__verbs_listener *l, struct rdma_cm_event *event) {
+    struct rdma_cm_id *id = event->id;
+    enum rdma_cm_event_type type = event->event;
+    bool asks = type == RDMA_CM_EVENT_CONNECT_REQUEST;
+    /* Who listens on all addresses hears of all devices. */
+    bool wrong = asks && rmig__verbs_wrong_device(rmig__verbs_of(&l->head.base), id);
+    bool taken = asks && !wrong && rmig__verbs_add_request(l, event);
+    rdma_ack_cm_event(event);
+    if (asks && !taken) {
+        rdma_reject(id, wrong ? NULL : rmig__verbs_no_reason, wrong ? 0 : sizeof rmig__verbs_no_reason);
+        rdma_destroy_id(id);
+    } else if (!asks && id == l->head.id) {
+        l->removed = l->removed || type == RDMA_CM_EVENT_DEVICE_REMOVAL;
+    } else if (!asks) {
+        rmig__verbs_lose_request(l, id);
+    }
 }
 
 static int rmig__verbs_read_requests(struct rmig__verbs_listener *l, struct rmig_error *err) {
-    struct rdma_cm_event *event;
-    int code;
-    while ((event = rmig__verbs_next_cm(&l->head, &code)) != NULL) {
-        struct rdma_cm_id *id = event->id;
-        bool asks = event->event == RDMA_CM_EVENT_CONNECT_REQUEST;
-        /* Who listens on all addresses hears of all devices. */
-        bool refuse =
-            asks && (rmig__verbs_wrong_device(rmig__verbs_of(&l->head.base), id) || !rmig__verbs_add_request(l, event));
-        if (event->event == RDMA_CM_EVENT_DEVICE_REMOVAL && id == l->head.id)
-            l->removed = true;
-        else if (!asks)
-            rmig__verbs_lose_request(l, id);
-        rdma_ack_cm_event(event);
-        if (refuse) {
-            rdma_reject(id, NULL, 0);
-            rdma_destroy_id(id);
-        }
+    int code = 0;
+    for (int i = 0; i < RMIG__VERBS_REQUESTS; i++) {
+        struct rdma_cm_event *event = rmig__verbs_next_cm(&l->head, &code);
+        if (event == NULL)
+            break;
+        rmig__verbs_on_listener(l, event);
     }
     if (l->removed)
         return rmig_fail(err, RMIG_ERR_FABRIC, ENODEV, "verbs: the RDMA device was removed");
-    return code == 0 ? RMIG_OK : rmig__verbs_fail(err, code, "listening: rdma_get_cm_event");
+    /* Without memory for it an event stays where it is, until there is some. */
+    return code == 0 || code == ENOMEM ? RMIG_OK : rmig__verbs_fail(err, code, "listening: rdma_get_cm_event");
 }
 
 static int rmig__verbs_poll_listener(struct rmig__verbs_listener *l, struct rmig_fabric_event *events, size_t n,
@@ -528,7 +604,10 @@ static int rmig__verbs_start_listener(struct rmig__verbs *f, struct rmig__verbs_
         freeaddrinfo(list);
     if (status != RMIG_OK || l->head.id != NULL)
         return status;
-    const char *hint = code == ENODEV ? "; it must be an address of an RDMA interface" : "";
+    char fds[300];
+    const char *hint = rmig__verbs_fd_hint(code, fds, sizeof fds);
+    if (hint[0] == '\0' && code == ENODEV)
+        hint = "; it must be an address of an RDMA interface";
     return rmig_fail(err, RMIG_ERR_FABRIC, code, "verbs: listening on '%s'%s%s failed: %s%s", address,
                      f->device[0] == '\0' ? "" : " with ", f->device, strerror(code), hint);
 }
@@ -580,7 +659,6 @@ static struct rmig__verbs_request *rmig__verbs_take_request(struct rmig__verbs_l
 
 static int rmig__verbs_reject(struct rmig_ep *ep, void *request, const uint8_t *data, size_t n,
                               struct rmig_error *err) {
-    static const uint8_t none[8] = {0, 0, 0, 0, 0, 0, 0, 0};
     struct rmig__verbs_listener *l = rmig__verbs_listener_of(ep);
     if (l == NULL)
         return rmig_fail(err, RMIG_ERR_STATE, 0, "reject: the endpoint is not a listener");
@@ -590,17 +668,20 @@ static int rmig__verbs_reject(struct rmig_ep *ep, void *request, const uint8_t *
     struct rmig__verbs_request *r = rmig__verbs_take_request(l, request);
     if (r == NULL)
         return rmig_fail(err, RMIG_ERR_STATE, 0, "reject: the request was used up already");
-    /* Over iWARP the peer tells a rejection from a port where nobody listens by its data. */
-    rmig__verbs_drop_request(r, n == 0 ? none : data, n == 0 ? sizeof none : n);
+    rmig__verbs_drop_request(r, n == 0 ? rmig__verbs_no_reason : data, n == 0 ? sizeof rmig__verbs_no_reason : n);
     return RMIG_OK;
 }
 
 // >>verbs: connections, made and freed
 
-static void rmig__verbs_free_queues(struct rmig__verbs_conn *c) {
+static void rmig__verbs_free_qp(struct rmig__verbs_conn *c) {
     if (c->qp)
         rdma_destroy_qp(c->head.id);
     c->qp = false;
+}
+
+static void rmig__verbs_free_queues(struct rmig__verbs_conn *c) {
+    rmig__verbs_free_qp(c);
     for (int q = 0; q < 2; q++) {
         if (c->cq[q] != NULL)
             ibv_destroy_cq(c->cq[q]);
@@ -722,8 +803,8 @@ static int rmig__verbs_make_queues(struct rmig__verbs_conn *c, struct rmig_error
         return rmig__verbs_fail(err, errno, "ibv_alloc_pd");
     c->completions = ibv_create_comp_channel(verbs);
     if (c->completions == NULL)
-        return rmig__verbs_fail(err, errno, "ibv_create_comp_channel");
-    status = rmig__verbs_unblock(c->completions->fd, err);
+        return rmig__verbs_no_fd(err, errno, "ibv_create_comp_channel");
+    status = rmig__verbs_tame(c->completions->fd, err);
     if (status != RMIG_OK)
         return status;
     for (int q = 0; q < 2; q++) {
@@ -784,7 +865,9 @@ static void rmig__verbs_resolve(struct rmig__verbs_conn *c) {
         snprintf(c->tried, sizeof c->tried, "%s", strerror(errno));
         c->end_code = errno;
     }
-    rmig__verbs_end(c, RMIG_FEV_ERROR, c->end_code, "no RDMA device reaches %s: %s", c->peer, c->tried);
+    char hint[300];
+    rmig__verbs_end(c, RMIG_FEV_ERROR, c->end_code, "no RDMA device reaches %s: %s%s", c->peer, c->tried,
+                    rmig__verbs_fd_hint(c->end_code, hint, sizeof hint));
 }
 
 static void rmig__verbs_next_address(struct rmig__verbs_conn *c, int code, const char *what) {
@@ -895,7 +978,7 @@ static void rmig__verbs_on_route(struct rmig__verbs_conn *c) {
     if (rmig__verbs_make_queues(c, &err) == RMIG_OK)
         c->state = RMIG__VERBS_RESOLVED;
     else
-        rmig__verbs_end(c, RMIG_FEV_ERROR, err.provider_code, "%.300s", err.text);
+        rmig__verbs_end(c, RMIG_FEV_ERROR, err.provider_code, "%s", err.text);
 }
 
 static void rmig__verbs_on_rejected(struct rmig__verbs_conn *c, int reason) {
@@ -1215,6 +1298,42 @@ static void rmig__verbs_disconnect(struct rmig_ep *ep) {
     rmig__verbs_leave(c);
 }
 
+// >>verbs: the end of the peer's writes
+
+/*
+Two ways. A queue pair that is destroyed takes nothing any more: destroying waits for what the adapter is at, which
+moving it to the error state need not. And a queue pair may lose IBV_ACCESS_REMOTE_WRITE while it goes on: the adapter
+looks at that with each packet. But drivers may drop such a change without a word (Broadcom's always lets the peer
+write, Intel's only ever adds rights), and over iWARP the rights are those of the moment of connecting. So revoke is
+offered only where the driver is known to pass it on. (Software RoCE may be copying a packet that it has looked at just
+before, on another processor: some microseconds.)
+*/
+
+static const uint32_t rmig__verbs_revoking[] = {
+    // by vendor_id
+    0x02c9, // Mellanox, NVIDIA
+    0xffffff // the kernel's software RoCE
+};
+
+static bool rmig__verbs_revokes(const struct rmig__verbs_conn *c) {
+    bool known = false;
+    for (size_t i = 0; i < sizeof rmig__verbs_revoking / sizeof rmig__verbs_revoking[0]; i++)
+        known = known || rmig__verbs_revoking[i] == c->device.vendor_id;
+    return known && c->head.id->verbs->device->transport_type == IBV_TRANSPORT_IB;
+}
+
+static void rmig__verbs_cut(struct rmig_ep *ep) {
+    struct rmig__verbs_conn *c = (struct rmig__verbs_conn *)(void *)ep;
+    if (c->head.listener)
+        return;
+    /* The peer hears of it now, not when the id is destroyed. While an iWARP connection is being made it would wait. */
+    if (c->qp && c->connected && c->state != RMIG__VERBS_ENDED && !c->left)
+        rdma_disconnect(c->head.id);
+    rmig__verbs_free_qp(c);
+    rmig__verbs_end(c, RMIG_FEV_DISCONNECTED, 0, "cut by this side");
+    c->state = RMIG__VERBS_ENDED;
+}
+
 // >>verbs: capabilities, memory
 
 static uint64_t rmig__verbs_write_max(const struct rmig__verbs_conn *c) {
@@ -1242,6 +1361,7 @@ static int rmig__verbs_caps(struct rmig_ep *ep, struct rmig_fabric_caps *caps, s
     caps->local_mr = true;
     caps->offset_addressing = false;
     caps->target_must_poll = false;
+    caps->revokes = rmig__verbs_revokes(c);
     return RMIG_OK;
 }
 
@@ -1390,6 +1510,23 @@ static int rmig__verbs_check_up(const struct rmig__verbs_conn *c, const char *wh
     if (c->state != RMIG__VERBS_UP || c->leaving)
         return rmig_fail(err, RMIG_ERR_STATE, 0, "%s: the endpoint is %s", what,
                          c->leaving ? "disconnecting" : "not connected");
+    return RMIG_OK;
+}
+
+static int rmig__verbs_revoke(struct rmig_ep *ep, struct rmig_error *err) {
+    struct rmig__verbs_conn *c = (struct rmig__verbs_conn *)(void *)ep;
+    struct ibv_qp_attr attr;
+    int status = rmig__verbs_check_up(c, "revoke", err);
+    if (status != RMIG_OK)
+        return status;
+    if (!rmig__verbs_revokes(c))
+        return rmig_fail(err, RMIG_ERR_STATE, EOPNOTSUPP, "revoke: %s is not known to take the right to write away",
+                         rmig__verbs_device_name(c->head.id));
+    memset(&attr, 0, sizeof attr);
+    attr.qp_state = IBV_QPS_RTS; // where it is; access flags: none
+    int code = ibv_modify_qp(c->head.id->qp, &attr, IBV_QP_STATE | IBV_QP_ACCESS_FLAGS);
+    if (code != 0)
+        return rmig__verbs_fail(err, code, "taking the peer's right to write away");
     return RMIG_OK;
 }
 
@@ -1683,6 +1820,8 @@ static const struct rmig_fabric_ops *rmig__verbs_ops(void) {
         rmig__verbs_fds,
         rmig__verbs_reg_dmabuf,
         rmig__verbs_lockable,
+        rmig__verbs_revoke,
+        rmig__verbs_cut,
     };
     return &ops;
 }

@@ -100,6 +100,8 @@ static int run_sink(const struct options *o, int address_pipe, int sum_pipe) {
             die("sink", rmig_sink_error(sink)->text);
         if (ev.type == RMIG_SINK_BLOCKS && rmig_sink_accept_blocks(sink) != RMIG_OK)
             die("sink", rmig_sink_error(sink)->text);
+        if (ev.type == RMIG_SINK_TAKE && rmig_sink_take(sink) != RMIG_OK)
+            die("sink", rmig_sink_error(sink)->text);
         if (ev.type == RMIG_SINK_NONE)
             die("sink", "no event within 60 s");
     } while (ev.type != RMIG_SINK_FINISHED);

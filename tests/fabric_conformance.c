@@ -8,13 +8,17 @@
 #include "../rmig.h"
 #include "../rmig_fabric_ofi.h"
 #include "../rmig_fabric_verbs.h"
+#include "half_write.h"
+#include "raw_tcp.h"
 #include "sim_fabric.h"
 
 #include <criterion/criterion.h>
 #include <criterion/parameterized.h>
+#include <dirent.h>
 #include <poll.h>
 #include <signal.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -62,12 +66,16 @@ static void open_sim(struct world *w, const struct sim_config *cfg) {
 static void open_sim_ordered(struct world *w) {
     struct sim_config cfg;
     sim_defaults(&cfg, SIM_ORDERED, 1);
+    cfg.bandwidth = 1000000000;
+    cfg.parts = 7;
     open_sim(w, &cfg);
 }
 
 static void open_sim_unordered(struct world *w) {
     struct sim_config cfg;
     sim_defaults(&cfg, SIM_UNORDERED, 2);
+    cfg.bandwidth = 1000000000;
+    cfg.parts = 7;
     cfg.extra_completions = true;
     open_sim(w, &cfg);
 }
@@ -103,6 +111,7 @@ static void open_sim_slow(struct world *w) {
     struct sim_config cfg;
     sim_defaults(&cfg, SIM_LOCAL, 6);
     cfg.bandwidth = 100000000;
+    cfg.parts = 1000;
     cfg.latency_ns = SIM_MS;
     open_sim(w, &cfg);
 }
@@ -123,6 +132,14 @@ static void open_ofi_tcp(struct world *w) {
 static void open_ofi_tcp_poll(struct world *w) {
     w->passive = open_ofi("tcp", true);
     w->active = open_ofi("tcp", true);
+}
+
+static void open_ofi_net(struct world *w) {
+    struct rmig_ofi_options options = {.provider = "net"};
+    w->passive = rmig_ofi_open(&options, NULL);
+    if (w->passive == NULL) // libfabric from 1.18 on has made it its tcp
+        cr_skip_test("no provider net");
+    w->active = open_ofi("net", false);
 }
 
 static struct rmig_fabric *open_verbs(bool poll) {
@@ -162,6 +179,7 @@ static const struct fabric_row {
     {"sim, slow", open_sim_slow, false, false},
     {"ofi, tcp", open_ofi_tcp, true, false},
     {"ofi, tcp, busy polling", open_ofi_tcp_poll, true, false},
+    {"ofi, net", open_ofi_net, true, false},
     {"verbs", open_verbs_waiting, true, true},
     {"verbs, busy polling", open_verbs_poll, true, true},
     {"ofi, verbs", open_ofi_verbs, true, true},
@@ -402,6 +420,15 @@ static void leave(struct world *w, struct end *end) {
     for (size_t i = 0; i < w->end_count; i++)
         if (w->ends[i] == end)
             w->ends[i] = w->ends[--w->end_count];
+}
+
+/* Hands an endpoint on to another `end`. */
+static void hand_on(struct world *w, struct end *from, struct end *to) {
+    *to = *from;
+    for (size_t i = 0; i < w->end_count; i++)
+        if (w->ends[i] == from)
+            w->ends[i] = to;
+    memset(from, 0, sizeof *from);
 }
 
 static void listen_on(struct world *w, const char *address) {
@@ -1337,6 +1364,73 @@ CONFORMANCE(a_write_to_memory_not_meant_for_the_peer_is_refused) {
     refuse_write(w, RMIG_ACCESS_LOCAL_READ | RMIG_ACCESS_LOCAL_WRITE, spoil_nothing);
 }
 
+/* A connection that was granted nothing, with all that another connection of the same fabric was granted. */
+static void use_foreign_key(struct world *w, bool other_listener) {
+    struct end a, p, b, q, first = {0};
+    connect_pair(w, &a, &p);
+    struct region dst = region(w, &p, GUARD, ALL_ACCESS);
+    memset(dst.p, 0x5a, dst.n);
+    if (other_listener)
+        hand_on(w, &w->listener, &first);
+    connect_pair(w, &b, &q);
+    struct region src = region(w, &b, GUARD, ALL_ACCESS), own = region(w, &q, GUARD, ALL_ACCESS);
+    memset(src.p, 0xee, src.n);
+    struct rmig_write honest = make_write(&src, 0, &own, 0, GUARD, 1, true);
+    write_all(w, &b, &honest, 1);
+    settle(w, &b, &q, &honest, 1);
+    struct rmig_write foreign = make_write(&src, 0, &dst, 0, GUARD, 2, true);
+    struct rmig_error err = {0};
+    int taken = b.ops->write(b.ep, &foreign, 1, &err);
+    uint64_t deadline = world_now(w) + 2 * LIMIT;
+    while (taken == 1 && last_words(&b) == NULL && last_words(&q) == NULL) {
+        cr_assert_lt(world_now(w), deadline, "%s: no end learns of the write with a foreign key", w->name);
+        pump(w);
+    }
+    for (size_t i = 0; i < dst.n; i++)
+        cr_assert_eq(dst.p[i], 0x5a, "%s: byte %zu was written by a connection that was not granted it", w->name, i);
+    send_message(w, &a, &p);
+    drop(w, &src);
+    drop(w, &own);
+    drop(w, &dst);
+    leave(w, &b);
+    leave(w, &q);
+    if (other_listener)
+        leave(w, &first);
+    leave_pair(w, &a, &p);
+}
+
+CONFORMANCE(a_key_is_not_good_on_another_connection_of_the_listener) { use_foreign_key(w, false); }
+CONFORMANCE(a_key_is_not_good_on_a_connection_of_another_listener) { use_foreign_key(w, true); }
+
+/* For fabrics that choose keys themselves: neither counted nor multiples of anything, and no two fabrics alike. */
+CONFORMANCE(keys_are_no_sequence) {
+    enum { COUNT = 64 };
+    struct end a, p;
+    struct region r[COUNT];
+    uint64_t high = 0, low = 0;
+    connect_pair(w, &a, &p);
+    for (size_t i = 0; i < COUNT; i++) {
+        r[i] = region(w, &p, 4096, ALL_ACCESS);
+        high += r[i].mr.key >> 31 & 1;
+        low += r[i].mr.key & 1;
+    }
+    bool chosen = w->sim != NULL || getenv("RMIG_TEST_ADDR") == NULL; // adapters make their own
+    for (size_t i = 2; i < COUNT && chosen; i++)
+        for (size_t k = 0; k + 1 < i; k++) {
+            uint32_t one = (uint32_t)(r[i].mr.key - r[i - 1].mr.key), other = (uint32_t)(r[k + 1].mr.key - r[k].mr.key);
+            cr_assert_neq(one, other, "%s: key %zu follows from key %zu as key %zu does from key %zu", w->name, i,
+                          i - 1, k + 1, k);
+        }
+    if (chosen) // 64 coins each: fewer than 8 heads come once in 2^31 runs
+        cr_assert(high >= 8 && high <= COUNT - 8 && low >= 8 && low <= COUNT - 8,
+                  "%s: %llu of %d keys have the top "
+                  "bit, %llu the lowest",
+                  w->name, (unsigned long long)high, COUNT, (unsigned long long)low);
+    for (size_t i = 0; i < COUNT; i++)
+        drop(w, &r[i]);
+    leave_pair(w, &a, &p);
+}
+
 // >>the end of a connection
 
 static void send_then(struct world *w, bool wait_for_completions, bool orderly) {
@@ -1420,6 +1514,316 @@ CONFORMANCE(work_posted_after_the_end_fails_or_vanishes) {
     munmap(dst.p, dst.n);
     drop(w, &out);
     leave_pair(w, &a, &p);
+}
+
+// >>writes that have half arrived
+
+enum cut_depth { CUT, CUT_AND_DEREGISTER, CUT_AND_CLOSE, CUT_DEPTHS };
+
+/* A write is held half-way at the target, which then cuts the connection. What comes afterwards lands nowhere, though
+   other connections of the same fabric go on. */
+static void cut_half_way(struct world *w, enum cut_depth depth) {
+    enum { SIZE = 1 << 20, HALF = 300000 };
+    struct end a, p, b, q;
+    struct half_write proxy;
+    static uint8_t then[SIZE];
+    listen_on(w, any_port(false));
+    half_write_open(&proxy, w->address);
+    connect_pair(w, &b, &q);
+    snprintf(w->address, sizeof w->address, "%s", proxy.address);
+    connect_pair(w, &a, &p);
+    send_message(w, &a, &p);
+    struct region src = region(w, &a, SIZE, ALL_ACCESS), dst = region(w, &p, SIZE, ALL_ACCESS);
+    memset(src.p, 0xee, SIZE);
+    half_write_hold(&proxy, 0, HALF);
+    struct rmig_write write = make_write(&src, 0, &dst, 0, SIZE, 1, true);
+    write_all(w, &a, &write, 1);
+    uint64_t deadline = world_now(w) + 2 * LIMIT;
+    while (!half_write_held(&proxy, 0) || dst.p[HALF / 2] == 0) {
+        cr_assert_lt(world_now(w), deadline, "%s: half a write did not come through", w->name);
+        pump(w);
+    }
+    p.ops->cut(p.ep);
+    p.quiet = true;
+    memcpy(then, dst.p, SIZE);
+    cr_assert_eq(then[SIZE - 1], 0, "%s: the whole write is there", w->name);
+    if (depth == CUT_AND_DEREGISTER)
+        deregister(w, &dst);
+    if (depth == CUT_AND_CLOSE) {
+        deregister(w, &dst);
+        leave(w, &p);
+    }
+    half_write_release(&proxy);
+    cr_assert(half_write_wait_over(&proxy, 0, SIZE, 20), "%s: the rest was not sent on", w->name);
+    a.quiet = true;
+    for (int i = 0; i < 20; i++) {
+        struct rmig_fabric_event e;
+        send_message(w, &b, &q);
+        send_message(w, &q, &b);
+        if (p.ep != NULL)
+            cr_assert_leq(p.ops->poll(p.ep, &e, 1, NULL), 0, "%s: an event after cut", w->name);
+    }
+    cr_assert_eq(memcmp(then, dst.p, SIZE), 0, "%s: memory changed after the connection was cut", w->name);
+    if (depth == CUT)
+        deregister(w, &dst);
+    munmap(dst.p, SIZE);
+    drop(w, &src);
+    leave(w, &b);
+    leave(w, &q);
+    leave_pair(w, &a, &p);
+    half_write_close(&proxy);
+}
+
+/* Over the providers that speak TCP; a simulated world has nothing that a proxy could hold. */
+#define OVER_TCP(behaviour)                                                                                            \
+    static void behaviour(struct world *w);                                                                            \
+    ParameterizedTestParameters(ofi, behaviour) {                                                                      \
+        static size_t rows[FABRICS];                                                                                   \
+        return cr_make_param_array(size_t, rows, choose_tcp_rows(rows));                                               \
+    }                                                                                                                  \
+    ParameterizedTest(size_t *row, ofi, behaviour, .timeout = 120) {                                                   \
+        struct world w = {0};                                                                                          \
+        w.name = fabrics[*row].name;                                                                                   \
+        fabrics[*row].open(&w);                                                                                        \
+        behaviour(&w);                                                                                                 \
+        world_close(&w);                                                                                               \
+    }                                                                                                                  \
+    static void behaviour(struct world *w)
+
+static size_t choose_tcp_rows(size_t *rows) {
+    size_t n = 0;
+    for (size_t i = 0; i < FABRICS; i++)
+        if (fabrics[i].real && !fabrics[i].rdma)
+            rows[n++] = i;
+    return n;
+}
+
+OVER_TCP(cut_is_safe_in_every_state) {
+    struct end a, p, b, q;
+    struct rmig_fabric_event e;
+    connect_pair(w, &b, &q);
+    for (int state = 0; state < 4; state++) { // resolved, requested, accepted, up
+        open_active(w, &a, w->address);
+        if (state > 0)
+            start_connect(w, &a, "request.", 8);
+        if (state > 0)
+            open_passive(w, &p, expect(w, &w->listener, RMIG_FEV_REQUEST)->e.request);
+        if (state > 1)
+            start_accept(w, &p, "reply...", 8);
+        if (state > 2) {
+            expect(w, &a, RMIG_FEV_ESTABLISHED);
+            expect(w, &p, RMIG_FEV_ESTABLISHED);
+        }
+        struct end *ends[] = {&a, state > 0 ? &p : &a};
+        for (int i = 0; i < 4; i++) {
+            const struct rmig_fabric_ops *ops = ends[i % 2]->ops;
+            struct rmig_ep *ep = ends[i % 2]->ep;
+            struct rmig_error err = {0};
+            uint8_t byte = 0;
+            ops->cut(ep);
+            cr_assert_leq(ops->poll(ep, &e, 1, NULL), 0, "%s: an event after cut", w->name);
+            cr_assert_lt(ops->recv(ep, &byte, 1, NULL, 1, &err), 0, "%s: a receive after cut", w->name);
+            cr_assert_lt(ops->send(ep, &byte, 1, NULL, 1, &err), 0, "%s: a send after cut", w->name);
+            ops->disconnect(ep);
+        }
+        leave(w, &a);
+        if (state > 0)
+            leave(w, &p);
+    }
+    send_message(w, &b, &q);
+    leave(w, &b);
+    leave(w, &q);
+    leave(w, &w->listener);
+}
+
+OVER_TCP(cut_ends_a_write_that_has_half_arrived) { cut_half_way(w, CUT); }
+OVER_TCP(cut_and_dereg_end_a_write_that_has_half_arrived) { cut_half_way(w, CUT_AND_DEREGISTER); }
+OVER_TCP(cut_and_close_end_a_write_that_has_half_arrived) { cut_half_way(w, CUT_AND_CLOSE); }
+
+// >>a listener among strangers, over TCP
+
+static uint16_t port_of(const struct world *w) { return (uint16_t)atoi(strrchr(w->address, ':') + 1); }
+
+static size_t open_descriptors(void) {
+    size_t n = 0;
+    DIR *d = opendir("/proc/self/fd");
+    cr_assert_not_null(d);
+    while (readdir(d) != NULL)
+        n++;
+    closedir(d);
+    return n - 3; // ".", ".." and the folder's own
+}
+
+/* Leaves this process so many descriptors more; SIZE_MAX: as many as it may have. */
+static void allow_descriptors(size_t more) {
+    struct rlimit limit;
+    cr_assert_eq(getrlimit(RLIMIT_NOFILE, &limit), 0);
+    limit.rlim_cur = more == SIZE_MAX ? limit.rlim_max : open_descriptors() + more;
+    cr_assert_eq(setrlimit(RLIMIT_NOFILE, &limit), 0);
+}
+
+static void cr_expect_descriptors_named(const struct rmig_error *err) {
+    cr_assert_eq(err->provider_code, EMFILE, "%d: %s", err->provider_code, err->text);
+    cr_assert_not_null(strstr(err->text, "descriptors"), "%s", err->text);
+    cr_assert_not_null(strstr(err->text, "RLIMIT_NOFILE"), "%s", err->text);
+    cr_assert_not_null(strstr(err->text, "ulimit -n"), "%s", err->text);
+}
+
+OVER_TCP(without_descriptors_every_way_to_an_endpoint_says_so) {
+    struct end a, p;
+    struct rmig_ep_config cfg = wanted();
+    struct rmig_ep *ep = NULL;
+    struct rmig_error err = {0};
+    listen_on(w, any_port(false));
+    open_active(w, &a, w->address);
+    start_connect(w, &a, "request.", 8);
+    void *request = expect(w, &w->listener, RMIG_FEV_REQUEST)->e.request;
+    for (size_t more = 0; more < 6; more += 5) { // not even one, and not enough
+        allow_descriptors(more);
+        memset(&err, 0, sizeof err);
+        cr_assert_lt(w->passive->ops->open_request(w->listener.ep, request, &cfg, &ep, &err), 0, "%s: %zu", w->name,
+                     more);
+        cr_expect_descriptors_named(&err);
+        memset(&err, 0, sizeof err);
+        cr_assert_lt(w->active->ops->open(w->active, w->address, &cfg, &ep, &err), 0, "%s: %zu", w->name, more);
+        cr_expect_descriptors_named(&err);
+        allow_descriptors(SIZE_MAX);
+    }
+    allow_descriptors(0);
+    cr_assert_lt(w->passive->ops->listen(w->passive, any_port(false), &ep, &err), 0, "%s", w->name);
+    cr_expect_descriptors_named(&err);
+    allow_descriptors(SIZE_MAX);
+    open_passive(w, &p, request);
+    finish_connect(w, &a, &p);
+    send_message(w, &a, &p);
+    leave_pair(w, &a, &p);
+}
+
+OVER_TCP(a_listener_that_can_accept_nobody_says_so_and_lives) {
+    struct end a, p;
+    listen_on(w, any_port(false));
+    int s = raw_connect(port_of(w)); // taken by the kernel; whether by the provider depends on when it is polled
+    allow_descriptors(0);
+    struct seen *e = await(w, &w->listener, RMIG_FEV_ERROR, 0, true);
+    cr_assert_eq(e->e.provider_code, EMFILE);
+    cr_assert_not_null(strstr(e->text, "ulimit -n"), "%s", e->text);
+    allow_descriptors(SIZE_MAX);
+    close(s);
+    w->listener.count = 0;
+    connect_pair(w, &a, &p);
+    send_message(w, &a, &p);
+    leave_pair(w, &a, &p);
+}
+
+OVER_TCP(what_strangers_say_to_a_listener_does_not_end_it) {
+    struct end a, p;
+    uint8_t request[RAW_REQUEST_MAX], junk[RAW_REQUEST_MAX];
+    int held[8];
+    size_t n = raw_capture_request(w->active, (const uint8_t *)"request.", 8, request);
+    listen_on(w, any_port(false));
+    for (int i = 0; i < 120; i++) {
+        int s = raw_connect(port_of(w));
+        cr_assert_geq(s, 0);
+        fill(junk, sizeof junk);
+        if (i % 4 == 0)
+            raw_write(s, junk, 1 + below(sizeof junk));
+        else if (i % 4 == 1)
+            raw_write(s, request, below(n));
+        else if (i % 4 == 2)
+            raw_write(s, request, n);
+        if (i < 8)
+            held[i] = s;
+        else if (i % 3 == 0)
+            raw_reset(s);
+        else
+            close(s);
+        pump(w);
+    }
+    for (size_t i = 0; i < w->listener.count; i++) { // poll_end holds that poll never failed
+        struct rmig_error err = {0};
+        if (w->listener.seen[i].e.type == RMIG_FEV_REQUEST)
+            w->passive->ops->reject(w->listener.ep, w->listener.seen[i].e.request, NULL, 0, &err);
+        w->listener.seen[i].used = true;
+    }
+    w->listener.count = 0;
+    connect_pair(w, &a, &p);
+    send_message(w, &a, &p);
+    for (int i = 0; i < 8; i++)
+        close(held[i]);
+    leave_pair(w, &a, &p);
+}
+
+/* libfabric's own flag for fi_eq_write, by which its providers report errors. */
+#define EQ_WRITE_ERROR (1ULL << 60)
+
+OVER_TCP(the_error_of_a_request_is_an_event_of_the_listener) {
+    struct end a, p;
+    listen_on(w, any_port(false));
+    struct rmig__ofi_listener *l = (struct rmig__ofi_listener *)(void *)w->listener.ep;
+    for (int i = 0; i < 3; i++) {
+        struct fi_eq_err_entry e = {.fid = &l->pep->fid,
+                                    .err = i == 0   ? FI_ECONNABORTED
+                                           : i == 1 ? FI_ETIMEDOUT
+                                                    : EPIPE};
+        if (fi_eq_write(l->head.eq, FI_NOTIFY, &e, sizeof e, EQ_WRITE_ERROR) < 0)
+            cr_skip_test("this libfabric takes no errors from outside");
+    }
+    for (int i = 0; i < 3; i++)
+        await(w, &w->listener, RMIG_FEV_ERROR, 0, true);
+    w->listener.count = 0;
+    connect_pair(w, &a, &p);
+    send_message(w, &a, &p);
+    leave_pair(w, &a, &p);
+}
+
+OVER_TCP(requests_nobody_opens_are_bounded_and_cost_nothing_afterwards) {
+    enum { COUNT = 150 };
+    struct end a, p;
+    uint8_t request[RAW_REQUEST_MAX], answer[64];
+    int s[COUNT];
+    size_t n = raw_capture_request(w->active, (const uint8_t *)"request.", 8, request), refused = 0;
+    size_t before = open_descriptors();
+    listen_on(w, any_port(false));
+    for (int i = 0; i < COUNT; i++) {
+        s[i] = raw_connect(port_of(w));
+        cr_assert(s[i] >= 0 && raw_write(s[i], request, n));
+    }
+    uint64_t deadline = world_now(w) + 2 * LIMIT;
+    while (count_events(&w->listener, RMIG_FEV_REQUEST) + refused < COUNT) {
+        cr_assert_lt(world_now(w), deadline, "%s: %zu requests and %zu refusals of %d", w->name,
+                     count_events(&w->listener, RMIG_FEV_REQUEST), refused, COUNT);
+        pump(w);
+        for (int i = 0; i < COUNT; i++)
+            if (s[i] >= 0 && raw_read(s[i], answer, sizeof answer, 0) > 0) {
+                close(s[i]);
+                s[i] = -1;
+                refused++;
+            }
+    }
+    cr_assert_eq(refused, (size_t)COUNT - 64, "%s: %zu are refused", w->name, refused);
+    for (size_t i = 0; i < 40; i++) {
+        struct rmig_error err = {0};
+        cr_assert_eq(w->passive->ops->reject(w->listener.ep, w->listener.seen[i].e.request, NULL, 0, &err), RMIG_OK);
+    }
+    w->listener.count = 0;
+    connect_pair(w, &a, &p);
+    send_message(w, &a, &p);
+    leave_pair(w, &a, &p); // with 24 that nobody opened
+    for (int i = 0; i < COUNT; i++)
+        if (s[i] >= 0)
+            close(s[i]);
+    cr_assert_eq(open_descriptors(), before, "%s: %zu descriptors became %zu", w->name, before, open_descriptors());
+}
+
+Test(ofi, the_provider_sockets_is_refused_by_name) {
+    static const char *const names[] = {"sockets", "SOCKETS", "sockets;ofi_rxd"};
+    for (size_t i = 0; i < sizeof names / sizeof names[0]; i++) {
+        struct rmig_ofi_options options = {.provider = names[i]};
+        struct rmig_error err = {0};
+        cr_assert_null(rmig_ofi_open(&options, &err));
+        cr_assert_eq(err.status, RMIG_ERR_FABRIC);
+        cr_assert_not_null(strstr(err.text, "use 'tcp'"), "%s", err.text);
+    }
 }
 
 // >>closing in every state
@@ -1555,6 +1959,164 @@ CONFORMANCE(a_listener_can_be_closed_in_every_state) {
         close_active(w, &s);
         close_passive(w, &s);
     }
+}
+
+// >>the end of the peer's writes
+
+enum { FLOOD = 4, FLOOD_WRITE = 8 << 20 }; // writes at once at most, bytes of each
+
+struct flood { // large writes under way
+    struct end a, p;
+    struct region src, dst;
+    uint64_t n;
+};
+
+static void cut(struct end *end) {
+    end->ops->cut(end->ep);
+    end->quiet = true; // not even to be polled any more
+}
+
+static void start_flood(struct world *w, struct flood *f) {
+    struct rmig_write writes[FLOOD];
+    connect_pair(w, &f->a, &f->p);
+    f->n = f->a.caps.write_depth < FLOOD ? f->a.caps.write_depth : FLOOD;
+    f->src = region(w, &f->a, FLOOD_WRITE, ALL_ACCESS);
+    f->dst = region(w, &f->p, f->n * FLOOD_WRITE, ALL_ACCESS);
+    memset(f->src.p, 0xee, FLOOD_WRITE);
+    for (uint64_t i = 0; i < f->n; i++)
+        writes[i] = make_write(&f->src, 0, &f->dst, i * FLOOD_WRITE, FLOOD_WRITE, i, true);
+    write_all(w, &f->a, writes, f->n);
+}
+
+static void end_flood(struct world *w, struct flood *f) {
+    drop(w, &f->dst);
+    drop(w, &f->src);
+    leave(w, &f->a);
+    leave(w, &f->p);
+}
+
+/* Until the first byte of the nth write is there. */
+static void await_landing(struct world *w, const struct flood *f, uint64_t nth) {
+    for (uint64_t deadline = world_now(w) + 2 * LIMIT; f->dst.p[nth * FLOOD_WRITE] == 0; pump(w))
+        cr_assert_lt(world_now(w), deadline, "%s: write %llu does not land", w->name, (unsigned long long)nth);
+}
+
+static void let_pass(struct world *w, uint64_t ns) {
+    for (uint64_t until = world_now(w) + 2 * ns; world_now(w) < until;)
+        pump(w);
+}
+
+/* From now on nothing lands. What was still to land is lost, and so the connection: its end is waited for. */
+static void check_quiet(struct world *w, struct flood *f) {
+    size_t n = f->dst.n;
+    uint8_t *now = pages(n);
+    memcpy(now, f->dst.p, n);
+    bool all = now[n - 1] == 0xee;
+    cr_assert(!all || w->sim == NULL || w->sim->cfg.parts < 2, "%s: all has landed already: this shows nothing",
+              w->name);
+    let_pass(w, 200 * SIM_MS);
+    for (size_t i = 0; i < n; i++)
+        cr_assert_eq(now[i], f->dst.p[i], "%s: byte %zu of %zu landed too late", w->name, i, n);
+    if (!all)
+        expect_end_of(w, &f->a);
+    munmap(now, n);
+}
+
+CONFORMANCE(nothing_lands_after_cut) {
+    for (int late = 0; late < 2; late++) {
+        struct flood f;
+        start_flood(w, &f);
+        await_landing(w, &f, late == 0 ? 0 : f.n - 1);
+        cut(&f.p);
+        check_quiet(w, &f);
+        expect_end_of(w, &f.a);
+        end_flood(w, &f);
+    }
+    leave(w, &w->listener);
+}
+
+CONFORMANCE(both_ends_can_cut) {
+    for (int late = 0; late < 2; late++) {
+        struct flood f;
+        start_flood(w, &f);
+        await_landing(w, &f, late == 0 ? 0 : f.n - 1);
+        cut(&f.a);
+        expect_end_of(w, &f.p);
+        cut(&f.p);
+        end_flood(w, &f);
+    }
+    leave(w, &w->listener);
+}
+
+CONFORMANCE(a_connection_can_be_cut_in_every_state) {
+    listen_on(w, any_port(false));
+    for (int state = 0; state < STATES; state++)
+        for (int order = 0; order < 2; order++) {
+            struct stage s;
+            struct end a, p;
+            reach(w, &s, (enum state)state);
+            if (order == 0)
+                cut(&s.a);
+            for (int twice = 0; s.passive && twice < 2; twice++)
+                cut(&s.p);
+            for (int i = 0; i < 5; i++)
+                pump(w);
+            close_passive(w, &s);
+            cut(&s.a);
+            close_active(w, &s);
+            refuse_pending(w);
+            connect_pair(w, &a, &p); // nothing is left that disturbs the next
+            send_message(w, &a, &p);
+            leave(w, &a);
+            leave(w, &p);
+        }
+    leave(w, &w->listener);
+}
+
+static bool revoke_writes(struct world *w, struct end *end) {
+    struct rmig_error err = {0};
+    if (!end->caps.revokes)
+        return false;
+    cr_assert_eq(end->ops->revoke(end->ep, &err), RMIG_OK, "%s: revoke: %s", w->name, err.text);
+    return true;
+}
+
+CONFORMANCE(a_write_after_revoke_is_refused_and_messages_go_on) {
+    struct end a, p;
+    connect_pair(w, &a, &p);
+    struct region src = region(w, &a, GUARD, ALL_ACCESS), dst = region(w, &p, GUARD, ALL_ACCESS);
+    memset(src.p, 0xee, GUARD);
+    struct rmig_write write = make_write(&src, 0, &dst, 0, GUARD, 1, true);
+    write_all(w, &a, &write, 1);
+    settle(w, &a, &p, &write, 1);
+    memset(dst.p, 0x5a, GUARD);
+    if (revoke_writes(w, &p)) {
+        send_message(w, &a, &p);
+        send_message(w, &p, &a);
+        write.id = 2;
+        cr_assert_eq(post_writes(w, &a, &write, 1), 1);
+        expect_end_of(w, &a);
+        cr_assert(!a.caps.completion_is_delivery || find(&a, RMIG_FEV_WRITE, 2, false) == NULL, "%s: it completed",
+                  w->name);
+        let_pass(w, 200 * SIM_MS);
+        for (size_t i = 0; i < GUARD; i++)
+            cr_assert_eq(dst.p[i], 0x5a, "%s: byte %zu was written after revoke", w->name, i);
+    }
+    drop(w, &dst);
+    drop(w, &src);
+    leave_pair(w, &a, &p);
+}
+
+CONFORMANCE(nothing_lands_after_revoke) {
+    for (int late = 0; late < 2; late++) {
+        struct flood f;
+        start_flood(w, &f);
+        await_landing(w, &f, late == 0 ? 0 : f.n - 1);
+        if (revoke_writes(w, &f.p))
+            check_quiet(w, &f);
+        end_flood(w, &f);
+    }
+    leave(w, &w->listener);
 }
 
 // >>waiting
@@ -1738,7 +2300,7 @@ struct run {
     int status;
     uint64_t hash, received, time;
     bool failed[2];
-    char text[sizeof ((struct rmig_error *)0)->text];
+    char text[sizeof((struct rmig_error *)0)->text];
 };
 
 /* 50 messages back and forth in a world of the given configuration. */

@@ -401,7 +401,7 @@ struct play {
     char text[sizeof((struct rmig_error *)0)->text];
 
     struct rmig_sink *sink;
-    unsigned connected, rounds, finished, disconnected;
+    unsigned connected, rounds, taken, finished, disconnected;
     bool think; // the embedder takes its time over the blocks
     bool returns; // it answers the first stream bytes on the return path, and the last, which complete the migration
     uint8_t stream[STREAM_MAX]; // received by rmig's sink, or to be sent by its source
@@ -830,6 +830,10 @@ static uint64_t sink_step(void *user, uint64_t now) {
             return 0; // process says so
         }
         status = rmig_sink_complete(p->sink);
+        break;
+    case RMIG_SINK_TAKE:
+        p->taken++;
+        status = rmig_sink_take(p->sink);
         break;
     case RMIG_SINK_FINISHED:
         p->finished++;

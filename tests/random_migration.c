@@ -259,8 +259,11 @@ static uint64_t sink_step(void *user, uint64_t now) {
     case RMIG_SINK_DISCONNECTED: // version 1: the reader of the stream knows whether this is the end
         status = r->got_size == r->state_size ? rmig_sink_complete(r->sink) : (rmig_sink_cancel(r->sink), RMIG_OK);
         break;
-    case RMIG_SINK_FINISHED: // nothing is writable any more: the control buffers are the one region left
-        cr_assert_leq(sim_stats(r->sim, 1)->regions, 1);
+    case RMIG_SINK_TAKE:
+        status = rmig_sink_take(r->sink);
+        break;
+    case RMIG_SINK_FINISHED:
+        cr_assert_eq(sim_exposed(r->sim, 1), 0, "the peer can still write");
         return sink_over(r, RMIG_OK);
     default:
         break;

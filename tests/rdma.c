@@ -8,9 +8,11 @@
 #include "../rmig_fabric_verbs.h"
 
 #include <criterion/criterion.h>
+#include <dirent.h>
 #include <linux/udmabuf.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 
 #define PAGE 4096u
 #define LENGTH (8 * RMIG_MIB)
@@ -118,6 +120,8 @@ static void sink_turn(struct pair *p) {
     int status = rmig_sink_wait(p->sink, &ev, 1000000);
     if (status == RMIG_OK && ev.type == RMIG_SINK_BLOCKS)
         status = rmig_sink_accept_blocks(p->sink);
+    if (status == RMIG_OK && ev.type == RMIG_SINK_TAKE)
+        status = rmig_sink_take(p->sink);
     while (status == RMIG_OK && ev.type == RMIG_SINK_STREAM && rmig_sink_get(p->sink, rest, sizeof rest) > 0) {
     }
     p->finished = status == RMIG_OK && ev.type == RMIG_SINK_FINISHED;
@@ -245,6 +249,237 @@ Test(rdma, nothing_is_held_after_cancelling_at_the_source, .timeout = 60) {
     cr_assert(strstr(rmig_sink_error(p.sink)->text, "cancelled") != NULL, "%s", rmig_sink_error(p.sink)->text);
     pair_close(&p);
     check_nothing_held();
+}
+
+// >>listeners, by the fabric's operations alone
+
+#define PEERS 80 // more than may wait
+
+struct crowd { // one listener, and those who knock
+    struct rmig_fabric *f;
+    struct rmig_ep *listener, *peer[PEERS];
+    bool rejected[PEERS];
+    void *request[PEERS];
+    size_t peers, requests;
+    char address[128];
+};
+
+static void crowd_open(struct crowd *c) {
+    struct rmig_error err = {0};
+    char address[128];
+    memset(c, 0, sizeof *c);
+    snprintf(address, sizeof address, "%s:0", test_address());
+    c->f = open_verbs();
+    cr_assert_eq(c->f->ops->listen(c->f, address, &c->listener, &err), RMIG_OK, "%s", err.text);
+    cr_assert_eq(c->f->ops->address(c->listener, c->address, sizeof c->address, &err), RMIG_OK, "%s", err.text);
+}
+
+static void crowd_close(struct crowd *c) {
+    for (size_t i = 0; i < c->peers; i++)
+        c->f->ops->close(c->peer[i]);
+    c->f->ops->close(c->listener);
+    rmig_fabric_close(c->f);
+}
+
+static void take_requests(struct crowd *c) {
+    struct rmig_fabric_event e;
+    struct rmig_error err = {0};
+    int n;
+    while ((n = c->f->ops->poll(c->listener, &e, 1, &err)) == 1)
+        if (e.type == RMIG_FEV_REQUEST) {
+            cr_assert_lt(c->requests, (size_t)PEERS);
+            c->request[c->requests++] = e.request;
+        }
+    cr_assert_eq(n, 0, "the listener failed: %s", err.text);
+}
+
+/* An event of the ith peer, or 0; the listener is looked after meanwhile. */
+static enum rmig_fabric_event_type poll_peer(struct crowd *c, size_t i) {
+    struct rmig_fabric_event e = {0};
+    struct rmig_error err = {0};
+    int n = c->f->ops->poll(c->peer[i], &e, 1, &err);
+    cr_assert_geq(n, 0, "%s", err.text);
+    cr_assert(n == 0 || e.type != RMIG_FEV_ERROR, "peer %zu: %s", i, e.text);
+    c->rejected[i] = c->rejected[i] || e.type == RMIG_FEV_REJECTED;
+    take_requests(c);
+    return e.type;
+}
+
+static void await_peer(struct crowd *c, size_t i, enum rmig_fabric_event_type type) {
+    uint64_t until = c->f->ops->now(c->f) + LIMIT;
+    struct rmig_ep *eps[] = {c->listener, c->peer[i]};
+    while (poll_peer(c, i) != type) {
+        cr_assert_lt(c->f->ops->now(c->f), until, "peer %zu: nothing within 30 s", i);
+        c->f->ops->wait(c->f, eps, 2, c->f->ops->now(c->f) + SECOND / 100, NULL);
+    }
+}
+
+static struct rmig_ep_config small_queues(void) {
+    return (struct rmig_ep_config){.write_depth = 4, .send_depth = 2, .recv_depth = 2, .connect_timeout_ns = LIMIT};
+}
+
+static void knock(struct crowd *c) {
+    struct rmig_ep_config cfg = small_queues();
+    struct rmig_error err = {0};
+    size_t i = c->peers;
+    cr_assert_eq(c->f->ops->open(c->f, c->address, &cfg, &c->peer[i], &err), RMIG_OK, "%s", err.text);
+    c->peers++;
+    await_peer(c, i, RMIG_FEV_RESOLVED);
+    cr_assert_eq(c->f->ops->connect(c->peer[i], (const uint8_t *)"request.", 8, &err), RMIG_OK, "%s", err.text);
+}
+
+static size_t count_rejected(struct crowd *c) {
+    size_t n = 0;
+    for (size_t i = 0; i < c->peers; i++) {
+        poll_peer(c, i);
+        n += c->rejected[i];
+    }
+    return n;
+}
+
+static void await_rejected(struct crowd *c, size_t wanted) {
+    for (uint64_t until = c->f->ops->now(c->f) + LIMIT; count_rejected(c) < wanted;)
+        cr_assert_lt(c->f->ops->now(c->f), until, "%zu of %zu rejected after 30 s", count_rejected(c), wanted);
+}
+
+static void reject_all(struct crowd *c) {
+    struct rmig_error err = {0};
+    while (c->requests > 0)
+        cr_assert_eq(c->f->ops->reject(c->listener, c->request[--c->requests], NULL, 0, &err), RMIG_OK, "%s", err.text);
+}
+
+static bool is_iwarp(struct crowd *c) {
+    return ((struct rmig__verbs_ep *)(void *)c->listener)->id->verbs->device->transport_type == IBV_TRANSPORT_IWARP;
+}
+
+Test(rdma, requests_that_nobody_answers_have_a_limit, .timeout = 120) {
+    struct crowd c;
+    crowd_open(&c);
+    if (is_iwarp(&c)) { // the listener's code is the same
+        crowd_close(&c);
+        cr_skip_test("the kernel's software iWARP makes fewer queues than are needed");
+    }
+    while (c.peers < PEERS - 1)
+        knock(&c);
+    await_rejected(&c, PEERS - 1 - 64);
+    cr_assert_eq(c.requests, 64, "%zu requests wait", c.requests);
+    reject_all(&c);
+    await_rejected(&c, PEERS - 1);
+    knock(&c); // and the listener is as it was
+    for (uint64_t until = c.f->ops->now(c.f) + LIMIT; c.requests == 0; poll_peer(&c, PEERS - 1))
+        cr_assert_lt(c.f->ops->now(c.f), until, "no request within 30 s");
+    crowd_close(&c);
+    check_nothing_held();
+}
+
+// >>descriptors
+
+/* From now on only `more` descriptors can be made. Returns what the limit was. */
+static struct rlimit leave_descriptors(int more) {
+    struct rlimit before, now;
+    int lowest = dup(0);
+    cr_assert_geq(lowest, 0);
+    close(lowest);
+    cr_assert_eq(getrlimit(RLIMIT_NOFILE, &before), 0);
+    now = before;
+    now.rlim_cur = (rlim_t)(lowest + more);
+    cr_assert_eq(setrlimit(RLIMIT_NOFILE, &now), 0);
+    return before;
+}
+
+static void says_what_ran_out(const char *text, int more) {
+    cr_assert(strstr(text, "no file descriptor left") != NULL && strstr(text, "ulimit -n") != NULL &&
+                  strstr(text, "RLIMIT_NOFILE is ") != NULL,
+              "with %d descriptors: %s", more, text);
+}
+
+Test(rdma, a_listener_without_descriptors_says_so, .timeout = 60) {
+    char address[128];
+    snprintf(address, sizeof address, "%s:0", test_address());
+    struct rmig_fabric *f = open_verbs();
+    for (int more = 0; more < 3; more++) {
+        struct rlimit before = leave_descriptors(more);
+        struct rmig_error err = {0};
+        struct rmig_ep *ep = NULL;
+        cr_assert_lt(f->ops->listen(f, address, &ep, &err), 0, "it listens with %d descriptors", more);
+        setrlimit(RLIMIT_NOFILE, &before);
+        says_what_ran_out(err.text, more);
+    }
+    rmig_fabric_close(f);
+}
+
+Test(rdma, a_connection_without_descriptors_says_so, .timeout = 60) {
+    char address[128];
+    snprintf(address, sizeof address, "%s:4444", test_address());
+    struct rmig_fabric *f = open_verbs();
+    struct rmig_ep_config cfg = small_queues();
+    for (int more = 0; more < 4; more++) {
+        struct rlimit before = leave_descriptors(more);
+        struct rmig_fabric_event e = {0};
+        struct rmig_error err = {0};
+        struct rmig_ep *ep = NULL;
+        int status = f->ops->open(f, address, &cfg, &ep, &err);
+        for (uint64_t until = f->ops->now(f) + LIMIT; status == RMIG_OK && e.type == 0;) {
+            cr_assert_lt(f->ops->now(f), until, "nothing within 30 s");
+            cr_assert_geq(f->ops->poll(ep, &e, 1, &err), 0, "%s", err.text);
+        }
+        setrlimit(RLIMIT_NOFILE, &before);
+        cr_assert(status < 0 || e.type == RMIG_FEV_ERROR, "it is resolved with %d descriptors", more);
+        says_what_ran_out(status < 0 ? err.text : e.text, more);
+        if (status == RMIG_OK)
+            f->ops->close(ep);
+    }
+    rmig_fabric_close(f);
+}
+
+/* The sink's listener lives through a request that cannot be taken for want of descriptors, and takes it later. */
+Test(rdma, a_request_without_descriptors_ends_no_listener, .timeout = 60) {
+    struct crowd c;
+    struct rmig_ep_config cfg = small_queues();
+    struct rmig_error err = {0};
+    struct rmig_ep *passive = NULL;
+    crowd_open(&c);
+    knock(&c);
+    for (uint64_t until = c.f->ops->now(c.f) + LIMIT; c.requests == 0; poll_peer(&c, 0))
+        cr_assert_lt(c.f->ops->now(c.f), until, "no request within 30 s");
+    for (int more = 0; more < 2; more++) {
+        struct rlimit before = leave_descriptors(more);
+        int status = c.f->ops->open_request(c.listener, c.request[0], &cfg, &passive, &err);
+        take_requests(&c);
+        setrlimit(RLIMIT_NOFILE, &before);
+        cr_assert_lt(status, 0, "it is opened with %d descriptors", more);
+        says_what_ran_out(err.text, more);
+    }
+    cr_assert_eq(c.f->ops->open_request(c.listener, c.request[0], &cfg, &passive, &err), RMIG_OK, "%s", err.text);
+    cr_assert_eq(c.f->ops->accept(passive, NULL, 0, &err), RMIG_OK, "%s", err.text);
+    await_peer(&c, 0, RMIG_FEV_ESTABLISHED);
+    c.f->ops->close(passive);
+    crowd_close(&c);
+    check_nothing_held();
+}
+
+/* Programs that this one starts get none of them. */
+Test(rdma, descriptors_close_on_exec, .timeout = 60) {
+    struct pair p = {0};
+    unsigned count = 0;
+    pair_open(&p, open_verbs, test_address(), false);
+    cr_assert_eq(connect_ends(&p), RMIG_OK, "%s", rmig_source_error(p.source)->text);
+    DIR *dir = opendir("/proc/self/fd");
+    cr_assert_not_null(dir);
+    for (struct dirent *entry; (entry = readdir(dir)) != NULL;) {
+        char path[300], target[300];
+        snprintf(path, sizeof path, "/proc/self/fd/%s", entry->d_name);
+        ssize_t n = readlink(path, target, sizeof target - 1);
+        target[n < 0 ? 0 : n] = '\0';
+        if (strstr(target, "infiniband") == NULL) // the device's, or an anonymous [infinibandevent]
+            continue;
+        count++;
+        cr_assert((fcntl(atoi(entry->d_name), F_GETFD) & FD_CLOEXEC) != 0, "%s, %s, stays open", path, target);
+    }
+    closedir(dir);
+    cr_assert_geq(count, 5, "only %u descriptors found",
+                  count); // listener and two connections, channels and completions
+    pair_close(&p);
 }
 
 // >>dma-buf

@@ -24,8 +24,9 @@ sim_actor and sim_close; the other one's steps must not, since a blocked actor c
 without a fabric's endpoints can be an actor too: a guest that writes its memory, say.
 
 Adversity. Data is read from the source's memory at some time between posting and completion and written to the target's
-at arrival. A connection closed without disconnect loses what was not read yet. See struct sim_config for modes, limits
-and faults. Misuse of the contract by the caller is printed, counted, and makes sim_clean fail.
+at arrival, or part by part until then. A connection closed without disconnect loses what was not read yet. See struct
+sim_config for modes, limits and faults. Misuse of the contract by the caller is printed, counted, and makes sim_clean
+fail.
 */
 #ifndef RMIG_SIM_FABRIC_H
 #define RMIG_SIM_FABRIC_H
@@ -66,6 +67,7 @@ enum sim_op {
     SIM_WRITE,
     SIM_POLL,
     SIM_WAIT,
+    SIM_REVOKE,
     SIM_OP_COUNT,
     SIM_TIME = SIM_OP_COUNT // not an operation: a fault at a time
 };
@@ -110,6 +112,8 @@ struct sim_config {
     bool pad_private_data; // to those sizes, as InfiniBand does
     unsigned key_bits; // 32 ... 64
     bool offset_addressing, local_mr, target_must_poll;
+    bool revokes; // caps.revokes
+    uint32_t parts; // a write lands in so many, over the time that it takes on the wire; 0, 1: all at its arrival
     bool no_copy; // writes touch no memory; bounds, keys and access are still checked
     bool no_retry; // a send that finds no receive breaks the connection at once, instead of waiting for one
     bool extra_completions; // some that were not asked for
@@ -128,6 +132,7 @@ struct sim_stats { // of one side
     uint64_t access_errors; // writes from this side that the target refused
     uint64_t regions, regions_peak, registered, registered_peak; // now and at most; bytes
     uint64_t endpoints; // now
+    uint64_t cuts; // of connections, each once
     uint64_t faults; // injected here
     uint64_t steps; // of its actor
 };
@@ -159,7 +164,7 @@ struct sim_side {
     struct sim_ep *eps;
     struct sim_region *regions;
     uint32_t region_count, region_cap, region_free;
-    uint64_t key_mask; // so that keys of different sides differ
+    uint64_t key_secret; // what its keys are made of
     struct sim_stats stats;
 
     sim_step *step; // the actor
@@ -194,6 +199,8 @@ struct sim_ep {
     enum sim_phase phase; // as far as poll has told
     bool ended; // the last event is queued
     bool disconnecting;
+    bool revoked; // the peer may not write any more
+    bool cut;
     char host[64];
     unsigned port;
     uint32_t write_depth, send_depth, recv_depth;
@@ -218,6 +225,9 @@ struct sim_transfer { // a write, a send, or an orderly disconnect on its way
     bool has_mr, signal, fail;
     bool taken; // from local memory
     uint8_t *copy; // what was taken; NULL while taken: at arrival, or nothing is copied
+    uint8_t *target; // where it lands; NULL: nothing has landed
+    uint64_t landed; // bytes
+    uint64_t part_ns; // from one part to the next
     uint64_t arrival;
     struct sim_transfer *next;
 };
@@ -253,6 +263,7 @@ enum sim_event_kind {
     SIM_EV_GONE,
     SIM_EV_TAKE,
     SIM_EV_LEFT,
+    SIM_EV_PART,
     SIM_EV_ARRIVE,
     SIM_EV_RESUME,
     SIM_EV_FAULT
@@ -303,12 +314,13 @@ static inline void *sim_grow(void *p, size_t n, size_t size) {
     return p;
 }
 
-static inline uint64_t sim_random(struct sim *sim) { // splitmix64
-    uint64_t z = (sim->random += 0x9e3779b97f4a7c15u);
+static inline uint64_t sim_mix(uint64_t z) { // splitmix64's
     z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
     z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
     return z ^ (z >> 31);
 }
+
+static inline uint64_t sim_random(struct sim *sim) { return sim_mix(sim->random += 0x9e3779b97f4a7c15u); }
 
 static inline uint64_t sim_below(struct sim *sim, uint64_t n) { return n == 0 ? 0 : sim_random(sim) % n; }
 
@@ -418,15 +430,27 @@ static inline struct sim_region *sim_region_by_handle(struct sim_side *side, con
     return r->live && r->generation == id >> 20 ? r : NULL;
 }
 
+/* Puts all numbers of 32 bits into an order that only the secret tells (a Feistel network), and back. */
+static inline uint32_t sim_shuffle(uint64_t secret, uint32_t x, bool back) {
+    uint32_t left = x >> 16, right = x & 0xffff;
+    for (unsigned i = 0; i < 6; i++) {
+        uint64_t round = back ? 5 - i : i;
+        uint32_t next = left ^ (uint32_t)(sim_mix(secret + (round << 32 | right)) & 0xffff);
+        left = right;
+        right = next;
+    }
+    return right << 16 | left;
+}
+
+/* Keys differ from region to region and from side to side, and none tells another. */
 static inline uint64_t sim_key(const struct sim_side *side, uint32_t slot, uint32_t generation) {
-    uint64_t key = (((uint64_t)generation & 0xfff) << 20 | slot) ^ (side->key_mask & 0xffffffffu);
-    if (side->sim->cfg.key_bits > 32)
-        key |= side->key_mask & ~(uint64_t)0xffffffffu;
-    return key;
+    unsigned bits = side->sim->cfg.key_bits;
+    uint64_t key = sim_shuffle(side->key_secret, (generation & 0xfff) << 20 | slot, false);
+    return bits == 32 ? key : key | (sim_mix(side->key_secret ^ key) >> (64 - bits) & ~(uint64_t)0xffffffffu);
 }
 
 static inline struct sim_region *sim_region_by_key(struct sim_side *side, uint64_t key) {
-    uint32_t slot = (uint32_t)((key ^ side->key_mask) & 0xfffff);
+    uint32_t slot = sim_shuffle(side->key_secret, (uint32_t)key, true) & 0xfffff;
     if (slot == 0 || slot > side->region_count)
         return NULL;
     struct sim_region *r = &side->regions[slot - 1];
@@ -476,10 +500,16 @@ static inline bool sim_still_registered(struct sim_transfer *t) {
            sim_local_fault(t->conn->end[t->from], t->local, t->length, &t->mr, RMIG_ACCESS_LOCAL_READ) == NULL;
 }
 
+/* Its sender has closed or cut the connection, or died: nothing more is read from its memory. */
+static inline bool sim_lost_sender(const struct sim_transfer *t) {
+    const struct sim_ep *ep = t->conn->end[t->from];
+    return ep == NULL || ep->cut || t->conn->side[t->from]->dead;
+}
+
 /* Takes the data from the sender's memory, into a copy. */
 static inline void sim_take(struct sim_transfer *t) {
     struct sim *sim = t->conn->sim;
-    if (t->taken || t->conn->end[t->from] == NULL || t->conn->side[t->from]->dead)
+    if (t->taken || sim_lost_sender(t))
         return;
     t->taken = true;
     if (!sim_still_registered(t))
@@ -520,7 +550,8 @@ static inline void sim_acknowledge(struct sim_transfer *t, uint64_t time) {
     sim_complete(t, time + sim->cfg.latency_ns + jitter);
 }
 
-static inline void sim_deliver_write(struct sim_transfer *t, uint64_t time) {
+/* Where a write would land; NULL: it may not. */
+static inline uint8_t *sim_write_target(const struct sim_transfer *t) {
     struct sim_conn *conn = t->conn;
     struct sim *sim = conn->sim;
     struct sim_side *target = conn->side[1 - t->from];
@@ -528,14 +559,33 @@ static inline void sim_deliver_write(struct sim_transfer *t, uint64_t time) {
     uint64_t base = r == NULL || sim->cfg.offset_addressing ? 0 : (uint64_t)(uintptr_t)r->address;
     uint64_t offset = t->remote_address - base;
     if (r == NULL || r->ep != conn->end[1 - t->from] || (r->access & RMIG_ACCESS_REMOTE_WRITE) == 0 ||
-        t->remote_address < base || offset > r->length || t->length > r->length - offset) {
+        t->remote_address < base || offset > r->length || t->length > r->length - offset)
+        return NULL;
+    return r->address + offset;
+}
+
+/* Lets a write land up to its byte `upto`. The key counts when the first byte lands: dereg does not stop the others.
+   False: refused, and the connection is broken. */
+static inline bool sim_land(struct sim_transfer *t, uint64_t upto, uint64_t time) {
+    struct sim_conn *conn = t->conn;
+    if (t->target == NULL)
+        t->target = sim_write_target(t);
+    if (t->target == NULL || conn->end[1 - t->from]->revoked) {
         conn->side[t->from]->stats.access_errors++;
         sim_break(conn, t->from, time, 10, "remote access error");
-        return;
+        return false;
     }
-    if (!sim->cfg.no_copy)
-        memcpy(r->address + offset, t->copy != NULL ? t->copy : t->local, (size_t)t->length);
-    conn->side[t->from]->stats.bytes_written += t->length;
+    const uint8_t *from = t->copy != NULL ? t->copy : t->local;
+    if (!conn->sim->cfg.no_copy)
+        memcpy(t->target + t->landed, from + t->landed, (size_t)(upto - t->landed));
+    t->landed = upto;
+    return true;
+}
+
+static inline void sim_deliver_write(struct sim_transfer *t, uint64_t time) {
+    if (!sim_land(t, t->length, time))
+        return;
+    t->conn->side[t->from]->stats.bytes_written += t->length;
     sim_acknowledge(t, time);
 }
 
@@ -570,7 +620,7 @@ static inline void sim_deliver_send(struct sim_transfer *t, uint64_t time) {
 static inline bool sim_is_lost(struct sim_transfer *t) {
     struct sim_conn *conn = t->conn;
     struct sim_dir *dir = &conn->dir[t->from];
-    bool sender_gone = conn->end[t->from] == NULL || conn->side[t->from]->dead;
+    bool sender_gone = sim_lost_sender(t);
     if (conn->sim->silent || conn->broken || conn->end[1 - t->from] == NULL || conn->down[1 - t->from] ||
         conn->side[1 - t->from]->dead)
         return true;
@@ -652,6 +702,16 @@ static inline uint64_t sim_left(const struct sim_config *cfg, uint64_t start, ui
     return sim_left(cfg, cfg->change_ns, bytes - sim_min(before, bytes));
 }
 
+/* A part of a write is there, and not the last. Behind what waits at the target it waits too. */
+static inline void sim_on_part(struct sim_transfer *t, uint64_t time) {
+    const struct sim *sim = t->conn->sim;
+    uint64_t upto = sim_min(t->landed + t->length / sim->cfg.parts + 1, t->length - 1);
+    if (sim_is_lost(t) || t->fail || t->conn->dir[t->from].waiting != NULL || (!t->taken && !sim_still_registered(t)))
+        return;
+    if (sim_land(t, upto, time) && time + t->part_ns < t->arrival)
+        sim_schedule(t->conn->sim, time + t->part_ns, SIM_EV_PART, t->conn, t->from, t);
+}
+
 /* Puts a transfer on the wire: when it leaves, when it arrives, when its data is taken. */
 static inline void sim_transmit(struct sim_ep *ep, struct sim_transfer *t) {
     struct sim *sim = ep->side->sim;
@@ -683,6 +743,10 @@ static inline void sim_transmit(struct sim_ep *ep, struct sim_transfer *t) {
     }
     if (cfg->mode == SIM_LOCAL)
         sim_schedule(sim, left, SIM_EV_LEFT, ep->conn, ep->end, t);
+    t->arrival = arrival;
+    t->part_ns = cfg->parts < 2 ? 0 : (left - start) / cfg->parts;
+    if (t->kind == SIM_TRANSFER_WRITE && t->part_ns > 0 && !cfg->target_must_poll)
+        sim_schedule(sim, arrival - (left - start) + t->part_ns, SIM_EV_PART, ep->conn, ep->end, t);
     sim_schedule(sim, arrival, SIM_EV_ARRIVE, ep->conn, ep->end, t);
 }
 
@@ -814,6 +878,9 @@ static inline void sim_happen(struct sim *sim, const struct sim_event *ev) {
         if (!conn->broken && conn->end[ev->end] != NULL && !ev->transfer->fail)
             sim_complete(ev->transfer, ev->time);
         break;
+    case SIM_EV_PART:
+        sim_on_part(ev->transfer, ev->time);
+        break;
     case SIM_EV_ARRIVE:
         sim_arrive(ev->transfer, ev->time);
         break;
@@ -842,7 +909,7 @@ static inline void sim_catch_up(struct sim *sim, uint64_t time) {
 static inline const char *sim_op_name(enum sim_op op) {
     static const char *const names[SIM_OP_COUNT] = {"open",   "listen", "open_request", "reject", "connect",
                                                     "accept", "reg",    "dereg",        "recv",   "send",
-                                                    "write",  "poll",   "wait"};
+                                                    "write",  "poll",   "wait",         "revoke"};
     return names[op];
 }
 
@@ -1048,7 +1115,7 @@ static inline int sim_op_reject(struct rmig_ep *listener, void *request, const u
 static inline int sim_op_connect(struct rmig_ep *base, const uint8_t *data, size_t n, struct rmig_error *err) {
     struct sim_ep *ep = sim_ep_of(base);
     struct sim *sim = ep->side->sim;
-    if (ep->conn == NULL || ep->end != 0 || (ep->phase != SIM_RESOLVED && ep->phase != SIM_ENDED))
+    if (ep->conn == NULL || ep->cut || ep->end != 0 || (ep->phase != SIM_RESOLVED && ep->phase != SIM_ENDED))
         return sim_misuse(ep, "connect", err);
     int status = sim_check_private(data, n, sim->cfg.private_data_request, err);
     if (status != RMIG_OK)
@@ -1071,7 +1138,7 @@ static inline int sim_op_connect(struct rmig_ep *base, const uint8_t *data, size
 static inline int sim_op_accept(struct rmig_ep *base, const uint8_t *data, size_t n, struct rmig_error *err) {
     struct sim_ep *ep = sim_ep_of(base);
     struct sim *sim = ep->side->sim;
-    if (ep->conn == NULL || ep->end != 1 || (ep->phase != SIM_RESOLVED && ep->phase != SIM_ENDED))
+    if (ep->conn == NULL || ep->cut || ep->end != 1 || (ep->phase != SIM_RESOLVED && ep->phase != SIM_ENDED))
         return sim_misuse(ep, "accept", err);
     int status = sim_check_private(data, n, sim->cfg.private_data_reply, err);
     if (status != RMIG_OK)
@@ -1095,6 +1162,8 @@ static inline int sim_op_accept(struct rmig_ep *base, const uint8_t *data, size_
 
 static inline void sim_op_disconnect(struct rmig_ep *base) {
     struct sim_ep *ep = sim_ep_of(base);
+    if (ep->cut)
+        sim_misuse(ep, "disconnect after cut", NULL);
     if (ep->conn == NULL || ep->disconnecting || ep->ended || ep->side->dead || !ep->conn->up[ep->end])
         return;
     ep->disconnecting = true;
@@ -1108,18 +1177,38 @@ static inline void sim_close_listener(struct sim_ep *ep) {
             sim_refuse(conn, ep->side->time, "connection refused: the listener was closed");
 }
 
-static inline void sim_close_connection(struct sim_ep *ep) {
+/* Tells the peer that this end is no more. */
+static inline void sim_leave(struct sim_ep *ep) {
     struct sim_conn *conn = ep->conn;
     struct sim *sim = ep->side->sim;
-    conn->end[ep->end] = NULL;
     if (ep->end == 1 && !conn->answered)
         sim_refuse(conn, ep->side->time, "connection refused: the peer closed it");
     else if ((ep->end == 1 || conn->asked) && !ep->side->dead) {
         uint64_t time = ep->side->time + sim->cfg.latency_ns;
-        if (ep->disconnecting)
+        if (ep->disconnecting && !ep->cut)
             time = sim_max(time, conn->dir[ep->end].last_arrival);
         sim_schedule(sim, time, SIM_EV_GONE, conn, 1 - ep->end, NULL);
     }
+}
+
+static inline void sim_close_connection(struct sim_ep *ep) {
+    ep->conn->end[ep->end] = NULL;
+    if (!ep->cut)
+        sim_leave(ep);
+}
+
+/* What has left this end may still reach the peer; nothing reaches this end. */
+static inline void sim_op_cut(struct rmig_ep *base) {
+    struct sim_ep *ep = sim_ep_of(base);
+    if (ep->conn == NULL)
+        sim_violate(ep->side->sim, "cut of a listener");
+    if (ep->conn == NULL || ep->cut)
+        return;
+    ep->cut = ep->ended = true;
+    ep->conn->down[ep->end] = true;
+    ep->out_head = ep->out_count = 0;
+    ep->side->stats.cuts++;
+    sim_leave(ep);
 }
 
 static inline void sim_forget_regions(struct sim_ep *ep) {
@@ -1153,7 +1242,7 @@ static inline void sim_op_close(struct rmig_ep *base) {
 static inline int sim_op_caps(struct rmig_ep *base, struct rmig_fabric_caps *caps, struct rmig_error *err) {
     struct sim_ep *ep = sim_ep_of(base);
     const struct sim_config *cfg = &ep->side->sim->cfg;
-    if (ep->conn == NULL || ep->phase < SIM_RESOLVED)
+    if (ep->conn == NULL || ep->cut || ep->phase < SIM_RESOLVED)
         return sim_misuse(ep, "caps", err);
     memset(caps, 0, sizeof *caps);
     caps->write_max = cfg->write_max;
@@ -1170,6 +1259,7 @@ static inline int sim_op_caps(struct rmig_ep *base, struct rmig_fabric_caps *cap
     caps->local_mr = cfg->local_mr;
     caps->offset_addressing = cfg->offset_addressing;
     caps->target_must_poll = cfg->target_must_poll;
+    caps->revokes = cfg->revokes;
     return RMIG_OK;
 }
 
@@ -1202,7 +1292,7 @@ static inline int sim_op_reg(struct rmig_ep *base, void *address, uint64_t lengt
     struct sim_ep *ep = sim_ep_of(base);
     struct sim_side *side = ep->side;
     const struct sim_config *cfg = &side->sim->cfg;
-    if (ep->conn == NULL || ep->phase < SIM_RESOLVED)
+    if (ep->conn == NULL || ep->cut || ep->phase < SIM_RESOLVED)
         return sim_misuse(ep, "reg", err);
     if (length == 0 || length > cfg->registration_max || access == 0 || access > 7) {
         sim_violate(side->sim, "registration of %llu bytes, access %u", (unsigned long long)length, access);
@@ -1258,12 +1348,24 @@ static inline int sim_op_dereg(struct rmig_ep *base, struct rmig_mr *mr, struct 
     return fault == SIM_FAULT_ERROR ? sim_injected(side, SIM_DEREG, err) : RMIG_OK;
 }
 
+static inline int sim_op_revoke(struct rmig_ep *base, struct rmig_error *err) {
+    struct sim_ep *ep = sim_ep_of(base);
+    if (!ep->side->sim->cfg.revokes || ep->conn == NULL || ep->cut || ep->phase < SIM_UP)
+        return sim_misuse(ep, "revoke", err);
+    if (sim_inject(ep->side, SIM_REVOKE) == SIM_FAULT_ERROR)
+        return sim_injected(ep->side, SIM_REVOKE, err);
+    if (ep->phase == SIM_ENDED)
+        return rmig_fail(err, RMIG_ERR_PEER_GONE, 107, "revoke: the connection is over: %s", ep->conn->text[ep->end]);
+    ep->revoked = true;
+    return RMIG_OK;
+}
+
 // >>operations: transfers
 
 /* Whether the endpoint can take work at all: RMIG_OK, or why not. */
 static inline int sim_can_post(struct sim_ep *ep, enum sim_op op, struct rmig_error *err) {
     enum sim_phase from = op == SIM_RECV ? SIM_RESOLVED : SIM_UP;
-    if (ep->conn == NULL || ep->phase < from)
+    if (ep->conn == NULL || ep->cut || ep->phase < from)
         return sim_misuse(ep, sim_op_name(op), err);
     if (ep->phase == SIM_ENDED || ep->disconnecting)
         return rmig_fail(err, RMIG_ERR_FABRIC, 107, "%s: the connection is over: %s", sim_op_name(op),
@@ -1400,7 +1502,7 @@ static inline int sim_op_write(struct rmig_ep *base, const struct rmig_write *wr
 /* When poll on the endpoint has something: the time, or RMIG_FOREVER. */
 static inline uint64_t sim_ep_next(const struct sim_ep *ep) {
     uint64_t next = ep->out_head < ep->out_count ? ep->out[ep->out_head].time : RMIG_FOREVER;
-    if (ep->conn == NULL || !ep->side->sim->cfg.target_must_poll || ep->side->dead || ep->side->sim->silent)
+    if (ep->conn == NULL || ep->cut || !ep->side->sim->cfg.target_must_poll || ep->side->dead || ep->side->sim->silent)
         return next;
     const struct sim_transfer *t = ep->conn->dir[1 - ep->end].waiting;
     return t == NULL || sim_lacks_receive(t) ? next : sim_min(next, t->arrival);
@@ -1436,8 +1538,10 @@ static inline void sim_told(struct sim_ep *ep, const struct sim_out *out) {
 }
 
 static inline int sim_op_fds(struct rmig_ep *base, struct rmig_fd *fds, size_t n, bool *ready, struct rmig_error *err) {
-    (void)fds, (void)n, (void)err;
+    (void)fds, (void)n;
     struct sim_ep *ep = sim_ep_of(base);
+    if (ep->cut)
+        return sim_misuse(ep, "fds after cut", err);
     sim_catch_up(ep->side->sim, ep->side->time);
     *ready = sim_ep_next(ep) <= ep->side->time;
     return 0;
@@ -1520,6 +1624,8 @@ static inline int sim_op_poll(struct rmig_ep *base, struct rmig_fabric_event *ev
                               struct rmig_error *err) {
     struct sim_ep *ep = sim_ep_of(base);
     struct sim_side *side = ep->side;
+    if (ep->cut)
+        return sim_misuse(ep, "poll after cut", err);
     side->time += side->sim->cfg.cpu[side->index].poll;
     if (sim_inject(side, SIM_POLL) == SIM_FAULT_ERROR)
         return sim_injected(side, SIM_POLL, err);
@@ -1543,6 +1649,9 @@ static inline int sim_op_wait(struct rmig_fabric *f, struct rmig_ep *const *eps,
     struct sim_side *side = (struct sim_side *)f;
     if (sim_inject(side, SIM_WAIT) == SIM_FAULT_ERROR)
         return sim_injected(side, SIM_WAIT, err);
+    for (size_t i = 0; i < n; i++)
+        if (sim_ep_of(eps[i])->cut)
+            return sim_misuse(sim_ep_of(eps[i]), "wait after cut", err);
     bool was_running = side->running;
     struct rmig_error why;
     memset(&why, 0, sizeof why);
@@ -1603,6 +1712,7 @@ static inline void sim_defaults(struct sim_config *cfg, enum sim_mode mode, uint
     cfg->private_data_reply = 196;
     cfg->key_bits = mode == SIM_UNORDERED ? 64 : 32;
     cfg->local_mr = true;
+    cfg->revokes = true;
     cfg->random_max = 1;
     cfg->max_steps = 100000000;
 }
@@ -1632,6 +1742,8 @@ static inline void sim_vary(struct sim_config *cfg, uint64_t seed) {
     cfg->local_mr = sim_below(&dice, 2) == 0;
     cfg->target_must_poll = sim_below(&dice, 2) == 0;
     cfg->extra_completions = sim_below(&dice, 2) == 0;
+    cfg->revokes = sim_below(&dice, 2) == 0;
+    cfg->parts = (uint32_t)sim_below(&dice, 6);
 }
 
 static inline void sim_check_config(const struct sim_config *cfg) {
@@ -1683,6 +1795,8 @@ static inline struct sim *sim_open(const struct sim_config *cfg) {
         .write = sim_op_write,
         .poll = sim_op_poll,
         .fds = sim_op_fds,
+        .revoke = sim_op_revoke,
+        .cut = sim_op_cut,
     };
     sim_check_config(cfg);
     struct sim *sim = sim_grow(NULL, 1, sizeof *sim);
@@ -1692,14 +1806,13 @@ static inline struct sim *sim_open(const struct sim_config *cfg) {
     sim->next_port = 49152;
     for (unsigned i = 0; i < cfg->sides; i++) {
         struct sim_side *side = &sim->side[i];
-        uint64_t width = cfg->key_bits >= 64 ? UINT64_MAX : ((uint64_t)1 << cfg->key_bits) - 1;
         side->fabric.ops = &ops;
         side->sim = sim;
         side->index = i;
         side->open = true;
         side->time = 1000; // a deadline of 0 means at once, so no clock begins there
         side->deadline = 0;
-        side->key_mask = sim_random(sim) & width;
+        side->key_secret = sim_random(sim);
     }
     for (unsigned i = 0; i < SIM_FAULTS_MAX; i++)
         if (cfg->faults[i].kind != SIM_NO_FAULT && cfg->faults[i].op == SIM_TIME)
@@ -1752,6 +1865,15 @@ static inline void sim_kill(struct sim *sim, unsigned side) {
 }
 static inline void sim_silence(struct sim *sim) { sim->silent = true; }
 
+/* Regions of this side that a peer can write now. */
+static inline uint64_t sim_exposed(const struct sim *sim, unsigned side) {
+    uint64_t n = 0;
+    for (uint32_t i = 0; i < sim->side[side].region_count; i++) {
+        const struct sim_region *r = &sim->side[side].regions[i];
+        n += r->live && (r->access & RMIG_ACCESS_REMOTE_WRITE) != 0 && !r->ep->cut && !r->ep->revoked;
+    }
+    return n;
+}
 static inline const struct sim_stats *sim_stats(const struct sim *sim, unsigned side) { return &sim->side[side].stats; }
 
 /* The same for two runs that went the same way. */

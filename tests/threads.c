@@ -48,6 +48,8 @@ static int receive(struct rmig_sink *sink, struct end *end) {
             return rmig_fail(&end->err, RMIG_ERR_TIMEOUT, 0, "no event within 30 s");
         if (rc == RMIG_OK && ev.type == RMIG_SINK_BLOCKS)
             rc = rmig_sink_accept_blocks(sink);
+        if (rc == RMIG_OK && ev.type == RMIG_SINK_TAKE)
+            rc = rmig_sink_take(sink);
         while (rc == RMIG_OK && ev.type == RMIG_SINK_STREAM && rmig_sink_get(sink, rest, sizeof rest) > 0) {
         }
     }

@@ -16,8 +16,29 @@ static void *tested_realloc(void *p, size_t n) {
 #define RMIG_FREE(p) free(p)
 #endif
 
+// What the table does with many blocks is counted, not timed.
+#include <stdint.h>
+#include <string.h>
+static struct {
+    uint64_t bytes_moved, names_compared;
+} work;
+
+static inline void *counted_memmove(void *to, const void *from, size_t n) {
+    work.bytes_moved += n;
+    return memmove(to, from, n);
+}
+
+static inline int counted_strcmp(const char *a, const char *b) {
+    work.names_compared++;
+    return strcmp(a, b);
+}
+
+#define memmove counted_memmove
+#define strcmp counted_strcmp
 #define RMIG_IMPLEMENTATION
 #include "../rmig.h"
+#undef memmove
+#undef strcmp
 
 #include <criterion/criterion.h>
 #include <stdio.h>
@@ -181,6 +202,24 @@ Test(blocks, null_arguments_are_refused) {
     cr_expect_eq(index, 9);
     struct rmig_block_desc d = desc_of("no index wanted", 4096, 4096);
     cr_expect_eq(rmig_blocks_add(&t, &d, NULL, NULL), RMIG_OK);
+    rmig_blocks_free(&t);
+}
+
+Test(blocks, no_table_is_a_bad_argument_and_no_crash) {
+    struct rmig_block_desc d = desc_of("ram", 0, 4096);
+    struct rmig_error err = {0};
+    uint32_t index = 9;
+    rmig_blocks_init(NULL);
+    rmig_blocks_free(NULL);
+    cr_expect_eq(rmig_blocks_add(NULL, &d, &index, &err), RMIG_ERR_ARGUMENT);
+    cr_expect(mentions(&err, "table is NULL"), "'%s'", err.text);
+    cr_expect_eq(rmig_blocks_by_name(NULL, "ram", &index), RMIG_ERR_ARGUMENT);
+    cr_expect_eq(rmig_blocks_by_offset(NULL, 0, &index), RMIG_ERR_ARGUMENT);
+    cr_expect_eq(index, 9);
+    struct rmig_blocks t = {0};
+    must_add(&t, "ram", 0, 4096);
+    cr_expect_eq(rmig_blocks_by_name(&t, "ram", NULL), RMIG_OK);
+    cr_expect_eq(rmig_blocks_by_offset(&t, 17, NULL), RMIG_OK);
     rmig_blocks_free(&t);
 }
 
@@ -470,6 +509,35 @@ static void many_blocks(int how) {
 Test(blocks, a_hundred_thousand_ascending, .timeout = 60) { many_blocks(0); }
 Test(blocks, a_hundred_thousand_descending, .timeout = 60) { many_blocks(1); }
 Test(blocks, a_hundred_thousand_shuffled, .timeout = 60) { many_blocks(2); }
+
+// Of n blocks none costs more than some multiples of log2 n steps: nothing is moved to make room in an order, and no name
+// is compared with more than a few dozen others. Names and offsets come in orders of their own.
+static void many_cost_little(bool names_descend, bool offsets_descend) {
+    enum { N = 131072, STEPS = 64 };
+    struct rmig_blocks t = {0};
+    work.bytes_moved = work.names_compared = 0;
+    for (uint32_t i = 0; i < N; i++) {
+        char name[24];
+        snprintf(name, sizeof name, "n%06u", names_descend ? N - i : i);
+        must_add(&t, name, (uint64_t)(offsets_descend ? N - i : i) * 4096, 4096);
+    }
+    cr_expect_leq(work.bytes_moved, 64 * (uint64_t)N, "%lu bytes", (unsigned long)work.bytes_moved);
+    cr_expect_leq(work.names_compared, STEPS * (uint64_t)N, "%lu names", (unsigned long)work.names_compared);
+    for (uint32_t i = 0; i < 1000; i++) {
+        char name[24];
+        uint32_t which = (uint32_t)below(N), index;
+        snprintf(name, sizeof name, "n%06u", names_descend ? N - which : which);
+        work.names_compared = 0;
+        cr_assert_eq(rmig_blocks_by_name(&t, name, &index), RMIG_OK);
+        cr_assert_eq(index, which);
+        cr_assert_leq(work.names_compared, STEPS);
+    }
+    rmig_blocks_free(&t);
+}
+
+Test(blocks, a_hundred_thousand_cost_little_in_ascending_order, .timeout = 300) { many_cost_little(false, false); }
+Test(blocks, a_hundred_thousand_cost_little_in_descending_order, .timeout = 300) { many_cost_little(true, true); }
+Test(blocks, a_hundred_thousand_cost_little_in_orders_that_disagree, .timeout = 300) { many_cost_little(true, false); }
 
 // Searching after each addition is the worst case of sorting late.
 Test(blocks, thousands_with_a_search_after_each_addition, .timeout = 30) {

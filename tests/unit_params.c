@@ -49,6 +49,9 @@ static const struct expectation params[] = {
     {RMIG_PARAM_PAGE_SIZE, "page-size", RMIG_UNIT_BYTES, 4096, 65536, "64K", TYPED(page_size)},
     {RMIG_PARAM_PEER_CHUNK_SIZE, "peer-chunk-size", RMIG_UNIT_BYTES, 0, 0x200000, "2M", TYPED(peer_chunk_size)},
     {RMIG_PARAM_EXTENSION, "extension", RMIG_UNIT_SWITCH, 1, 0, "off", TYPED(extension)},
+    {RMIG_PARAM_HANDOVER_TIMEOUT, "handover-timeout", RMIG_UNIT_NS, 10ull * NS_PER_SECOND, 60ull * NS_PER_SECOND, "60s",
+     TYPED(handover_timeout)},
+    {RMIG_PARAM_AUTO_TAKE, "auto-take", RMIG_UNIT_SWITCH, 0, 1, "on", TYPED(auto_take)},
 };
 enum { PARAMS = sizeof params / sizeof params[0] };
 
@@ -628,13 +631,14 @@ Test(params, bad_times) {
     for (size_t k = 0; k < sizeof bad / sizeof bad[0]; k++) {
         must_refuse("io-timeout", bad[k]);
         must_refuse("connect-timeout", bad[k]);
+        must_refuse("handover-timeout", bad[k]);
     }
 }
 
 Test(params, bad_switches) {
     static const char *const bad[] = {"onn", "o", "of", "offf", "maybe", "2", "on ", "on,off", "10"};
-    static const char *const name[] = {"pin-all", "zero-detect", "extension"};
-    for (size_t i = 0; i < 3; i++)
+    static const char *const name[] = {"pin-all", "zero-detect", "extension", "auto-take"};
+    for (size_t i = 0; i < 4; i++)
         for (size_t k = 0; k < sizeof bad / sizeof bad[0]; k++)
             must_refuse(name[i], bad[k]);
 }

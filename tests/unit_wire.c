@@ -103,13 +103,14 @@ Test(wire, message_numbers_of_the_extension) {
     cr_expect_eq(RMIG_MSG_FINISH, 72);
     cr_expect_eq(RMIG_MSG_FINISH_RESULT, 73);
     cr_expect_eq(RMIG_MSG_GOODBYE, 74);
+    cr_expect_eq(RMIG_MSG_FINISH_PENDING, 75);
 }
 
 Test(wire, message_names) {
     cr_expect_str_eq(rmig_message_name(2), "READY");
     cr_expect_str_eq(rmig_message_name(10), "UNREGISTER_REQUEST");
     cr_expect_str_eq(rmig_message_name(69), "REGISTER_BATCH_RESULT");
-    static const uint32_t odd[] = {12, 63, 75, 0x80000000u, UINT32_MAX};
+    static const uint32_t odd[] = {12, 63, 76, 0x80000000u, UINT32_MAX};
     for (size_t i = 0; i < sizeof odd / sizeof odd[0]; i++)
         cr_expect_str_eq(rmig_message_name(odd[i]), "unknown");
 }
@@ -414,6 +415,18 @@ Test(hello, golden_bytes) {
     int n = rmig_encode_hello(buf, sizeof buf, &in);
     expect_bytes(buf, n, HELLO_HEX);
     out = take_hello(buf, (size_t)n);
+    cr_expect(same_hello(&in, &out));
+}
+
+/* What came after release 0.1.0 stands behind its bytes, and only if it says something. */
+Test(hello, golden_bytes_with_features) {
+    struct rmig_hello in = hello_example(), out;
+    uint8_t buf[512];
+    in.features = RMIG_FEATURE_FINISH_PENDING;
+    int n = rmig_encode_hello(buf, sizeof buf, &in);
+    expect_bytes(buf, n, HELLO_HEX "000b0008 0000000000000001");
+    out = take_hello(buf, (size_t)n);
+    cr_expect_eq(out.features, 1);
     cr_expect(same_hello(&in, &out));
 }
 

@@ -1,0 +1,377 @@
+/* The end of a migration over libfabric's socket providers, where deregistering alone does not stop a write that has half
+   arrived: honest ends always agree, and no write lands once the sink has said that the guest is its own, or is closed. */
+#define _GNU_SOURCE
+#define RMIG_IMPLEMENTATION
+#include "../rmig.h"
+#include "../rmig_fabric_ofi.h"
+
+#include "half_write.h"
+
+#include <criterion/criterion.h>
+#include <criterion/parameterized.h>
+#include <sys/mman.h>
+
+#define RAM (4 * RMIG_MIB)
+#define LATE RMIG_MIB // of the write that comes late
+#define PASSES 300000 // bytes of it, and of what is before it, that get through in time
+#define SECOND ((uint64_t)1000000000)
+#define PATIENCE (60 * SECOND) // the machine may be busy
+#ifdef __SANITIZE_ADDRESS__
+#define HONEST 200 // slower there, and the order is the same
+#else
+#define HONEST 1000
+#endif
+
+static const char *const providers[] = {"tcp", "net"};
+
+/* How a session can end. */
+enum way { WAY_EXTENDED, WAY_VERSION_1, WAY_RETURN_PATH, WAY_CANCEL, WAY_CLOSE, WAY_FAILURE, WAYS };
+
+struct scene {
+    enum way way;
+    struct rmig_fabric *from, *to;
+    struct rmig_source *source;
+    struct rmig_sink *sink, *other; // other: a second sink of the same fabric, for its polling
+    uint8_t *from_ram, *to_ram;
+    char address[64];
+    struct half_write proxy;
+    bool hostile, late; // late: the write is posted
+    bool taken, finished;
+    size_t got;
+};
+
+static struct { // the source's fabric, with ears
+    const struct rmig_fabric_ops *below;
+    struct rmig_fabric_ops ops;
+    struct scene *scene;
+} spy;
+
+static uint64_t now(const struct scene *s) { return s->to->ops->now(s->to); }
+
+/* Behind the message that lets the guest go the source writes once more, and only half of that gets through. */
+static void write_late(struct scene *s, struct rmig_ep *ep) {
+    static uint8_t late[LATE];
+    struct rmig_error err = {0};
+    memset(late, 0xee, sizeof late);
+    struct rmig_write w = {.local = late,
+                           .length = LATE,
+                           .remote_address = s->source->region[0].address,
+                           .key = s->source->region[0].key,
+                           .id = RMIG__ID_WRITE | 1,
+                           .signal = true};
+    cr_assert_eq(spy.below->write(ep, &w, 1, &err), 1, "%s", err.text);
+    s->late = true;
+}
+
+static int spy_send(struct rmig_ep *ep, const void *buf, uint64_t n, const struct rmig_mr *mr, uint64_t id,
+                    struct rmig_error *err) {
+    struct scene *s = spy.scene;
+    uint32_t type = rmig__get_be32((const uint8_t *)buf + 4);
+    bool last = type == RMIG_MSG_GOODBYE || (type == RMIG_MSG_QEMU_FILE && s->way != WAY_EXTENDED);
+    if (!s->hostile || s->late || !last || s->way >= WAY_CANCEL)
+        return spy.below->send(ep, buf, n, mr, id, err);
+    half_write_hold(&s->proxy, 0, PASSES);
+    int status = spy.below->send(ep, buf, n, mr, id, err);
+    write_late(s, ep);
+    return status;
+}
+
+static void spy_disconnect(struct rmig_ep *ep) {
+    if (!spy.scene->hostile)
+        spy.below->disconnect(ep);
+}
+
+static uint8_t *map_ram(void) {
+    uint8_t *ram = mmap(NULL, RAM, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    cr_assert_neq(ram, MAP_FAILED);
+    return ram;
+}
+
+static struct rmig_fabric *open_fabric(const char *provider) {
+    struct rmig_error err = {0};
+    struct rmig_ofi_options options = {.provider = provider};
+    struct rmig_fabric *f = rmig_ofi_open(&options, &err);
+    cr_assert_not_null(f, "%s", err.text);
+    return f;
+}
+
+static struct rmig_sink *listen_on(struct scene *s, const struct rmig_config *cfg, char *address, size_t size) {
+    struct rmig_error err = {0};
+    struct rmig_sink *sink;
+    cr_assert_eq(rmig_sink_open(s->to, cfg, &sink, &err), RMIG_OK, "%s", err.text);
+    cr_assert_eq(rmig_sink_listen(sink, "127.0.0.1:0"), RMIG_OK, "%s", rmig_sink_error(sink)->text);
+    cr_assert_eq(rmig_sink_address(sink, address, size), RMIG_OK);
+    return sink;
+}
+
+static void open_fabrics(struct scene *s, const char *provider) {
+    s->from = open_fabric(provider);
+    s->to = open_fabric(provider);
+    s->from_ram = map_ram();
+    s->to_ram = map_ram();
+    memset(s->from_ram, 0x11, RAM);
+    spy.below = s->from->ops;
+    spy.ops = *spy.below;
+    spy.ops.send = spy_send;
+    spy.ops.disconnect = spy_disconnect;
+    spy.scene = s;
+    s->from->ops = &spy.ops;
+}
+
+static void open_ends(struct scene *s) {
+    struct rmig_config from = {0}, to = {0};
+    struct rmig_error err = {0};
+    if (s->way != WAY_EXTENDED && s->way < WAY_CANCEL)
+        rmig_set_extension(&from, 0, &err);
+    if (s->way == WAY_FAILURE)
+        rmig_set_io_timeout(&to, SECOND / 2, &err);
+    struct rmig_block_desc ram = {.name = "ram", .host = s->to_ram, .length = RAM};
+    s->sink = listen_on(s, &to, s->address, sizeof s->address);
+    cr_assert_eq(rmig_sink_add_block(s->sink, &ram, NULL), RMIG_OK);
+    cr_assert_eq(rmig_source_open(s->from, &from, &s->source, &err), RMIG_OK, "%s", err.text);
+    ram.host = s->from_ram;
+    cr_assert_eq(rmig_source_add_block(s->source, &ram, NULL), RMIG_OK);
+}
+
+static void close_fabrics(struct scene *s) {
+    rmig_fabric_close(s->from);
+    rmig_fabric_close(s->to);
+    munmap(s->from_ram, RAM);
+    munmap(s->to_ram, RAM);
+}
+
+/* The sink's embedder, one turn. The state is 5 bytes. Returns process's status. */
+static int sink_turn(struct scene *s) {
+    struct rmig_sink_event ev;
+    uint8_t state[16];
+    int status = rmig_sink_process(s->sink, &ev);
+    if (status == RMIG_OK && ev.type == RMIG_SINK_BLOCKS)
+        status = rmig_sink_accept_blocks(s->sink);
+    if (status == RMIG_OK && ev.type == RMIG_SINK_TAKE) {
+        s->taken = true;
+        status = rmig_sink_take(s->sink);
+    }
+    if (ev.type == RMIG_SINK_STREAM)
+        s->got += rmig_sink_get(s->sink, state, sizeof state);
+    bool whole = s->got == 5 && !rmig_sink_extended(s->sink) && !s->taken && (!s->hostile || half_write_held(&s->proxy, 0));
+    if (status == RMIG_OK && whole) {
+        s->taken = true;
+        if (rmig_sink_has_return_path(s->sink))
+            status = rmig_sink_return_put(s->sink, "shut", 4);
+        status = status == RMIG_OK ? rmig_sink_complete(s->sink) : status;
+    }
+    s->finished = s->finished || ev.type == RMIG_SINK_FINISHED;
+    return status;
+}
+
+/* Sleeps, now and then. */
+static void rest(struct scene *s) {
+    static unsigned turn;
+    struct rmig_error err;
+    struct rmig_ep *ep = s->source->ss.ep;
+    if (++turn % 64 == 0)
+        s->from->ops->wait(s->from, &ep, ep != NULL, now(s) + SECOND / 1000, &err);
+}
+
+/* Both ends go on until the source's operation is over. */
+static int drive(struct scene *s) {
+    for (uint64_t until = now(s) + PATIENCE; now(s) < until;) {
+        int status = rmig_source_process(s->source);
+        if (status != RMIG_PENDING)
+            return status;
+        status = sink_turn(s);
+        if (status != RMIG_OK)
+            return status;
+        rest(s);
+    }
+    cr_assert_fail("nothing comes of it");
+    return RMIG_ERR_TIMEOUT;
+}
+
+#define SOURCE(s, call)                                                                                                \
+    do {                                                                                                               \
+        int status_ = (call);                                                                                          \
+        status_ = status_ == RMIG_OK ? drive(s) : status_;                                                             \
+        cr_assert_eq(status_, RMIG_OK, "%s: %s / %s", #call, rmig_source_error((s)->source)->text,                     \
+                     rmig_sink_error((s)->sink)->text);                                                                \
+    } while (0)
+
+static void one_round(struct scene *s, uint64_t length) {
+    cr_assert_eq(rmig_source_begin_round(s->source), RMIG_OK);
+    cr_assert_eq(rmig_source_save_range(s->source, 0, 0, length), RMIG_OK);
+    SOURCE(s, rmig_source_end_round_start(s->source));
+}
+
+// --- honest ends
+
+static void honest(const char *provider, enum way way) {
+    struct scene s = {.way = way};
+    open_fabrics(&s, provider);
+    for (unsigned i = 0; i < (way == WAY_EXTENDED ? HONEST : HONEST / 10); i++) {
+        open_ends(&s);
+        s.got = 0;
+        s.taken = s.finished = false;
+        s.to_ram[i % RAM] = 0;
+        SOURCE(&s, rmig_source_connect_start(s.source, s.address));
+        one_round(&s, 4096);
+        cr_assert_eq(rmig_source_put(s.source, "state", 5), RMIG_OK);
+        int status = rmig_source_finish_start(s.source);
+        status = status == RMIG_OK ? drive(&s) : status;
+        cr_assert_eq(status, RMIG_OK, "%u: %s / %s", i, rmig_source_error(s.source)->text,
+                     rmig_sink_error(s.sink)->text);
+        rmig_source_close(s.source); // at once, as a process that ends
+        for (uint64_t until = now(&s) + PATIENCE; !s.finished && now(&s) < until;)
+            cr_assert_eq(sink_turn(&s), RMIG_OK, "%u: %s", i, rmig_sink_error(s.sink)->text);
+        cr_assert(s.finished, "%u", i);
+        rmig_sink_close(s.sink);
+    }
+    close_fabrics(&s);
+}
+
+// --- a write that comes late
+
+/* Opens what a sink takes for the return path of a version 1 source, and answers nothing on it. */
+static struct rmig_ep *open_return_path(struct scene *s, struct rmig_fabric *f) {
+    struct rmig_error err = {0};
+    struct rmig_ep_config cfg = {16, 4, 4, 5 * SECOND};
+    struct rmig_ep *ep;
+    struct rmig_fabric_event ev;
+    uint8_t data[RMIG_PRIVATE_DATA_SIZE];
+    struct rmig_private_data ask = {RMIG_PROTOCOL_VERSION, 0};
+    rmig_encode_private_data(data, sizeof data, &ask);
+    cr_assert_eq(f->ops->open(f, s->address, &cfg, &ep, &err), RMIG_OK, "%s", err.text);
+    for (uint64_t until = now(s) + PATIENCE; !rmig_sink_has_return_path(s->sink) && now(s) < until;) {
+        if (f->ops->poll(ep, &ev, 1, &err) == 1 && ev.type == RMIG_FEV_RESOLVED)
+            cr_assert_eq(f->ops->connect(ep, data, sizeof data, &err), RMIG_OK, "%s", err.text);
+        cr_assert_eq(sink_turn(s), RMIG_OK, "%s", rmig_sink_error(s->sink)->text);
+    }
+    cr_assert(rmig_sink_has_return_path(s->sink));
+    return ep;
+}
+
+/* Until the late write stands half-way. */
+static void until_held(struct scene *s) {
+    for (uint64_t until = now(s) + PATIENCE; !half_write_held(&s->proxy, 0) || !s->late;) {
+        cr_assert_lt(now(s), until, "the late write is not held");
+        rmig_source_process(s->source);
+        cr_assert_eq(sink_turn(s), RMIG_OK, "%s", rmig_sink_error(s->sink)->text);
+        rest(s);
+    }
+}
+
+static void ends_well(struct scene *s) {
+    until_held(s);
+    for (uint64_t until = now(s) + PATIENCE; !s->finished;) {
+        cr_assert_lt(now(s), until, "the sink does not finish");
+        rmig_source_process(s->source);
+        cr_assert_eq(sink_turn(s), RMIG_OK, "%s", rmig_sink_error(s->sink)->text);
+        rest(s);
+    }
+}
+
+/* In the midst of a round's write. */
+static void breaks_off(struct scene *s) {
+    half_write_hold(&s->proxy, 0, PASSES);
+    cr_assert_eq(rmig_source_begin_round(s->source), RMIG_OK);
+    cr_assert_eq(rmig_source_save_range(s->source, 0, 0, RAM), RMIG_OK);
+    cr_assert_eq(rmig_source_end_round_start(s->source), RMIG_OK);
+    s->late = true;
+    until_held(s);
+    int status = RMIG_OK;
+    if (s->way == WAY_CANCEL)
+        rmig_sink_cancel(s->sink);
+    for (uint64_t until = now(s) + PATIENCE; s->way != WAY_CLOSE && status == RMIG_OK && now(s) < until;)
+        status = sink_turn(s);
+    cr_assert_eq(status, s->way == WAY_CANCEL ? RMIG_ERR_CANCELLED : s->way == WAY_FAILURE ? RMIG_ERR_TIMEOUT : RMIG_OK,
+                 "%s", rmig_sink_error(s->sink)->text);
+    rmig_sink_close(s->sink);
+    s->sink = NULL;
+}
+
+/* The rest of the write comes; whatever still runs in this process is run. */
+static void nothing_lands(struct scene *s, const uint8_t *before) {
+    struct rmig_sink_event ev;
+    half_write_release(&s->proxy);
+    half_write_wait_over(&s->proxy, 0, LATE / 2, 1);
+    for (unsigned i = 0; i < 200; i++) {
+        rmig_sink_wait(s->other, &ev, SECOND / 1000);
+        rmig_sink_process(s->sink, &ev);
+        rmig_source_process(s->source);
+    }
+    cr_assert_eq(memcmp(before, s->to_ram, RAM), 0, "the guest's memory has changed");
+    rmig_sink_close(s->sink);
+    for (unsigned i = 0; i < 50; i++)
+        rmig_sink_wait(s->other, &ev, SECOND / 1000);
+    cr_assert_eq(memcmp(before, s->to_ram, RAM), 0, "the guest's memory has changed after close");
+}
+
+static void late(const char *provider, enum way way) {
+    struct scene s = {.way = way, .hostile = true};
+    struct rmig_fabric *second = NULL;
+    struct rmig_ep *return_path = NULL;
+    char other[64];
+    open_fabrics(&s, provider);
+    open_ends(&s);
+    s.other = listen_on(&s, NULL, other, sizeof other);
+    half_write_open(&s.proxy, s.address);
+    SOURCE(&s, rmig_source_connect_start(s.source, s.proxy.address));
+    if (way == WAY_RETURN_PATH) {
+        second = open_fabric(provider);
+        return_path = open_return_path(&s, second);
+    }
+    if (way >= WAY_CANCEL) {
+        one_round(&s, 4096);
+        breaks_off(&s);
+    } else {
+        one_round(&s, RAM);
+        cr_assert_eq(rmig_source_put(s.source, "state", 5), RMIG_OK);
+        cr_assert_eq(rmig_source_finish_start(s.source), RMIG_OK);
+        if (way == WAY_RETURN_PATH) {
+            until_held(&s);
+            second->ops->cut(return_path); // its bytes cannot be delivered: the session fails with the write under way
+            int status = RMIG_OK;
+            for (uint64_t until = now(&s) + PATIENCE; status == RMIG_OK && now(&s) < until;)
+                status = sink_turn(&s);
+            cr_assert_neq(status, RMIG_OK);
+            rmig_sink_close(s.sink);
+            s.sink = NULL;
+        } else {
+            ends_well(&s);
+        }
+    }
+    uint8_t *before = malloc(RAM);
+    memcpy(before, s.to_ram, RAM);
+    nothing_lands(&s, before);
+    free(before);
+    rmig_source_close(s.source);
+    rmig_sink_close(s.other);
+    if (return_path != NULL)
+        second->ops->close(return_path);
+    rmig_fabric_close(second);
+    half_write_close(&s.proxy);
+    close_fabrics(&s);
+}
+
+TestSuite(handover, .timeout = 300);
+
+#define HANDOVER(provider_index, provider)                                                                             \
+    Test(handover, a_thousand_honest_ones_over_##provider##_end_well_at_both_ends) {                                   \
+        honest(providers[provider_index], WAY_EXTENDED);                                                               \
+    }                                                                                                                  \
+    Test(handover, honest_version_1_ends_over_##provider##_end_well_at_both_ends) {                                    \
+        honest(providers[provider_index], WAY_VERSION_1);                                                              \
+    }                                                                                                                  \
+    Test(handover, no_late_write_over_##provider##_behind_the_handover) {                                              \
+        late(providers[provider_index], WAY_EXTENDED);                                                                 \
+    }                                                                                                                  \
+    Test(handover, no_late_write_over_##provider##_behind_complete) {                                                  \
+        late(providers[provider_index], WAY_VERSION_1);                                                                \
+    }                                                                                                                  \
+    Test(handover, no_late_write_over_##provider##_behind_a_broken_return_path) {                                      \
+        late(providers[provider_index], WAY_RETURN_PATH);                                                              \
+    }                                                                                                                  \
+    Test(handover, no_late_write_over_##provider##_behind_cancel) { late(providers[provider_index], WAY_CANCEL); }     \
+    Test(handover, no_late_write_over_##provider##_behind_close) { late(providers[provider_index], WAY_CLOSE); }       \
+    Test(handover, no_late_write_over_##provider##_behind_a_failure) { late(providers[provider_index], WAY_FAILURE); }
+HANDOVER(0, tcp)
+HANDOVER(1, net)
