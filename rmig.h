@@ -3297,10 +3297,9 @@ static uint64_t rmig__idle_at(const struct rmig__session *ss) {
 struct rmig__region {
     uint32_t block;
     bool ready; // the keys are known and the local side is registered
-    bool local; // mr holds a registration
+    uint32_t piece, pieces; // registrations at the source: the first of them in the table, and how many there are
     uint64_t offset, length; // in the block
     uint64_t key, address; // at the sink
-    struct rmig_mr mr; // at the source
 };
 
 enum rmig__window_state {
@@ -3314,6 +3313,7 @@ enum rmig__window_state {
 /* Regions asked for in one request: a range of the region table. */
 struct rmig__window {
     uint32_t first, count;
+    uint32_t local; // of these, so many are registered at this end
     uint64_t bytes;
     uint64_t reach; // offset beyond which the last region must not grow
     enum rmig__window_state state;
@@ -3339,17 +3339,37 @@ enum rmig__source_state { RMIG__SOURCE_NEW, RMIG__SOURCE_CONNECTING, RMIG__SOURC
 enum rmig__exchange { RMIG__BLOCKS_NONE, RMIG__BLOCKS_SENDING, RMIG__BLOCKS_DONE };
 enum rmig__finish { RMIG__FINISH_NONE, RMIG__FINISH_ASKED, RMIG__FINISH_ANSWERED, RMIG__FINISH_SAID };
 
-/* Messages queue behind writes. On a slow link what is outstanding must be through before the sink takes the silence
-   for death: 32 MiB take 16 s at 2 MB/s. At 100 Gb/s it covers a round trip of 2.6 ms. */
-#define RMIG__WIRE_MAX ((uint64_t)32 << 20)
-#define RMIG__WRITE_MAX ((uint64_t)16 << 20) // of one: longer ones are no faster
-#define RMIG__SIGNAL_BYTES ((uint64_t)4 << 20) // a completion at least so often: it is what shows progress
-#define RMIG__MARK_BYTES ((uint64_t)1 << 20) // apart at least
-#define RMIG__MARKS 64
+/* How much may be outstanding on the wire. While this end registers memory it posts nothing, so what is posted must
+   last until it is back; but messages queue behind writes, and what is posted must be through before the peer takes the
+   silence for death, also on a slow link, and on one that has just become slow. So it is what the link gets through at
+   the rate that was measured while this end is away, and in two round trips; and never more than a slow link gets
+   through in a quarter of the peer's idle_max.
+
+   The rate is measured between two looks at the wire. If it had work all the time in between, the rate is known and is
+   taken as it is: a fall counts at once. If it ran dry, the rate is at least that. How long this end is away is the
+   longest registration of one piece, a little more for good measure; and if the wire ran dry because no more might be
+   posted, this end is away longer than was thought, whatever the reason: twice as much may be outstanding from then.
+   Before anything is measured it is half of what a slow link gets through. */
+#define RMIG__SLOW_LINK ((uint64_t)9600000) // bytes a second: 10 MB/s, less what headers take
+#define RMIG__FLIGHT_MIN ((uint64_t)4 << 20) // nearly half a second at 10 MB/s, 0.3 ms at 100 Gb/s
+#define RMIG__STRIDES 32 // a write, and from one completion to the next: such a part of what may be outstanding,
+#define RMIG__STRIDE_MIN ((uint64_t)1 << 20) // if it is that much: longer writes are no faster
+#define RMIG__MARKS (2 * RMIG__STRIDES)
+#define RMIG__PIECE_MAX (64 * RMIG_MIB) // registered in one call at this end: 5 ms at 80 us/MiB
 
 struct rmig__mark {
     uint64_t number; // of the write
     uint64_t bytes; // up to and with it
+};
+
+struct rmig__flight {
+    uint64_t bytes, done; // of all writes prepared, and of those known to be complete, this or a little less
+    struct rmig__mark mark[RMIG__MARKS]; // ring: how far bytes had come at some of the signalled writes
+    uint64_t first, last;
+    uint64_t rate; // bytes per second, 0: not measured yet
+    uint64_t away; // ns
+    uint64_t since, from; // when the sample under way began, and `done` then
+    bool full; // the limit is what ended the last turn's writes
 };
 
 struct rmig_source {
@@ -3360,8 +3380,10 @@ struct rmig_source {
     uint32_t *chunks; // all blocks' chunk tables
     struct rmig__region *region;
     uint32_t region_count, region_capacity;
+    struct rmig_mr *piece; // registrations at this end, those of a region side by side
+    uint32_t piece_count;
 
-    uint64_t chunk_size, page_size, merge_max, window_bytes, window_regions, depth;
+    uint64_t chunk_size, page_size, merge_max, window_bytes, window_regions, piece_bytes, signal_every, depth;
     unsigned window_max;
     bool lockstep, pin_all, zero_detect;
 
@@ -3401,9 +3423,7 @@ struct rmig_source {
     struct rmig_write queue[RMIG__WRITE_BATCH]; // prepared, not yet posted
     unsigned queued;
     uint64_t unsignalled, unsignalled_bytes; // writes since the last that asked for a completion
-    uint64_t wire_bytes, wire_done; // of all writes prepared, and of those known to be complete, this or a little less
-    struct rmig__mark mark[RMIG__MARKS]; // ring: how far wire_bytes had come at some of the signalled writes
-    uint64_t mark_first, mark_last;
+    struct rmig__flight flight;
     uint64_t tokens, tokens_time, pace_until; // pacer
 
     uint8_t *stream;
@@ -3415,6 +3435,17 @@ struct rmig_source {
 };
 
 // --- opening and closing
+
+/* Piece i of a region as it is registered at this end: bytes of the region. */
+static uint64_t rmig__piece_length(const struct rmig_source *s, const struct rmig__region *r, uint32_t i) {
+    return rmig__min(r->length - i * s->piece_bytes, s->piece_bytes);
+}
+
+static void rmig__region_deregister(struct rmig_source *s, struct rmig__region *r) {
+    for (uint32_t i = 0; i < r->pieces; i++)
+        rmig__deregister(&s->ss, &s->piece[r->piece + i], rmig__piece_length(s, r, i), NULL);
+    r->pieces = 0;
+}
 
 RMIG__DEF int rmig_source_open(struct rmig_fabric *fabric, const struct rmig_config *cfg, struct rmig_source **out,
                                struct rmig_error *err) {
@@ -3430,14 +3461,14 @@ RMIG__DEF void rmig_source_close(struct rmig_source *s) {
         return;
     rmig__session_leave(&s->ss); // before writes under way lose their memory
     for (uint32_t i = 0; i < s->region_count; i++)
-        if (s->region[i].local)
-            rmig__deregister(&s->ss, &s->region[i].mr, s->region[i].length, NULL);
+        rmig__region_deregister(s, &s->region[i]);
     rmig__session_close(&s->ss);
     rmig_blocks_free(&s->blocks);
     rmig__release(s->block);
     rmig__release(s->bits);
     rmig__release(s->chunks);
     rmig__release(s->region);
+    rmig__release(s->piece);
     rmig__release(s->stream);
     RMIG_FREE(s);
 }
@@ -3470,22 +3501,24 @@ RMIG__DEF int rmig_source_block_at(struct rmig_source *s, uint64_t guest_offset,
 
 /* Everything that grows with the guest is allocated here, once. */
 static int rmig__source_tables(struct rmig_source *s) {
-    uint64_t words = 0, chunks = 0;
+    uint64_t words = 0, chunks = 0, pieces = (s->chunk_size + s->piece_bytes - 1) / s->piece_bytes; // of a chunk
     uint32_t n = s->blocks.count;
     for (uint32_t i = 0; i < n; i++) {
         uint64_t length = s->blocks.block[i].length;
         words += (length / s->page_size + 1) / 64 + 1;
         chunks += rmig_chunk_count(length, s->chunk_size);
     }
-    if (chunks >= UINT32_MAX)
+    if (chunks >= UINT32_MAX / pieces)
         return RMIG__NO(&s->ss, RMIG_ERR_PARAM, 0, "chunk-size: %llu chunks are too many: raise chunk-size",
                         (unsigned long long)chunks);
     s->block = (struct rmig__source_block *)rmig__calloc(n, sizeof *s->block);
     s->bits = (uint64_t *)rmig__calloc(words, sizeof *s->bits);
     s->chunks = (uint32_t *)rmig__calloc(chunks, sizeof *s->chunks);
     s->region = (struct rmig__region *)rmig__calloc(chunks, sizeof *s->region);
+    s->piece = (struct rmig_mr *)rmig__calloc(chunks * pieces, sizeof *s->piece);
     s->stream = (uint8_t *)RMIG_MALLOC(RMIG_PAYLOAD_MAX);
-    if (s->block == NULL || s->bits == NULL || s->chunks == NULL || s->region == NULL || s->stream == NULL)
+    if (s->block == NULL || s->bits == NULL || s->chunks == NULL || s->region == NULL || s->piece == NULL ||
+        s->stream == NULL)
         return RMIG__NO(&s->ss, RMIG_ERR_NO_MEMORY, 0, "out of memory for the tables of %u blocks, %llu chunks", n,
                         (unsigned long long)chunks);
     s->region_capacity = (uint32_t)chunks;
@@ -3509,11 +3542,13 @@ static void rmig__source_free_tables(struct rmig_source *s) {
     rmig__release(s->bits);
     rmig__release(s->chunks);
     rmig__release(s->region);
+    rmig__release(s->piece);
     rmig__release(s->stream);
     s->block = NULL;
     s->bits = NULL;
     s->chunks = NULL;
     s->region = NULL;
+    s->piece = NULL;
     s->stream = NULL;
 }
 
@@ -3525,7 +3560,9 @@ static void rmig__source_parameters(struct rmig_source *s) {
     s->merge_max = rmig_get(cfg, RMIG_PARAM_MERGE_MAX) / s->page_size * s->page_size;
     s->zero_detect = rmig_get(cfg, RMIG_PARAM_ZERO_DETECT) != 0;
     s->pin_all = rmig_get(cfg, RMIG_PARAM_PIN_ALL) != 0;
+    s->signal_every = rmig_get(cfg, RMIG_PARAM_SIGNAL_EVERY);
     s->lockstep = ahead == 0;
+    s->piece_bytes = s->lockstep ? RMIG_CHUNK_SIZE_MAX : RMIG__PIECE_MAX;
     /* One half of what is registered ahead is on the wire while the other half is being registered. */
     s->window_max = s->lockstep ? 1 : 2;
     s->window_bytes = rmig__max(ahead / 2 / s->chunk_size, 1) * s->chunk_size;
@@ -3662,13 +3699,29 @@ static void rmig__region_claim(struct rmig_source *s, const struct rmig__region 
     }
 }
 
-static int rmig__region_register(struct rmig_source *s, struct rmig__region *r) {
-    if (!s->ss.caps.local_mr || r->local)
-        return RMIG_OK;
+static void rmig__flight_away(struct rmig__flight *f, uint64_t ns) {
+    f->away = rmig__max(f->away, rmig__min(ns, RMIG__SECOND));
+}
+
+/* All of it is registered at this end, as far as it must be. */
+static bool rmig__region_local(const struct rmig_source *s, const struct rmig__region *r) {
+    return !s->ss.caps.local_mr || r->pieces * s->piece_bytes >= r->length;
+}
+
+/* Registers the next piece of a region at this end; one region is done before the next begins. */
+static int rmig__piece_register(struct rmig_source *s, struct rmig__region *r) {
+    uint64_t began = rmig__now(&s->ss);
+    r->piece = r->pieces == 0 ? s->piece_count : r->piece;
     int status =
-        rmig__register(&s->ss, &s->blocks.block[r->block], r->offset, r->length, RMIG_ACCESS_LOCAL_READ, &r->mr, "");
-    r->local = status == RMIG_OK;
-    return status;
+        rmig__register(&s->ss, &s->blocks.block[r->block], r->offset + r->pieces * s->piece_bytes,
+                       rmig__piece_length(s, r, r->pieces), RMIG_ACCESS_LOCAL_READ, &s->piece[s->piece_count], "");
+    if (status != RMIG_OK)
+        return status;
+    s->piece_count++;
+    r->pieces++;
+    uint64_t took = rmig__now(&s->ss) - began;
+    rmig__flight_away(&s->flight, took + took / 8);
+    return RMIG_OK;
 }
 
 /* Longest registration that suits both ends, in whole chunks. */
@@ -3678,9 +3731,11 @@ static uint64_t rmig__registration_max(const struct rmig_source *s) {
     return rmig__max(both / s->chunk_size, 1) * s->chunk_size;
 }
 
-/* Version 1, pin-all: the reply has the keys of whole blocks. */
+/* Version 1, pin-all: the reply has the keys of whole blocks; all regions are one window, used up as soon as this end
+   has registered them too. */
 static int rmig__source_pin_v1(struct rmig_source *s, uint32_t i, const struct rmig_ram_block *remote) {
     uint64_t length = s->blocks.block[i].length;
+    struct rmig__window *w = &s->window[0];
     if (remote->rkey == 0)
         return RMIG__END(&s->ss, RMIG_ERR_PROTOCOL, 0, "the sink granted pin-all but sent rkey 0 for block \"%.60s\"",
                          s->blocks.block[i].name);
@@ -3688,13 +3743,12 @@ static int rmig__source_pin_v1(struct rmig_source *s, uint32_t i, const struct r
         struct rmig__region *r = rmig__region_new(s, i, at, rmig__min(length - at, rmig__registration_max(s)));
         r->key = remote->rkey;
         r->address = remote->base + at;
-        int status = rmig__region_register(s, r);
-        if (status != RMIG_OK)
-            return status;
-        r->ready = true;
         rmig__region_claim(s, r, at);
         at += r->length;
     }
+    s->windows = 1;
+    w->state = RMIG__WINDOW_ANSWERED;
+    w->count = s->region_count;
     return RMIG_OK;
 }
 
@@ -4316,55 +4370,80 @@ static int rmig__post_writes(struct rmig_source *s, bool *moved) {
     return RMIG_OK;
 }
 
-static void rmig__mark_write(struct rmig_source *s, uint64_t number) {
-    uint64_t last = s->mark_last > s->mark_first ? s->mark[(s->mark_last - 1) % RMIG__MARKS].bytes : s->wire_done;
-    if (s->wire_bytes - last < RMIG__MARK_BYTES || s->mark_last - s->mark_first == RMIG__MARKS)
-        return;
-    struct rmig__mark *m = &s->mark[s->mark_last++ % RMIG__MARKS];
-    m->number = number;
-    m->bytes = s->wire_bytes;
+static uint64_t rmig__bytes_in(uint64_t rate, uint64_t ns) { return (uint64_t)((double)rate * (double)ns / 1e9); }
+
+/* Bytes that may be outstanding. */
+static uint64_t rmig__flight_limit(const struct rmig_source *s) {
+    const struct rmig__flight *f = &s->flight;
+    uint64_t idle = s->ss.peer_idle_max != 0 ? s->ss.peer_idle_max : rmig_get(&s->ss.cfg, RMIG_PARAM_IO_TIMEOUT);
+    uint64_t patience = idle / 4, slow = rmig__bytes_in(RMIG__SLOW_LINK, patience);
+    if (f->rate == 0)
+        return slow / 2;
+    uint64_t wanted = rmig__bytes_in(f->rate, rmig__min(f->away + 2 * s->ss.stats.message_rtt_ns, patience));
+    return rmig__min(rmig__max(wanted, RMIG__FLIGHT_MIN), rmig__min(slow, rmig__bytes_in(f->rate, patience)));
 }
 
-static void rmig__queue_write(struct rmig_source *s, const struct rmig__region *r, uint64_t offset, uint64_t length) {
+/* Looks at what has completed, and takes a sample of the rate when there is enough to tell it. */
+static void rmig__flight_look(struct rmig_source *s) {
+    struct rmig__flight *f = &s->flight;
+    bool dry = rmig__drained(s);
+    for (; f->first < f->last && f->mark[f->first % RMIG__MARKS].number <= s->ss.writes_done; f->first++)
+        f->done = f->mark[f->first % RMIG__MARKS].bytes;
+    f->done = dry ? f->bytes : f->done;
+    if (f->done == f->from)
+        return;
+    uint64_t elapsed = rmig__now(&s->ss) - f->since, span = rmig__max(f->away, s->ss.stats.message_rtt_ns);
+    bool first = f->rate == 0 && f->from == 0; // its time is that of a round trip more than of the wire
+    bool enough = f->rate == 0 ? f->done - f->from >= RMIG__FLIGHT_MIN / 2 : elapsed >= span;
+    if (!dry && !first && !enough)
+        return;
+    double rate = (double)(f->done - f->from) * 1e9 / (double)rmig__max(elapsed, 1);
+    if (dry ? rate > (double)f->rate : !first)
+        f->rate = (uint64_t)rate + 1;
+    if (dry && f->full)
+        rmig__flight_away(f, 2 * rmig__max(span, (uint64_t)((double)RMIG__FLIGHT_MIN * 1e9 / (double)f->rate)));
+    f->from = f->done;
+    f->since += elapsed;
+}
+
+static void rmig__queue_write(struct rmig_source *s, const struct rmig__region *r, uint64_t offset, uint64_t length,
+                              uint64_t stride) {
+    struct rmig__flight *f = &s->flight;
     uint64_t number = s->ss.stats.writes_posted + s->queued + 1;
     struct rmig_write *w = &s->queue[s->queued++];
     w->local = s->blocks.block[r->block].host + offset;
-    w->mr = r->local ? &r->mr : NULL;
+    w->mr = r->pieces > 0 ? &s->piece[r->piece + (offset - r->offset) / s->piece_bytes] : NULL;
     w->length = length;
     w->remote_address = r->address + (offset - r->offset);
     w->key = r->key;
     w->id = RMIG__ID_WRITE | number;
-    s->wire_bytes += length;
+    if (f->bytes == f->done)
+        f->since = rmig__now(&s->ss);
+    f->bytes += length;
     s->unsignalled_bytes += length;
-    w->signal = !s->ss.caps.writes_in_order || ++s->unsignalled >= rmig_get(&s->ss.cfg, RMIG_PARAM_SIGNAL_EVERY) ||
-                s->unsignalled >= (s->depth + 1) / 2 || s->unsignalled_bytes >= RMIG__SIGNAL_BYTES;
-    if (w->signal) {
-        s->unsignalled = s->unsignalled_bytes = 0;
-        rmig__mark_write(s, number);
+    w->signal = !s->ss.caps.writes_in_order || ++s->unsignalled >= s->signal_every ||
+                s->unsignalled >= (s->depth + 1) / 2 || s->unsignalled_bytes >= stride;
+    if (!w->signal)
+        return;
+    s->unsignalled = s->unsignalled_bytes = 0;
+    uint64_t marked = f->last > f->first ? f->mark[(f->last - 1) % RMIG__MARKS].bytes : f->done;
+    if (f->bytes - marked >= stride && f->last - f->first < RMIG__MARKS) {
+        f->mark[f->last % RMIG__MARKS].number = number;
+        f->mark[f->last++ % RMIG__MARKS].bytes = f->bytes;
     }
 }
 
-/* Bytes of writes that may not be in the sink's memory yet. */
-static uint64_t rmig__wire_outstanding(struct rmig_source *s) {
-    uint64_t done = s->ss.writes_done;
-    for (; s->mark_first < s->mark_last && s->mark[s->mark_first % RMIG__MARKS].number <= done; s->mark_first++)
-        s->wire_done = s->mark[s->mark_first % RMIG__MARKS].bytes;
-    if (s->queued == 0 && done == s->ss.stats.writes_posted)
-        s->wire_done = s->wire_bytes;
-    return s->wire_bytes - s->wire_done;
-}
-
 /* The next extent behind the planner that has a ready region: prepares one write. False: none now. */
-static bool rmig__next_write(struct rmig_source *s, uint64_t allowed) {
+static bool rmig__next_write(struct rmig_source *s, uint64_t allowed, uint64_t stride) {
     uint64_t chunk_pages = s->chunk_size / s->page_size;
+    uint64_t most = rmig__min(rmig__min(s->merge_max, stride), s->ss.caps.write_max);
+    most = rmig__max(rmig__min(most, allowed) / s->page_size, 1);
     while (rmig__cursor_before(s->write, s->plan)) {
         uint32_t block = s->write.block;
         struct rmig__source_block *b = &s->block[block];
         uint64_t to = block == s->plan.block ? rmig__min(s->plan.page, b->dirty.pages) : b->dirty.pages;
         uint64_t page, n;
-        uint64_t most = rmig__min(rmig__min(s->merge_max, RMIG__WRITE_MAX), s->ss.caps.write_max);
-        most = rmig__min(most, allowed) / s->page_size;
-        if (b->dirty.pending == 0 || !rmig_merge_next(&b->dirty, s->write.page, to, rmig__max(most, 1), &page, &n)) {
+        if (b->dirty.pending == 0 || !rmig_merge_next(&b->dirty, s->write.page, to, most, &page, &n)) {
             if (block == s->plan.block) {
                 s->write = s->plan;
             } else {
@@ -4383,10 +4462,12 @@ static bool rmig__next_write(struct rmig_source *s, uint64_t allowed) {
         const struct rmig__region *r = &s->region[index - 1];
         if (!r->ready)
             return false;
+        uint64_t offset = page * s->page_size, into = offset - r->offset;
         uint64_t end = s->pin_all ? (r->offset + r->length + s->page_size - 1) / s->page_size : chunk_end;
+        end = rmig__min(end, (r->offset + (into / s->piece_bytes + 1) * s->piece_bytes) / s->page_size);
         n = rmig__min(n, end - page);
-        uint64_t offset = page * s->page_size, length = rmig__pages_offset(s, block, page + n) - offset;
-        rmig__queue_write(s, r, offset, length);
+        uint64_t length = rmig__pages_offset(s, block, page + n) - offset;
+        rmig__queue_write(s, r, offset, length, stride);
         rmig__take_pages(s, block, page, n);
         s->write.page = page + n;
         s->tokens -= rmig__min(s->tokens, length);
@@ -4436,15 +4517,20 @@ static uint64_t rmig__hold_until(const struct rmig_source *s) {
 static int rmig__write_out(struct rmig_source *s, bool *moved) {
     if (s->exchange != RMIG__BLOCKS_DONE || s->prelude)
         return RMIG_OK;
+    rmig__flight_look(s);
+    uint64_t limit = rmig__flight_limit(s);
+    uint64_t stride = rmig__min(rmig__max(limit / RMIG__STRIDES, RMIG__STRIDE_MIN), limit);
     bool hold =
         !rmig__pinned(s) || s->fence || (rmig__closed_window(s) != NULL && rmig__now(&s->ss) < rmig__hold_until(s));
     int status = RMIG_OK;
+    s->flight.full = false;
     while (!hold && status == RMIG_OK) {
         uint64_t outstanding = s->ss.stats.writes_posted - s->ss.writes_done;
-        bool room = s->queued < RMIG__WRITE_BATCH && outstanding + s->queued < s->depth &&
-                    rmig__wire_outstanding(s) < RMIG__WIRE_MAX;
+        uint64_t bytes = s->flight.bytes - s->flight.done;
+        s->flight.full = bytes > 0 && bytes + stride > limit;
+        bool room = s->queued < RMIG__WRITE_BATCH && outstanding + s->queued < s->depth && !s->flight.full;
         uint64_t allowed = room && s->pending > 0 ? rmig__pace(s) : 0;
-        if (allowed > 0 && rmig__next_write(s, allowed)) {
+        if (allowed > 0 && rmig__next_write(s, allowed, stride)) {
             if (s->wrote_began == 0)
                 s->wrote_began = rmig__now(&s->ss);
             continue;
@@ -4463,24 +4549,41 @@ static int rmig__write_out(struct rmig_source *s, bool *moved) {
     return status;
 }
 
-/* Registers this end's memory of a window while the sink registers its own, or after it in lockstep. */
-static int rmig__register_local(struct rmig_source *s, bool *moved) {
+/* This end registers its memory of a window while the sink registers its own; in lockstep afterwards. */
+static bool rmig__window_due(const struct rmig_source *s, const struct rmig__window *w) {
+    return w->state == RMIG__WINDOW_ANSWERED || (w->state == RMIG__WINDOW_REQUESTED && !s->lockstep);
+}
+
+/* Registers one piece, no more: between two the wire is looked after. */
+static int rmig__register_local(struct rmig_source *s) {
     for (unsigned i = 0; i < s->windows; i++) {
         struct rmig__window *w = &s->window[i];
-        bool due = w->state == RMIG__WINDOW_ANSWERED || (w->state == RMIG__WINDOW_REQUESTED && !s->lockstep);
-        for (uint32_t k = 0; due && k < w->count; k++) {
-            int status = rmig__region_register(s, &s->region[w->first + k]);
+        while (rmig__window_due(s, w) && w->local < w->count) {
+            struct rmig__region *r = &s->region[w->first + w->local];
+            bool whole = rmig__region_local(s, r);
+            int status = whole ? RMIG_OK : rmig__piece_register(s, r);
             if (status != RMIG_OK)
                 return status;
+            w->local += rmig__region_local(s, r);
+            s->ss.again = true;
+            if (!whole)
+                return RMIG_OK;
         }
-        if (w->state != RMIG__WINDOW_ANSWERED)
+    }
+    return RMIG_OK;
+}
+
+/* Windows whose keys are here and whose memory is registered at this end may be written. */
+static void rmig__windows_ready(struct rmig_source *s, bool *moved) {
+    for (unsigned i = 0; i < s->windows; i++) {
+        struct rmig__window *w = &s->window[i];
+        if (w->state != RMIG__WINDOW_ANSWERED || w->local < w->count)
             continue;
         for (uint32_t k = 0; k < w->count; k++)
             s->region[w->first + k].ready = true;
         w->state = RMIG__WINDOW_READY;
         *moved = true;
     }
-    return RMIG_OK;
 }
 
 // --- the engine
@@ -4554,8 +4657,7 @@ static int rmig__source_turn(struct rmig_source *s, bool *moved) {
     status = rmig__control_out(s, moved);
     if (status == RMIG_OK)
         status = rmig__write_out(s, moved);
-    if (status == RMIG_OK)
-        status = rmig__register_local(s, moved);
+    rmig__windows_ready(s, moved);
     return status;
 }
 
@@ -4576,7 +4678,8 @@ static int rmig__source_step(struct rmig_source *s) {
         if (status != RMIG_OK)
             return status;
     }
-    return rmig__source_timers(s);
+    int status = s->state == RMIG__SOURCE_UP ? rmig__register_local(s) : RMIG_OK;
+    return status == RMIG_OK ? rmig__source_timers(s) : status;
 }
 
 static int rmig__source_progress(struct rmig_source *s) {

@@ -1,10 +1,10 @@
 /* What the core itself costs per dirty page: for callgrind, which counts the instructions below measured().
 
-   core bitmap|page|range     prints "pages N": pages saved in measured()
+   core bitmap|page|range|alone     prints "pages N": pages saved in measured()
 
    2 GiB of RAM, all registered; runs of 64 dirty pages and 64 clean ones, not aligned to words or chunks, go the given
-   way into the source and out as writes. The fabric is the simulator, but its writes complete at once and cost nothing.
- */
+   way into the source and out as writes; "alone": every other page, by bitmap, so that each is a write of its own. The
+   fabric is the simulator, but its writes complete at once and cost nothing. */
 #define _GNU_SOURCE
 #define RMIG_IMPLEMENTATION
 #include "../tests/sim_fabric.h"
@@ -58,12 +58,12 @@ static void check(struct rmig_source *s, int status) {
 
 static uint64_t *bitmap;
 
-/* Page i is dirty in every other run; the first run begins at page 13. */
-static bool is_dirty(uint64_t page) { return page >= 13 && (page - 13) / RUN % 2 == 0; }
+/* Page i is dirty in every other run of that many pages; the first run begins at page 13. */
+static bool is_dirty(uint64_t page, uint64_t run) { return page >= 13 && (page - 13) / run % 2 == 0; }
 
 __attribute__((noinline)) void measured(struct rmig_source *s, char way);
 __attribute__((noinline)) void measured(struct rmig_source *s, char way) {
-    if (way == 'b')
+    if (way == 'b' || way == 'a')
         check(s, rmig_source_save_bitmap(s, 0, bitmap, 0, PAGES));
     for (uint64_t page = 13; way == 'r' && page < PAGES; page += 2 * RUN)
         check(s, rmig_source_save_range(s, 0, page * 4096, (PAGES - page < RUN ? PAGES - page : RUN) * 4096));
@@ -83,8 +83,8 @@ int main(int argc, char **argv) {
     struct rmig_source *source;
     struct rmig_sink *sink;
     struct rmig_block_desc block = {.name = "ram", .length = RAM_BYTES};
-    if (argc != 2 || strchr("bpr", argv[1][0]) == NULL)
-        die("usage: core bitmap|page|range");
+    if (argc != 2 || strchr("bpra", argv[1][0]) == NULL)
+        die("usage: core bitmap|page|range|alone");
     sim_defaults(&world, SIM_ORDERED, 1);
     world.no_copy = true;
     struct sim *sim = sim_open(&world);
@@ -110,7 +110,7 @@ int main(int argc, char **argv) {
     check(source, rmig_source_end_round(source));
     uint64_t pages = 0;
     for (uint64_t page = 0; page < PAGES; page++)
-        if (is_dirty(page)) {
+        if (is_dirty(page, argv[1][0] == 'a' ? 1 : RUN)) {
             bitmap[page / 64] |= (uint64_t)1 << (page % 64);
             pages++;
         }

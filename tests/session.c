@@ -1968,13 +1968,13 @@ Test(session, saved_pages_become_the_longest_writes_that_chunks_allow) {
 }
 
 Test(session, with_pin_all_writes_run_on_beyond_chunks) {
-    merge_case(&(struct extents){true, SIM_ORDERED, RMIG_GIB, 1u << 30, RMIG_MIB, 100});
+    merge_case(&(struct extents){true, SIM_ORDERED, RMIG_GIB, 1u << 30, RMIG_MIB, 97});
     merge_case(&(struct extents){true, SIM_ORDERED, RMIG_GIB, 1u << 30, RMIG_MIB, 98});
 }
 
 Test(session, no_write_is_longer_than_merge_max) {
     merge_case(&(struct extents){false, SIM_ORDERED, 5 * PAGE, 1u << 30, RMIG_MIB, 90});
-    merge_case(&(struct extents){true, SIM_ORDERED, 3 * RMIG_MIB, 1u << 30, RMIG_MIB, 100});
+    merge_case(&(struct extents){true, SIM_ORDERED, 200 * PAGE, 1u << 30, RMIG_MIB, 100});
     merge_case(&(struct extents){true, SIM_ORDERED, PAGE, 1u << 30, RMIG_MIB, 30});
 }
 

@@ -102,6 +102,7 @@ struct sim_config {
     uint64_t latency_ns; // one way
     uint64_t jitter_ns; // SIM_UNORDERED: added to each arrival at random
     uint64_t bandwidth; // bytes per second out of each side; 0: unlimited
+    uint64_t change_ns, changed_bandwidth; // what it is from that time on; 0: it stays
     struct sim_cpu cpu[SIM_SIDES_MAX];
 
     uint32_t write_depth, send_depth, recv_depth; // what caps grants; 0: what was wanted
@@ -690,6 +691,17 @@ static inline void sim_arrive(struct sim_transfer *t, uint64_t time) {
     dir->waiting_last = t;
 }
 
+/* When bytes that begin to leave at `start` have left. */
+static inline uint64_t sim_left(const struct sim_config *cfg, uint64_t start, uint64_t bytes) {
+    bool changed = cfg->change_ns != 0 && start >= cfg->change_ns;
+    uint64_t rate = changed ? cfg->changed_bandwidth : cfg->bandwidth;
+    uint64_t end = start + (rate == 0 ? 0 : (uint64_t)((double)bytes / (double)rate * 1e9));
+    if (changed || cfg->change_ns == 0 || end <= cfg->change_ns)
+        return end;
+    uint64_t before = (uint64_t)((double)rate * (double)(cfg->change_ns - start) / 1e9);
+    return sim_left(cfg, cfg->change_ns, bytes - sim_min(before, bytes));
+}
+
 /* A part of a write is there, and not the last. Behind what waits at the target it waits too. */
 static inline void sim_on_part(struct sim_transfer *t, uint64_t time) {
     const struct sim *sim = t->conn->sim;
@@ -705,13 +717,13 @@ static inline void sim_transmit(struct sim_ep *ep, struct sim_transfer *t) {
     struct sim *sim = ep->side->sim;
     const struct sim_config *cfg = &sim->cfg;
     struct sim_dir *dir = &ep->conn->dir[ep->end];
-    uint64_t now = ep->side->time, start = now, arrival;
-    uint64_t span = cfg->bandwidth == 0 ? 0 : (uint64_t)((double)t->length / (double)cfg->bandwidth * 1e9);
-    if (sim_is_ordered(sim) || t->kind == SIM_TRANSFER_WRITE) {
+    uint64_t now = ep->side->time, start = now;
+    bool queues = sim_is_ordered(sim) || t->kind == SIM_TRANSFER_WRITE;
+    if (queues)
         start = sim_max(now, ep->side->link_busy);
-        ep->side->link_busy = start + span;
-    }
-    arrival = start + span + cfg->latency_ns;
+    uint64_t left = sim_left(cfg, start, t->length), arrival = left + cfg->latency_ns;
+    if (queues)
+        ep->side->link_busy = left;
     if (!sim_is_ordered(sim)) {
         arrival += sim_below(sim, cfg->jitter_ns + 1);
         if (t->kind != SIM_TRANSFER_WRITE)
@@ -722,7 +734,7 @@ static inline void sim_transmit(struct sim_ep *ep, struct sim_transfer *t) {
     dir->last_arrival = sim_max(arrival, dir->last_arrival);
     /* Half of the writes are read as they land, the others some time before; a send as it leaves. */
     bool early = t->kind == SIM_TRANSFER_SEND || cfg->mode == SIM_LOCAL || sim_below(sim, 2) == 0;
-    uint64_t take = t->kind == SIM_TRANSFER_SEND ? start : now + sim_below(sim, start + span - now + 1);
+    uint64_t take = t->kind == SIM_TRANSFER_SEND ? start : now + sim_below(sim, left - now + 1);
     if (t->kind != SIM_TRANSFER_GOODBYE && early) {
         if (take <= now)
             sim_take(t);
@@ -730,11 +742,11 @@ static inline void sim_transmit(struct sim_ep *ep, struct sim_transfer *t) {
             sim_schedule(sim, take, SIM_EV_TAKE, ep->conn, ep->end, t);
     }
     if (cfg->mode == SIM_LOCAL)
-        sim_schedule(sim, start + span, SIM_EV_LEFT, ep->conn, ep->end, t);
+        sim_schedule(sim, left, SIM_EV_LEFT, ep->conn, ep->end, t);
     t->arrival = arrival;
-    t->part_ns = cfg->parts < 2 ? 0 : span / cfg->parts;
+    t->part_ns = cfg->parts < 2 ? 0 : (left - start) / cfg->parts;
     if (t->kind == SIM_TRANSFER_WRITE && t->part_ns > 0 && !cfg->target_must_poll)
-        sim_schedule(sim, arrival - span + t->part_ns, SIM_EV_PART, ep->conn, ep->end, t);
+        sim_schedule(sim, arrival - (left - start) + t->part_ns, SIM_EV_PART, ep->conn, ep->end, t);
     sim_schedule(sim, arrival, SIM_EV_ARRIVE, ep->conn, ep->end, t);
 }
 
@@ -1689,6 +1701,7 @@ static inline void sim_defaults(struct sim_config *cfg, enum sim_mode mode, uint
         cfg->cpu[i].reg_call = 10 * SIM_US;
         cfg->cpu[i].reg_mib = 50 * SIM_US;
         cfg->cpu[i].dereg_call = 5 * SIM_US;
+        cfg->cpu[i].dereg_mib = 30 * SIM_US;
         cfg->cpu[i].post = 100;
         cfg->cpu[i].poll = 50;
     }
