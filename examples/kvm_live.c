@@ -746,6 +746,10 @@ static int dest_make_guest(struct dest *d, struct rmig_error *err) {
 static int dest_stream(struct dest *d, struct rmig_error *err) {
     uint8_t more;
     size_t n;
+    if (d->ram.fd < 0) { // and let it go, if it can be
+        rmig_sink_refuse(d->rmig, "device state before RAM");
+        return RMIG_OK;
+    }
     while (d->state_bytes < sizeof d->state &&
            (n = rmig_sink_get(d->rmig, (uint8_t *)&d->state + d->state_bytes, sizeof d->state - d->state_bytes)) > 0)
         d->state_bytes += n;
@@ -772,6 +776,10 @@ static int dest_event(struct dest *d, const struct rmig_sink_event *ev, struct r
     switch (ev->type) {
     case RMIG_SINK_CONNECTED:
         progress_line(&d->progress, "destination: a source is there");
+        return RMIG_OK;
+    case RMIG_SINK_FORGOTTEN:
+        progress_line(&d->progress, "destination: the source was let go, another may come: %s",
+                      rmig_sink_error(d->rmig)->text);
         return RMIG_OK;
     case RMIG_SINK_BLOCKS:
         return dest_blocks(d, ev, err);

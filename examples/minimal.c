@@ -1,6 +1,5 @@
-/* The shortest honest use of rmig: a child process takes over its parent's memory, over libfabric on the loopback
-   device: everything, then what was written meanwhile, then some bytes of device state. The child compares a hash over
-   all memory with the one in the state. */
+/* The shortest honest use of rmig: a child takes over its parent's memory, over libfabric on the loopback device:
+   everything, what was written meanwhile, bytes of device state. Then it compares a hash with the one in the state. */
 #define _GNU_SOURCE
 #include <stdio.h>
 #include <sys/mman.h>
@@ -35,8 +34,10 @@ static int receive(struct rmig_sink *sink, uint64_t *ram, int address_fd) {
     while (ev.type != RMIG_SINK_FINISHED) {
         if (rmig_sink_wait(sink, &ev, 30 * (uint64_t)1000000000) < 0 || ev.type == RMIG_SINK_NONE) // none: 30 s passed
             return -1;
-        if (ev.type == RMIG_SINK_BLOCKS && rmig_sink_accept_blocks(sink) < 0)
+        if (ev.type == RMIG_SINK_BLOCKS && rmig_sink_accept_blocks(sink) <= RMIG_SESSION_ERRORS)
             return -1;
+        if (ev.type == RMIG_SINK_FORGOTTEN) // that was no parent: its bytes are void, another source may come
+            got = 0, fprintf(stderr, "sink: %s\n", rmig_sink_error(sink)->text);
         while (ev.type == RMIG_SINK_STREAM && (n = rmig_sink_get(sink, (char *)&state + got, sizeof state - got)) > 0)
             got += n;
         if (ev.type == RMIG_SINK_TAKE && // what is refused here stays the parent's
@@ -51,16 +52,15 @@ static int receive(struct rmig_sink *sink, uint64_t *ram, int address_fd) {
 static int migrate(struct rmig_source *src, uint64_t *ram, const char *address) {
     struct rmig_block_desc desc = {.name = "ram", .host = ram, .length = RAM_SIZE};
     static uint64_t dirty_log[PAGES / 64];
-    uint32_t block = 0;
-    if (rmig_source_add_block(src, &desc, &block) < 0 || rmig_source_connect(src, address) < 0 ||
-        rmig_source_begin_round(src) < 0 || rmig_source_save_range(src, block, 0, RAM_SIZE) < 0)
+    if (rmig_source_add_block(src, &desc, NULL) < 0 || rmig_source_connect(src, address) < 0 ||
+        rmig_source_begin_round(src) < 0 || rmig_source_save_range(src, 0, 0, RAM_SIZE) < 0)
         return -1;
     for (size_t page = 0; page < PAGES; page += 3) { // the guest runs on, and its writes are logged
         ram[page * PAGE / 8]++;
         dirty_log[page / 64] |= (uint64_t)1 << (page % 64);
     }
     if (rmig_source_end_round(src) < 0 || rmig_source_begin_round(src) < 0 ||
-        rmig_source_save_bitmap(src, block, dirty_log, 0, PAGES) < 0 || rmig_source_end_round(src) < 0)
+        rmig_source_save_bitmap(src, 0, dirty_log, 0, PAGES) < 0 || rmig_source_end_round(src) < 0)
         return -1;
     struct device_state state = {.ticks = 42, .ram_hash = hash(ram)};
     return rmig_source_put(src, &state, sizeof state) < 0 ? -1 : rmig_source_finish(src);
@@ -74,9 +74,9 @@ static int run(bool is_sink, int fd, const char *address) {
     struct rmig_fabric *fabric = ram == MAP_FAILED ? NULL : rmig_ofi_open(NULL, &err);
     for (size_t i = 0; fabric != NULL && !is_sink && i < WORDS / 2; i++)
         ram[i] = i * 0x9e3779b97f4a7c15u; // the upper half stays zero: rmig does not send it
-    int rc = -1;
-    if (fabric != NULL)
-        rc = is_sink ? rmig_sink_open(fabric, NULL, &sink, &err) : rmig_source_open(fabric, NULL, &src, &err);
+    int rc = fabric == NULL ? -1
+             : is_sink      ? rmig_sink_open(fabric, NULL, &sink, &err)
+                            : rmig_source_open(fabric, NULL, &src, &err);
     if (rc == 0 && (rc = is_sink ? receive(sink, ram, fd) : migrate(src, ram, address)) < 0)
         err = is_sink ? *rmig_sink_error(sink) : *rmig_source_error(src);
     if (rc < 0)

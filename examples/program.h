@@ -116,6 +116,19 @@ static inline json_t *text_json(const char *text) {
     return (json_t *)checked(json_string(copy));
 }
 
+/* Of a sink: a source was let go before it could move anything, and the next is waited for. */
+static inline void tell_forgotten(bool json, const char *why) {
+    fprintf(stderr, PROGRAM ": a source was let go, another may come: %s\n", why);
+    if (!json)
+        return;
+    json_t *object = (json_t *)checked(json_object());
+    json_object_set_new(object, "forgotten", text_json(why));
+    json_dumpf(object, stdout, JSON_COMPACT);
+    putchar('\n');
+    fflush(stdout);
+    json_decref(object);
+}
+
 // >>arguments
 
 static inline uint64_t parse_count(const char *option, const char *arg, uint64_t max, struct argp_state *state) {

@@ -529,6 +529,9 @@ static int on_event(struct run *r, const struct rmig_sink_event *ev) {
     if (ev->type == RMIG_SINK_BLOCKS || ev->type == RMIG_SINK_STREAM)
         note_begin(r);
     switch (ev->type) {
+    case RMIG_SINK_FORGOTTEN: // before its first bytes of the stream: there is nothing of it
+        tell_forgotten(r->c.p.json, rmig_sink_error(r->sink)->text);
+        return 0;
     case RMIG_SINK_BLOCKS:
         return accept_blocks(r);
     case RMIG_SINK_STREAM:

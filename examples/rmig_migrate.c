@@ -672,6 +672,21 @@ static int answer(struct run *r) {
     return rmig_sink_take(r->sink) < 0 ? fail_sink(r) : 0;
 }
 
+/* What the source has said goes with it. One that was refused here ends the receiver: the next would meet the same. */
+static int forget(struct run *r) {
+    if (r->p.code != EXIT_OK)
+        return -1;
+    end_progress(r);
+    tell_forgotten(r->opt.json, rmig_sink_error(r->sink)->text);
+    remove_parts(r);
+    images_free(&r->images);
+    whole_file_free(&r->state.file);
+    r->reader = (struct reader){.have = 0};
+    r->total = r->state_bytes = r->started_ns = 0;
+    r->connected = false;
+    return 0;
+}
+
 static void begin(struct run *r) {
     if (!r->connected)
         r->started_ns = r->fabric->ops->now(r->fabric);
@@ -680,6 +695,8 @@ static void begin(struct run *r) {
 
 static int on_event(struct run *r, const struct rmig_sink_event *ev) {
     switch (ev->type) {
+    case RMIG_SINK_FORGOTTEN:
+        return forget(r);
     case RMIG_SINK_BLOCKS:
         begin(r);
         return accept_blocks(r);
@@ -695,7 +712,7 @@ static int on_event(struct run *r, const struct rmig_sink_event *ev) {
     case RMIG_SINK_FINISHED: // without RMIG_SINK_TAKE if auto-take is on
         return r->reader.end_seen ? 0 : fail(&r->p, EXIT_MIGRATION, "the source finished before the end of its stream");
     case RMIG_SINK_NONE:
-    case RMIG_SINK_CONNECTED: // a source that says nothing sensible is forgotten again
+    case RMIG_SINK_CONNECTED:
     case RMIG_SINK_ROUND:
         return 0;
     }
@@ -1025,7 +1042,7 @@ static const char doc[] =
     "  3  a file cannot be read or written\n"
     "  4  no connection: fabric, listen, connect, or nobody came\n"
     "  5  the migration failed; the receiver keeps nothing\n"
-    "  6  the handover broke off, or what was moved has not got its name: look at the receiver, which keeps FILE.part\n"
+    "  6  the handover broke off, or a file got no name: the receiver has FILE.part\n"
     "  7  cancelled by SIGINT or SIGTERM";
 
 static void parse_block(struct options *opt, const char *arg, struct argp_state *state) {

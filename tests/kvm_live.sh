@@ -37,18 +37,39 @@ sabotage_is_noticed() { # GUEST
     [ "$(json_field "$tmp/lost.json" verified)" = 0 ] || { cat "$tmp/lost.json"; return 1; }
 }
 
-# The destination cannot make a guest of the state: it refuses to take it, the source hears why, and its guest runs on.
-cannot_be_made() {
-    local i dest address status
-    "$program" dest --listen 127.0.0.1:0 --guest kvm --json "$tmp/dest.json" 2>"$tmp/dest.err" &
+start_dest() { # OPTION...: sets dest and address
+    local i
+    timeout -k 5 100 "$program" dest --listen 127.0.0.1:0 --json "$tmp/dest.json" "$@" 2>"$tmp/dest.err" &
     dest=$!
     for ((i = 0; i < 400; i++)); do
         address=$(sed -n 's/^destination: listening on //p' "$tmp/dest.err")
-        [ -n "$address" ] && break
+        [ -n "$address" ] && return
         sleep 0.05
     done
+    cat "$tmp/dest.err"
+    return 1
+}
+
+source_to_dest() { # OPTION...
     timeout -k 5 100 "$program" source --connect "$address" --guest thread --ram 64M --run-before 100 --run-after 100 \
-        --json "$tmp/source.json" 2>"$tmp/source.err"
+        --json "$tmp/source.json" "$@" 2>"$tmp/source.err"
+}
+
+# A source that does not suit is let go, and the next one finds all as it was.
+next_source() {
+    local dest address status
+    start_dest --set chunk-size=2M --run-after 100 || return 1
+    source_to_dest --set chunk-size=4M
+    status=$?
+    [ "$status" = 3 ] && source_to_dest --set chunk-size=2M && wait "$dest" && grep -q 'let go.*chunk-size' "$tmp/dest.err" &&
+        [ "$(json_field "$tmp/dest.json" verified)" = 1 ] || { cat "$tmp/source.err" "$tmp/dest.err"; return 1; }
+}
+
+# The destination cannot make a guest of the state: it refuses to take it, the source hears why, and its guest runs on.
+cannot_be_made() {
+    local dest address status
+    start_dest --guest kvm || return 1
+    source_to_dest
     status=$?
     wait "$dest"
     status+=" $?"
@@ -307,6 +328,7 @@ else
 fi
 both thread
 snapshots thread
+check 'a source that does not suit, and the next one' next_source
 check 'a guest that cannot be made at the destination runs on' cannot_be_made
 check 'a torn file is refused' torn thread
 check "another program's file is refused" foreign

@@ -199,11 +199,33 @@ the_source_chunk_size_holds() { # SOURCE
     both 0 0 && same "$tmp/holes" holes && same "$tmp/odd" ram
 }
 
-# A sink that was told a chunk size does not take another one, and both ends say which two they are.
+# A sink that was told a chunk size does not take another one, and both ends say which two they are. It listens on.
 chunk_sizes_differ() { # SOURCE SINK SOURCE-BYTES SINK-BYTES
-    send=(--block "ram=$tmp/odd" --set "chunk-size=$1")
-    recv=(--set "chunk-size=$2")
-    both 4 5 && says "$tmp/send.err" chunk-size "$3" "$4" && says "$tmp/recv.err" chunk-size "$3" "$4" && nothing_left
+    start_recv 127.0.0.1 --set "chunk-size=$2" --json || return 1
+    refused 4 chunk-size "$3" "$4" -- send --connect "$address" --block "ram=$tmp/odd" --set "chunk-size=$1" || return 1
+    wait_for "grep -q 'let go' $tmp/recv.err" && says "$tmp/recv.err" chunk-size "$3" "$4" && nothing_left &&
+        says "$tmp/recv.out" '{"forgotten":"' || return 1
+    rmig send --connect "$address" --block "ram=$tmp/odd" --set "chunk-size=$2" >"$tmp/send.out" 2>"$tmp/send.err" &&
+        wait "$receiver" && same "$tmp/odd" ram && json "$tmp/recv.out" '$j->{ok} && @{$j->{blocks}} == 1'
+}
+
+# Whatever of the fabric does not get its descriptor, the receiver says so.
+few_descriptors() {
+    local n seen=0
+    for n in 9 10 11 12 13 14 15; do
+        under=(prlimit "--nofile=$n:$n")
+        start_recv 127.0.0.1 --wait 30
+        local rc=$?
+        under=()
+        if [ $rc = 0 ] && ! rmig send --connect "$address" --block "ram=$tmp/page" --set connect-timeout=2s >"$tmp/send.out" \
+            2>"$tmp/send.err" && grep -q rejected "$tmp/send.err"; then
+            wait_for "grep -q 'let go.*Too many open files' $tmp/recv.err" || { cat "$tmp/send.err" "$tmp/recv.err"; return 1; }
+            seen=$((seen + 1))
+        fi
+        kill -INT "$(real_pid "$receiver")" 2>/dev/null
+        wait "$receiver"
+    done
+    [ $seen -gt 0 ] || { echo "no number of descriptors let it listen and reject"; cat "$tmp/recv.err"; return 1; }
 }
 
 # >>parameters
@@ -807,6 +829,11 @@ check 'nobody listens' nobody_listens
 check 'nobody comes' nobody_comes
 check 'a listener that says nothing' deaf_listener
 check 'noise before a source' noise_before_a_source
+if command -v prlimit >/dev/null; then
+    check 'too few descriptors for a source' few_descriptors
+else
+    skip 'too few descriptors for a source' 'not installed: prlimit'
+fi
 check 'a port in use' port_in_use
 check '--json at both ends' json_of_both
 check '--json of a failure' json_of_failure

@@ -634,7 +634,7 @@ no_description() {
 
 forgotten_source() {
     start_sink --timeout 3 && timeout -k 5 30 "$tmp/raw" "$address" || return 1
-    ends "$sink" 4 5 qemu_sink && says "$tmp/sink.err" --timeout 'no source began' && nothing_left
+    ends "$sink" 4 5 qemu_sink && says "$tmp/sink.err" 'let go' --timeout 'no source began' && nothing_left
 }
 
 handovers() {
