@@ -2891,7 +2891,7 @@ static int rmig__session_setup(struct rmig__session *ss) {
 /* Takes what an endpoint still has to say. True once it is at its end: nothing more will be delivered. *sends (may be
    NULL) gets a bit for each send that has completed. */
 static bool rmig__ep_ended(struct rmig_ep *ep, unsigned *sends) {
-    for (;;) {
+    for (unsigned events = 0; events < RMIG__EVENTS * RMIG__EVENT_TURNS; events++) {
         struct rmig_fabric_event e;
         int n = ep->fabric->ops->poll(ep, &e, 1, NULL);
         if (n <= 0)
@@ -2901,6 +2901,7 @@ static bool rmig__ep_ended(struct rmig_ep *ep, unsigned *sends) {
         if (e.type == RMIG_FEV_SEND && sends != NULL)
             *sends |= 1u << (e.id & RMIG__ID_NUMBER);
     }
+    return false;
 }
 
 /* The peer should learn why: gives the last message a moment to leave. */
@@ -5250,8 +5251,12 @@ static int rmig__return_on_event(struct rmig_sink *s, const struct rmig_fabric_e
 }
 
 static int rmig__return_poll(struct rmig_sink *s) {
-    while (s->ret.ep != NULL) {
+    for (unsigned events = 0; s->ret.ep != NULL; events++) {
         struct rmig_fabric_event e;
+        if (events == RMIG__EVENTS) {
+            s->ss.again = true;
+            return RMIG_OK;
+        }
         struct rmig_error err;
         memset(&err, 0, sizeof err);
         int n = s->ss.fabric->ops->poll(s->ret.ep, &e, 1, &err);

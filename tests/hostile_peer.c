@@ -4398,3 +4398,30 @@ Test(return_path, nobody_is_listened_to_behind_the_first_message) {
     cr_assert_eq(held.endpoints, 2);
     free_with_return_path(p, &back);
 }
+
+/* A connection that has something to tell without end holds no call for ever. */
+static struct rmig_ep *chatty;
+static int chatty_poll(struct rmig_ep *ep, struct rmig_fabric_event *events, size_t n, struct rmig_error *err) {
+    if (ep != chatty)
+        return held.below->poll(ep, events, n, err);
+    memset(events, 0, n * sizeof *events);
+    for (size_t i = 0; i < n; i++)
+        events[i].type = RMIG_FEV_RESOLVED;
+    return (int)n;
+}
+
+static void chatters(bool back) {
+    SIM_ONLY;
+    struct raw other;
+    struct play *p = with_return_path(&other);
+    struct rmig_sink_event ev;
+    play_actor(p, NULL);
+    chatty = back ? p->sink->ret.ep : p->sink->ss.ep;
+    held.ops.poll = chatty_poll;
+    cr_assert_eq(rmig_sink_process(p->sink, &ev), RMIG_OK);
+    cr_assert_eq(rmig_sink_next_deadline(p->sink), 0u, "it would sleep");
+    held.ops.poll = held.below->poll;
+    free_with_return_path(p, &other);
+}
+Test(hostile_source, has_events_without_end, .timeout = 20) { chatters(false); }
+Test(return_path, has_events_without_end, .timeout = 20) { chatters(true); }

@@ -188,6 +188,7 @@ struct world {
     bool hold_blocks, hold_stream, hold_take;
     unsigned added; // blocks at the sink
     bool listens_on; // after a source was forgotten
+    size_t starved; // the allocation in accept_blocks that fails, 0: none
     void (*watch)(struct world *w, const struct rmig_sink_event *ev);
     uint64_t horizon; // a sink without a source stops listening then
 
@@ -2386,6 +2387,28 @@ Test(session, without_max_bandwidth_a_round_takes_what_the_link_takes) {
 
 // --- chunk size
 
+/* Two version 1 ends that do not know each other's chunks: what the sink registers is at most twice the RAM, however
+   much that is beyond the 64 GiB that one request may mean. */
+Test(session, a_version_1_sink_of_unknown_chunks_registers_ram_twice_at_most) {
+    struct world w;
+    plan_world(&w, SIM_ORDERED);
+    w.cfg.no_copy = true;
+    version_1(&w);
+    param(&w.source_cfg, RMIG_PARAM_ZERO_DETECT, 0);
+    struct ram *r = add_ram(&w, 150 * RMIG_GIB, RMIG_BACKING_UNKNOWN);
+    uint64_t most = 0;
+    connect_world(&w);
+    SOURCE_OK(&w, rmig_source_begin_round(w.source));
+    for (uint64_t at = 0; at < r->from.length; at += RMIG_GIB) // a request of 64 chunks each
+        SOURCE_OK(&w, rmig_source_save_range(w.source, 0, at, 64 * RMIG_MIB));
+    SOURCE_OK(&w, rmig_source_end_round(w.source));
+    most = sink_stats(&w).bytes_registered;
+    cr_expect_leq(most, 2 * r->from.length, "%llu GiB", (unsigned long long)(most / RMIG_GIB));
+    rmig_source_cancel(w.source);
+    be_away(&w, SIM_SECOND);
+    close_world(&w);
+}
+
 static void one_chunk_size(uint64_t source, uint64_t sink) {
     struct world w;
     plan_world(&w, SIM_ORDERED);
@@ -2657,6 +2680,46 @@ Test(session, a_call_refused_for_lack_of_memory_may_be_repeated) {
     one_round(&w);
     finish(&w);
     close_world(&w);
+}
+
+/* The blocks are agreed, and the tables for them cannot be had: that source goes, told why, and the next is served. */
+static void starve_accept(struct world *w, const struct rmig_sink_event *ev) {
+    if (ev->type != RMIG_SINK_BLOCKS)
+        return;
+    w->hold_blocks = w->starved != 0; // answered here
+    if (w->starved == 0)
+        return;
+    SINK_OK(w, rmig_sink_add_block(w->sink, &w->ram[w->added].to, NULL));
+    w->added++;
+    heap.fail_at = heap.count + w->starved;
+    cr_expect_eq(rmig_sink_accept_blocks(w->sink), RMIG_ERR_FORGOTTEN, "allocation %zu", w->starved);
+    heap.fail_at = 0;
+    w->starved = 0;
+}
+
+Test(session, a_source_for_which_there_is_no_memory_is_forgotten) {
+    for (size_t nth = 1; nth <= 4; nth++) { // the blocks, which of them are taken, the chunks, the regions
+        struct world w;
+        struct rmig_error err = {0};
+        small_world(&w);
+        w.listens_on = true;
+        w.watch = starve_accept;
+        w.starved = nth;
+        connect_world(&w);
+        SOURCE_OK(&w, rmig_source_begin_round(w.source));
+        cr_expect_eq(rmig_source_end_round(w.source), RMIG_ERR_REFUSED);
+        cr_expect(says(rmig_source_error(w.source)->text, "out of memory"), "%s", rmig_source_error(w.source)->text);
+        rmig_source_close(w.source);
+        be_away(&w, SIM_SECOND);
+        cr_assert((w.events & 1u << RMIG_SINK_FORGOTTEN) != 0 && !w.to.done, "%s", w.to.text);
+        cr_expect(says(rmig_sink_error(w.sink)->text, "out of memory"), "%s", rmig_sink_error(w.sink)->text);
+        cr_assert_eq(rmig_source_open(sim_fabric(w.sim, 0), NULL, &w.source, &err), RMIG_OK);
+        SOURCE_OK(&w, rmig_source_add_block(w.source, &w.ram[0].from, NULL));
+        SOURCE_OK(&w, rmig_source_connect(w.source, w.address));
+        one_round(&w);
+        finish(&w);
+        close_world(&w);
+    }
 }
 
 // --- many blocks, many sessions
