@@ -101,8 +101,9 @@ THREADS
 ERRORS
 
     Functions return RMIG_OK (0), RMIG_PENDING (1: not finished yet) or a negative
-    enum rmig_status. Statuses above RMIG_SESSION_ERRORS (-1 ... -99) say that this call
-    was refused and nothing changed. Those below (-100 ...) end the session: call close.
+    enum rmig_status. After statuses above RMIG_SESSION_ERRORS (-1 ... -99) the session goes on: this
+    call was refused and nothing changed (but for RMIG_ERR_FORGOTTEN: the sink has let a source go).
+    Those below (-100 ...) end the session: call close.
     rmig_source_error() and rmig_sink_error() say what happened, in words.
 
     Nobody has to look at every status. A block, pages or stream bytes that a call refused are
@@ -206,6 +207,7 @@ RMIG__STATIC_ASSERT(sizeof(size_t) >= 8, "rmig needs a 64-bit host");
 #define rmig_holes_open RMIG__NAME(rmig_holes_open)
 #define rmig_holes_close RMIG__NAME(rmig_holes_close)
 #define rmig_holes_next_data RMIG__NAME(rmig_holes_next_data)
+#define rmig_holes_forget RMIG__NAME(rmig_holes_forget)
 #define rmig_encode_private_data RMIG__NAME(rmig_encode_private_data)
 #define rmig_decode_private_data RMIG__NAME(rmig_decode_private_data)
 #define rmig_encode_header RMIG__NAME(rmig_encode_header)
@@ -286,8 +288,8 @@ extern "C" {
 
 // >>status
 
-/* Every status: name, value, what it means, what to do. -1 ... -99: this call was refused and nothing changed.
-   -100 ...: the session is over. */
+/* Every status: name, value, what it means, what to do. -1 ... -99: the session goes on; this call was refused and
+   nothing changed, but for FORGOTTEN. -100 ...: the session is over. */
 #define RMIG_STATUS_LIST(X)                                                                                            \
     X(OK, 0, "ok", "")                                                                                                 \
     X(PENDING, 1, "not finished yet", "call process again when a descriptor is ready or the deadline has come")        \
@@ -297,6 +299,8 @@ extern "C" {
     X(ERR_FULL, -4, "no room now", "let the session make progress and call again")                                     \
     X(ERR_NO_MEMORY, -5, "out of memory", "free memory, or use larger chunks: tables grow with the chunk count")       \
     X(ERR_WIRE, -6, "malformed message", "the bytes do not follow the protocol")                                       \
+    X(ERR_FORGOTTEN, -7, "the source was refused and is forgotten",                                                    \
+      "the sink listens on; see the text for what did not suit")                                                       \
     X(ERR_TIMEOUT, -100, "the peer is silent", "check the network, or raise io-timeout or connect-timeout")            \
     X(ERR_PEER_GONE, -101, "the peer went away", "look at the other end for the reason")                               \
     X(ERR_PROTOCOL, -102, "the peer broke the protocol", "the other end is not a healthy rmig or QEMU")                \
@@ -454,11 +458,12 @@ static inline uint64_t rmig_chunk_further(uint64_t bytes, uint64_t chunk) {
 // >>block
 
 /* What a block's memory is backed with: decides how holes are found. Reading a never-touched page of a shared memory
-   file allocates it, so rmig looks for holes before it looks for zeros. Memory that is still being filled in from
-   elsewhere (userfaultfd) has holes that are none: UNKNOWN. */
+   file allocates it, so rmig looks for holes before it looks for zeros. Where this mapping is still being filled in from
+   elsewhere (userfaultfd), holes are none: that is noticed, and all of it is read. Where memory is filled in by way of
+   another mapping of it, it is not: UNKNOWN. */
 enum rmig_backing {
     RMIG_BACKING_UNKNOWN, // read everything
-    RMIG_BACKING_ANONYMOUS, // private anonymous mapping: holes by /proc/self/pagemap
+    RMIG_BACKING_ANONYMOUS, // private anonymous mapping: holes by /proc/self/pagemap, but not on huge pages of hugetlbfs
     RMIG_BACKING_SHARED_FD, // MAP_SHARED mapping of fd (memfd, tmpfs, hugetlbfs, file): holes by SEEK_DATA
     RMIG_BACKING_DMABUF // MAP_SHARED mapping of fd, a dma-buf of device memory: registered through it, and never looked
                         // at for zeros. The fabric must be able to (verbs, where the device can)
@@ -515,23 +520,32 @@ RMIG_API int rmig_blocks_by_offset(struct rmig_blocks *t, uint64_t guest_offset,
 // >>zero
 
 /* Is the range all zero? Stops within 128 bytes of the first byte that is not. Any alignment, any length. Any
-   thread. */
+   thread. NULL is not zero, unless n is 0. */
 RMIG_API bool rmig_is_zero(const void *p, size_t n);
 RMIG_API bool rmig_is_zero_portable(const void *p,
                                     size_t n); // without SIMD: the fallback, and the tests' second method
 
-/* Finds data without making the memory grow. */
+/* Finds data without making the memory grow. Each function takes NULL, and then finds nothing but data. */
 struct rmig_holes {
-    int pagemap_fd; // -1: not opened
+    int pagemap_fd, maps_fd, uffd; // of this process; -1: not to be had
     uint64_t page; // of the host, bytes
+    uint64_t sure_from, sure_to; // addresses: holes there are believed until rmig_holes_forget
+    int others; // what /proc/self/smaps shows of the whole process, RMIG__SMAPS_* of the implementation; -1: not read
 };
+/* Opens what tells of this process: a child that fork makes opens its own. Calls userfaultfd: a filter of system calls
+   should refuse that, and not kill for it. */
 RMIG_API void rmig_holes_open(struct rmig_holes *h);
 RMIG_API void rmig_holes_close(struct rmig_holes *h);
 /* The next run in [from, to) of the block that may hold something other than zero: [*data, *end). *data == to: none
-   left, all of it is holes and reads as zero. Where the backing cannot say, it is all data. Blocking: a system call or
-   two. */
+   left, all of it is holes and reads as zero. Where the backing cannot say, or the block's description is not true of
+   what is mapped there, or somebody else's userfaultfd fills the memory in, it is all data. Blocking: a few system
+   calls. Where userfaultfd is refused, or tracks writes, one pass over /proc/self/smaps, about 25 ms a GiB of what the
+   process has in memory, once between two calls of rmig_holes_forget. */
 RMIG_API void rmig_holes_next_data(struct rmig_holes *h, const struct rmig_block *b, uint64_t from, uint64_t to,
                                    uint64_t *data, uint64_t *end);
+/* Memory may have come to be filled in from elsewhere, or been mapped anew, since it was looked at: to be called where
+   a round begins. */
+RMIG_API void rmig_holes_forget(struct rmig_holes *h);
 
 // >>merge
 
@@ -996,13 +1010,17 @@ struct rmig_fabric_ops {
     int (*lockable)(struct rmig_ep *ep, uint64_t bytes, uint64_t charged, struct rmig_error *err);
     /* Takes the peer's right to write away and leaves the connection up: when it returns RMIG_OK no write of the peer
        lands any more, one that has half arrived neither; sends and receives go on. A peer that writes all the same may
-       lose the connection. From ESTABLISHED on, if caps.revokes; the keys need not be deregistered. */
+       lose the connection. From ESTABLISHED on, if caps.revokes; the keys need not be deregistered. RMIG_ERR_PEER_GONE
+       when the connection is over, any other error when it cannot be done: then nothing is promised, and cut does it.
+     */
     int (*revoke)(struct rmig_ep *ep, struct rmig_error *err);
 
     /* Never NULL. */
 
     /* Ends a connection at once, in any state, without waiting: when it returns no write of the peer lands any more,
-       whatever is registered. What was posted and is not delivered may be lost. After it only dereg, cut and close. */
+       whatever is registered. What was posted and is not delivered may be lost. The peer hears of it as of any end, if
+       it was told of the connection before. No event comes here: after it only dereg, cut (which then does nothing) and
+       close; poll, fds and wait may not name the endpoint either. Not for listeners. */
     void (*cut)(struct rmig_ep *ep);
 };
 
@@ -1107,6 +1125,10 @@ struct rmig_sink;
 enum rmig_sink_event_type {
     RMIG_SINK_NONE,
     RMIG_SINK_CONNECTED, // a source is there; comes again for the next one if this one is forgotten
+    RMIG_SINK_FORGOTTEN, // a source was let go before its migration had begun: rmig_sink_error says why, the sink
+                         // listens on. Also for one that never came to CONNECTED. What it named and what it put into
+                         // the stream is void; the blocks added here stay. An answer that BLOCKS waited for is not
+                         // wanted any more
     RMIG_SINK_BLOCKS, // the source asks for the blocks: add those missing, then rmig_sink_accept_blocks or
                       // rmig_sink_refuse; it waits meanwhile, up to its io-timeout: have memory that takes long to make
                       // ready before
@@ -1131,20 +1153,22 @@ RMIG_API int rmig_sink_open(struct rmig_fabric *fabric, const struct rmig_config
 /* As rmig_source_close. After bytes on a return path it waits up to 1 s until the source, which has them, has left. */
 RMIG_API void rmig_sink_close(struct rmig_sink *s);
 /* Listens on "host:port" (port 0: any free one). Requests that are not a migration are rejected, and listening goes
-   on. So it does after a source that breaks the protocol, leaves or falls silent before its migration has begun: with a
-   HELLO that was accepted, or in version 1 with stream bytes or the question for the blocks. That source is forgotten,
-   rmig_sink_error says why, and RMIG_SINK_CONNECTED comes again with the next. Nothing can have been written: no memory
-   is registered before the blocks are agreed. */
+   on. A migration begins when rmig_sink_accept_blocks has returned RMIG_OK; in version 1 with stream bytes or the
+   question for the blocks. Whatever a source says or does before, and whatever fails at this end on its account (out of
+   memory, no descriptor left, RLIMIT_MEMLOCK), costs that source its connection: it is told why, RMIG_SINK_FORGOTTEN
+   comes, and the sink listens on. Nothing can have been written: no memory is registered before the blocks are
+   agreed. */
 RMIG_API int rmig_sink_listen(struct rmig_sink *s, const char *address);
 RMIG_API int rmig_sink_address(struct rmig_sink *s, char *buf, size_t n); // as really bound
 
 /* Any time before accept_blocks. With an extended source blocks are matched by name; with a plain version 1 source by
    order of addition. */
 RMIG_API int rmig_sink_add_block(struct rmig_sink *s, const struct rmig_block_desc *desc, uint32_t *index);
-/* What the source said of its block i < block_count. Valid until close. */
+/* What the source said of its block i < block_count. Until close, or until the source is forgotten. */
 RMIG_API int rmig_sink_peer_block(struct rmig_sink *s, uint32_t i, struct rmig_block_entry *out);
-/* After RMIG_SINK_BLOCKS. RMIG_ERR_SETUP if a block of the source is missing or has another length; both ends then say
-   which. */
+/* After RMIG_SINK_BLOCKS, which may come again with another source: blocks are added once. RMIG_ERR_FORGOTTEN if a
+   block of the source is missing here or has another length, or if the tables cannot be had: both ends say which and
+   why, and RMIG_SINK_FORGOTTEN follows. From a version 1 source, whose migration has begun, that ends the session. */
 RMIG_API int rmig_sink_accept_blocks(struct rmig_sink *s);
 
 /* After RMIG_SINK_TAKE, which a source of the extension brings about by finish: the guest becomes this end's. The source
@@ -1157,8 +1181,9 @@ RMIG_API int rmig_sink_accept_blocks(struct rmig_sink *s);
    takes by itself, and there is no RMIG_SINK_TAKE. RMIG_ERR_STATE at any other time. Does not block. */
 RMIG_API int rmig_sink_take(struct rmig_sink *s);
 /* Refuses the source, from its connection until rmig_sink_take: the guest stays there, and its calls return
-   RMIG_ERR_REFUSED with the reason (up to 250 bytes; NULL: none). RMIG_OK; the session is over: process returns
-   RMIG_ERR_SETUP. RMIG_ERR_STATE when there is no source, or the guest is taken. */
+   RMIG_ERR_REFUSED with the reason (up to 250 bytes; NULL: none). Before its migration has begun RMIG_SINK_FORGOTTEN
+   follows and the sink listens on; afterwards the session is over, and process returns RMIG_ERR_SETUP. RMIG_ERR_STATE when
+   there is no source, or the guest is taken. */
 RMIG_API int rmig_sink_refuse(struct rmig_sink *s, const char *reason);
 
 /* Copies up to n stream bytes that have arrived; returns how many, 0: none now. */
@@ -1248,6 +1273,10 @@ RMIG_API uint64_t rmig_expected_downtime_ns(const struct rmig_stats *stats, uint
 #include <stdlib.h>
 #include <sys/types.h>
 #ifdef __linux__
+#include <linux/userfaultfd.h>
+#include <sys/ioctl.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
 #include <sys/vfs.h>
 #endif
 #include <unistd.h>
@@ -1885,6 +1914,8 @@ RMIG__DEF int rmig_blocks_by_offset(struct rmig_blocks *t, uint64_t guest_offset
 // >>zero: implementation
 
 RMIG__DEF bool rmig_is_zero_portable(const void *p, size_t n) {
+    if (p == NULL)
+        return n == 0;
     const uint8_t *at = (const uint8_t *)p, *end = at + n;
     for (; (size_t)(end - at) >= 64; at += 64) {
         uint64_t w[8];
@@ -1916,28 +1947,239 @@ __attribute__((target("avx2"))) static bool rmig__is_zero_avx2(const uint8_t *p,
 
 RMIG__DEF bool rmig_is_zero(const void *p, size_t n) {
 #ifdef RMIG__X86
-    if (n >= 128 && __builtin_cpu_supports("avx2"))
+    if (p != NULL && n >= 128 && __builtin_cpu_supports("avx2"))
         return rmig__is_zero_avx2((const uint8_t *)p, n);
 #endif
     return rmig_is_zero_portable(p, n);
 }
 
-/* Linux's numbers; <unistd.h> has them only under _GNU_SOURCE, which is the includer's to decide. */
+/* Linux's numbers, and what else libc shows only to who asked for it before the first header, which is the includer's to
+   decide. C++ always does. */
 #define RMIG__SEEK_DATA 3
 #define RMIG__SEEK_HOLE 4
+#ifdef O_CLOEXEC
+#define RMIG__O_CLOEXEC O_CLOEXEC
+#else
+#define RMIG__O_CLOEXEC __O_CLOEXEC
+#endif
+#if defined(__linux__) && !defined(__cplusplus)
+long syscall(long number, ...);
+#endif
+
+/* A text file read line by line; of a line what fits. */
+struct rmig__lines {
+    int fd;
+    ssize_t at, n; // of piece
+    char piece[4096], line[256];
+};
+
+static bool rmig__lines_next(struct rmig__lines *l) {
+    size_t length = 0;
+    for (;;) {
+        if (l->at == l->n) {
+            l->at = 0;
+            l->n = read(l->fd, l->piece, sizeof l->piece);
+            if (l->n <= 0) {
+                l->n = 0;
+                return false;
+            }
+        }
+        char c = l->piece[l->at++];
+        if (c == '\n')
+            break;
+        if (length < sizeof l->line - 1)
+            l->line[length++] = c;
+    }
+    l->line[length] = '\0';
+    return true;
+}
+
+/* A hole is believed only if it is one. It is none where somebody else's userfaultfd fills the memory in once it is
+   touched; where the file or the page map that was asked is not this memory's, since the block was described wrongly;
+   and on huge pages of hugetlbfs, of which the page map shows nothing while they are being moved. So before the first
+   hole of a mapping is believed, the mapping is looked at, and then no more until rmig_holes_forget:
+
+       rmig__holes_ask         where there is a hole, as the backing says
+       rmig__holes_believed    up to where is it in mappings that were looked at? Else they are, one after the other
+       rmig__mapping_at        what is mapped there (Linux 6.11 tells; before it each hole is looked at by itself)
+       rmig__mapping_suits     is that what the block says it is?
+       rmig__pager_at          is there a userfaultfd of somebody else? One of our own is registered for the instant of
+                               the question, which is refused with EBUSY then
+       rmig__smaps             what cannot be answered so, for the whole process
+
+   After a look the hole is asked for again: a pager that left before the look may have put something there after the
+   first question. The question to userfaultfd is of write protection: no access waits for us, since nothing is
+   protected. And it is of the hole alone: taking a registration back walks all pages that are there, with the address
+   space locked (100 ms a GiB), and KVM drops what it knows of them. */
+
+#ifdef __linux__
+
+/* PROCMAP_QUERY of linux/fs.h, which knows it since 6.11. */
+struct rmig__mapping {
+    uint64_t size, query_flags, query_address;
+    uint64_t start, end, flags, page_size, offset, inode;
+    uint32_t device_major, device_minor, name_size, build_id_size;
+    uint64_t name_address, build_id_address;
+};
+#define RMIG__MAPPING_QUERY _IOWR('f', 17, struct rmig__mapping)
+#define RMIG__MAPPING_SHARED 8u
+
+static bool rmig__mapping_at(const struct rmig_holes *h, uint64_t address, struct rmig__mapping *m) {
+    memset(m, 0, sizeof *m);
+    m->size = sizeof *m;
+    m->query_address = address;
+    return h->maps_fd >= 0 && ioctl(h->maps_fd, RMIG__MAPPING_QUERY, m) == 0;
+}
+
+static bool rmig__mapping_suits(const struct rmig_holes *h, const struct rmig_block *b, uint64_t address,
+                                const struct rmig__mapping *m) {
+    struct stat st;
+    bool shared = (m->flags & RMIG__MAPPING_SHARED) != 0;
+    if (b->backing == RMIG_BACKING_ANONYMOUS)
+        return !shared && m->inode == 0 && m->page_size == h->page;
+    uint64_t is = m->offset + (address - m->start);
+    uint64_t must = b->fd_offset + (address - (uint64_t)(uintptr_t)b->host);
+    return shared && is == must && fstat(b->fd, &st) == 0 && m->inode == (uint64_t)st.st_ino;
+}
+
+enum rmig__pager { RMIG__PAGER_NONE, RMIG__PAGER_SOMEBODY, RMIG__PAGER_CANNOT_SAY };
+
+/* On huge pages of hugetlbfs none of the range can be ZEROPAGEd, which is how they show where there is no mapping to
+   look at. Memory that cannot be registered at all has no pager; but if it is said to be anonymous it is not. */
+static enum rmig__pager rmig__pager_at(const struct rmig_holes *h, const struct rmig_block *b, uint64_t from,
+                                       uint64_t to) {
+    struct uffdio_register ours;
+    bool anonymous = b->backing == RMIG_BACKING_ANONYMOUS;
+    memset(&ours, 0, sizeof ours);
+    ours.range.start = from;
+    ours.range.len = to - from;
+    ours.mode = UFFDIO_REGISTER_MODE_WP;
+    if (h->uffd < 0)
+        return RMIG__PAGER_CANNOT_SAY;
+    if (ioctl(h->uffd, UFFDIO_REGISTER, &ours) == 0) {
+        ioctl(h->uffd, UFFDIO_UNREGISTER, &ours.range);
+        bool small = (ours.ioctls & (uint64_t)1 << _UFFDIO_ZEROPAGE) != 0;
+        return small || !anonymous ? RMIG__PAGER_NONE : RMIG__PAGER_SOMEBODY;
+    }
+    if (errno == EPERM) // a mapping that may never be written: nobody can register it
+        return RMIG__PAGER_NONE;
+    if (errno == EINVAL)
+        return anonymous ? RMIG__PAGER_SOMEBODY : RMIG__PAGER_NONE;
+    return RMIG__PAGER_CANNOT_SAY;
+}
+
+enum { RMIG__SMAPS_PAGER = 1, RMIG__SMAPS_HUGE = 2 };
+
+/* Of all mappings: does anybody fill one in, and is one on huge pages? Whoever tracks writes alone does not. */
+static int rmig__smaps(struct rmig_holes *h) {
+    struct rmig__lines lines;
+    if (h->others >= 0)
+        return h->others;
+    lines.at = lines.n = 0;
+    lines.fd = open("/proc/self/smaps", O_RDONLY | RMIG__O_CLOEXEC);
+    if (lines.fd < 0)
+        return RMIG__SMAPS_PAGER | RMIG__SMAPS_HUGE;
+    int seen = 0;
+    bool whole = false;
+    while (rmig__lines_next(&lines)) {
+        whole = strncmp(lines.line, "VmFlags:", 8) == 0; // the last line of each mapping
+        if (whole && (strstr(lines.line, " um") != NULL || strstr(lines.line, " ui") != NULL))
+            seen |= RMIG__SMAPS_PAGER;
+        if (whole && strstr(lines.line, " ht") != NULL)
+            seen |= RMIG__SMAPS_HUGE;
+    }
+    close(lines.fd);
+    return h->others = whole ? seen : RMIG__SMAPS_PAGER | RMIG__SMAPS_HUGE;
+}
+
+/* Looks at what is mapped from `from` on: how far holes are believed there, at most up to `to`, or `from`. */
+static uint64_t rmig__holes_look(struct rmig_holes *h, const struct rmig_block *b, uint64_t from, uint64_t to) {
+    struct rmig__mapping m;
+    bool known = rmig__mapping_at(h, from, &m);
+    if (known && !rmig__mapping_suits(h, b, from, &m))
+        return from;
+    uint64_t end = known ? rmig__min(m.end, to) : to;
+    enum rmig__pager pager = rmig__pager_at(h, b, from, end);
+    bool small = known || b->backing == RMIG_BACKING_SHARED_FD;
+    if (pager == RMIG__PAGER_CANNOT_SAY && (rmig__smaps(h) & (RMIG__SMAPS_PAGER | (small ? 0 : RMIG__SMAPS_HUGE))) == 0)
+        pager = RMIG__PAGER_NONE;
+    if (pager != RMIG__PAGER_NONE)
+        return from;
+    return known ? rmig__min(m.end, (uint64_t)(uintptr_t)b->host + b->length) : to;
+}
+
+/* Without write protection of all memory that may be asked about it is of no use. */
+static int rmig__holes_uffd(void) {
+    struct uffdio_api api;
+    const uint64_t wanted = UFFD_FEATURE_PAGEFAULT_FLAG_WP | (uint64_t)1 << 12; // UFFD_FEATURE_WP_HUGETLBFS_SHMEM
+    int fd = (int)syscall(SYS_userfaultfd, RMIG__O_CLOEXEC | 1); // UFFD_USER_MODE_ONLY, which needs no privilege
+    memset(&api, 0, sizeof api);
+    api.api = UFFD_API;
+    if (fd >= 0 && ioctl(fd, UFFDIO_API, &api) == 0 && (api.features & wanted) == wanted)
+        return fd;
+    if (fd >= 0)
+        close(fd);
+    return -1;
+}
+
+#else
+
+static int rmig__holes_uffd(void) { return -1; }
+static uint64_t rmig__holes_look(struct rmig_holes *h, const struct rmig_block *b, uint64_t from, uint64_t to) {
+    (void)h, (void)b, (void)from;
+    return to;
+}
+
+#endif
+
+/* How far the hole [from, to) is believed. *looked: something was looked at for that. */
+static uint64_t rmig__holes_believed(struct rmig_holes *h, const struct rmig_block *b, uint64_t from, uint64_t to,
+                                     bool *looked) {
+    uint64_t base = (uint64_t)(uintptr_t)b->host, at = (base + from) / h->page * h->page;
+    uint64_t stop = (base + to + h->page - 1) / h->page * h->page;
+    *looked = false;
+    if (at < h->sure_from || at >= h->sure_to)
+        h->sure_from = h->sure_to = at;
+    while (h->sure_to < stop) {
+        uint64_t sure = rmig__holes_look(h, b, h->sure_to, stop);
+        if (sure == h->sure_to)
+            break;
+        h->sure_to = sure;
+        *looked = true;
+    }
+    return rmig__min(rmig__max(h->sure_to, base + from) - base, to);
+}
+
+RMIG__DEF void rmig_holes_forget(struct rmig_holes *h) {
+    if (h == NULL)
+        return;
+    h->sure_from = h->sure_to = 0;
+    h->others = -1;
+}
 
 RMIG__DEF void rmig_holes_open(struct rmig_holes *h) {
+    if (h == NULL)
+        return;
     long page = sysconf(_SC_PAGESIZE);
     h->page = page > 0 ? (uint64_t)page : 4096;
-    h->pagemap_fd = open("/proc/self/pagemap", O_RDONLY);
-    if (h->pagemap_fd >= 0)
-        fcntl(h->pagemap_fd, F_SETFD, FD_CLOEXEC);
+    h->pagemap_fd = open("/proc/self/pagemap", O_RDONLY | RMIG__O_CLOEXEC);
+    h->maps_fd = open("/proc/self/maps", O_RDONLY | RMIG__O_CLOEXEC);
+    h->uffd = rmig__holes_uffd();
+    rmig_holes_forget(h);
+}
+
+static void rmig__close(int *fd) {
+    if (*fd >= 0)
+        close(*fd);
+    *fd = -1;
 }
 
 RMIG__DEF void rmig_holes_close(struct rmig_holes *h) {
-    if (h->pagemap_fd >= 0)
-        close(h->pagemap_fd);
-    h->pagemap_fd = -1;
+    if (h == NULL)
+        return;
+    rmig__close(&h->pagemap_fd);
+    rmig__close(&h->maps_fd);
+    rmig__close(&h->uffd);
 }
 
 /* tmpfs and file systems answer for pages that no process has mapped, too, which mincore and pagemap cannot. */
@@ -2000,16 +2242,35 @@ static void rmig__holes_pagemap(const struct rmig_holes *h, const struct rmig_bl
     }
 }
 
-RMIG__DEF void rmig_holes_next_data(struct rmig_holes *h, const struct rmig_block *b, uint64_t from, uint64_t to,
-                                    uint64_t *data, uint64_t *end) {
+static void rmig__holes_ask(const struct rmig_holes *h, const struct rmig_block *b, uint64_t from, uint64_t to,
+                            uint64_t *data, uint64_t *end) {
     *data = from;
     *end = to;
-    if (from >= to)
-        *data = to;
-    else if (b->backing == RMIG_BACKING_SHARED_FD)
+    if (b->backing == RMIG_BACKING_SHARED_FD)
         rmig__holes_file(h, b, from, to, data, end);
     else if (b->backing == RMIG_BACKING_ANONYMOUS && h->pagemap_fd >= 0)
         rmig__holes_pagemap(h, b, from, to, data, end);
+}
+
+RMIG__DEF void rmig_holes_next_data(struct rmig_holes *h, const struct rmig_block *b, uint64_t from, uint64_t to,
+                                    uint64_t *data, uint64_t *end) {
+    if (data == NULL || end == NULL)
+        return;
+    *data = from < to ? from : to;
+    *end = to;
+    if (h == NULL || b == NULL || h->page == 0)
+        return;
+    for (bool looked = true; looked && from < to;) {
+        rmig__holes_ask(h, b, from, to, data, end);
+        if (*data == from)
+            return;
+        uint64_t believed = rmig__holes_believed(h, b, from, *data, &looked);
+        if (believed == *data)
+            continue;
+        *data = believed;
+        *end = to;
+        return;
+    }
 }
 
 // >>wire: implementation
@@ -2353,6 +2614,7 @@ RMIG__DEF int rmig_split_address(const char *address, char *host, size_t host_si
 #define RMIG__SENDS 4
 #define RMIG__CONTROL_BYTES ((uint64_t)(RMIG__RECVS + RMIG__SENDS) * RMIG_CONTROL_SIZE)
 #define RMIG__EVENTS 16
+#define RMIG__EVENT_TURNS 64 // so often at once: a fabric may have more without end
 #define RMIG__LINGER (100 * RMIG__MS) // for the last message of a failed session, in close
 
 /* What completions carry back: the kind of operation above, a buffer's index or a write's number below. */
@@ -2757,8 +3019,12 @@ static int rmig__on_event(struct rmig__session *ss, const struct rmig_fabric_eve
 static int rmig__session_poll(struct rmig__session *ss) {
     ss->ready = false;
     rmig__post_sends(ss);
-    for (;;) {
+    for (unsigned turns = 0;; turns++) {
         struct rmig_fabric_event events[RMIG__EVENTS];
+        if (turns == RMIG__EVENT_TURNS) {
+            ss->again = true;
+            return RMIG_OK;
+        }
         int n = ss->fabric->ops->poll(ss->ep, events, RMIG__EVENTS, &ss->error);
         if (n < 0) {
             ss->broken = true;
@@ -2822,30 +3088,37 @@ static int rmig__session_fds(struct rmig__session *ss, struct rmig_ep *ep, struc
     return got;
 }
 
-/* A private mapping on huge pages has a name in the list of mappings, and no other sign. */
-static bool rmig__anonymous_huge(const void *at) {
-    char line[256], piece[1024];
-    size_t length = 0;
-    ssize_t got = 0;
-    bool found = false;
-    int fd = open("/proc/self/maps", O_RDONLY);
-    while (fd >= 0 && !found && (got = read(fd, piece, sizeof piece)) > 0) {
-        for (ssize_t i = 0; i < got && !found; i++) {
-            if (piece[i] != '\n') {
-                length += length < sizeof line - 1;
-                line[length - 1] = piece[i];
-                continue;
-            }
-            line[length] = '\0';
-            length = 0;
-            char *end;
-            uint64_t from = strtoull(line, &end, 16), to = *end == '-' ? strtoull(end + 1, NULL, 16) : 0;
-            found = from <= (uint64_t)(uintptr_t)at && (uint64_t)(uintptr_t)at < to;
-        }
+/* A private mapping on huge pages of hugetlbfs has a name in the list of mappings, which is read once for all blocks. */
+struct rmig__span {
+    uint64_t from, to; // addresses
+};
+
+static int rmig__span_order(const void *a, const void *b) {
+    const struct rmig__span *x = (const struct rmig__span *)a, *y = (const struct rmig__span *)b;
+    return x->from < y->from ? -1 : x->from > y->from;
+}
+
+/* How many bytes of the n spans, which it sorts, are on huge pages: by a list of mappings, in ascending order. */
+static uint64_t rmig__anonymous_huge(int maps_fd, struct rmig__span *span, size_t n) {
+    struct rmig__lines lines;
+    uint64_t huge = 0;
+    size_t first = 0;
+    lines.fd = maps_fd;
+    lines.at = lines.n = 0;
+    if (n > 0)
+        qsort(span, n, sizeof *span, rmig__span_order);
+    while (first < n && rmig__lines_next(&lines)) {
+        char *end;
+        uint64_t from = strtoull(lines.line, &end, 16), to = *end == '-' ? strtoull(end + 1, NULL, 16) : 0;
+        while (first < n && span[first].to <= from)
+            first++;
+        if (strstr(lines.line, " /anon_hugepage") == NULL)
+            continue;
+        for (size_t i = first; i < n && span[i].from < to; i++)
+            if (span[i].to > from)
+                huge += rmig__min(span[i].to, to) - rmig__max(span[i].from, from);
     }
-    if (fd >= 0)
-        close(fd);
-    return found && strstr(line, "/anon_hugepage") != NULL;
+    return huge;
 }
 
 #define RMIG__HUGETLBFS_MAGIC 0x958458f6 // linux/magic.h
@@ -2853,10 +3126,38 @@ static bool rmig__anonymous_huge(const void *at) {
 static bool rmig__on_hugetlbfs(const struct rmig_block *b) {
 #ifdef __linux__
     struct statfs fs;
-    if (b->backing == RMIG_BACKING_SHARED_FD)
-        return fstatfs(b->fd, &fs) == 0 && (uint64_t)fs.f_type == RMIG__HUGETLBFS_MAGIC;
+    return b->backing == RMIG_BACKING_SHARED_FD && fstatfs(b->fd, &fs) == 0 &&
+           (uint64_t)fs.f_type == RMIG__HUGETLBFS_MAGIC;
+#else
+    (void)b;
+    return false;
 #endif
-    return rmig__anonymous_huge(b->host); // false where there is no such list
+}
+
+/* How much of the blocks counts against a limit of locked memory: neither device memory nor huge pages of hugetlbfs. */
+static int rmig__charged(struct rmig__session *ss, const struct rmig_blocks *blocks, uint64_t *charged) {
+    struct rmig__span *span = (struct rmig__span *)rmig__calloc(blocks->count, sizeof *span);
+    size_t n = 0;
+    *charged = 0;
+    if (span == NULL && blocks->count > 0)
+        return RMIG__END(ss, RMIG_ERR_SETUP, 0, "out of memory for a list of %u blocks", blocks->count);
+    for (uint32_t i = 0; i < blocks->count; i++) {
+        const struct rmig_block *b = &blocks->block[i];
+        if (b->backing == RMIG_BACKING_DMABUF || rmig__on_hugetlbfs(b))
+            continue;
+        *charged += b->length;
+        if (b->backing == RMIG_BACKING_SHARED_FD)
+            continue;
+        span[n].from = (uint64_t)(uintptr_t)b->host;
+        span[n++].to = (uint64_t)(uintptr_t)b->host + b->length;
+    }
+    int maps_fd = n > 0 ? open("/proc/self/maps", O_RDONLY | RMIG__O_CLOEXEC) : -1; // without it all are charged
+    if (maps_fd >= 0) {
+        *charged -= rmig__anonymous_huge(maps_fd, span, n);
+        close(maps_fd);
+    }
+    rmig__release(span);
+    return RMIG_OK;
 }
 
 /* Before anything is moved: may as much be registered as is sure to be? `sure`: of all the blocks' memory, at most.
@@ -2865,13 +3166,13 @@ static int rmig__check_lockable(struct rmig__session *ss, const struct rmig_bloc
     uint64_t ram = 0, charged = 0;
     if (ss->fabric->ops->lockable == NULL)
         return RMIG_OK;
-    for (uint32_t i = 0; i < blocks->count; i++) {
-        const struct rmig_block *b = &blocks->block[i];
-        ram += b->backing == RMIG_BACKING_DMABUF ? 0 : b->length;
-        charged += b->backing == RMIG_BACKING_DMABUF || rmig__on_hugetlbfs(b) ? 0 : b->length;
-    }
+    for (uint32_t i = 0; i < blocks->count; i++)
+        ram += blocks->block[i].backing == RMIG_BACKING_DMABUF ? 0 : blocks->block[i].length;
     if (ram == 0)
         return RMIG_OK;
+    int status = rmig__charged(ss, blocks, &charged);
+    if (status != RMIG_OK)
+        return status;
     struct rmig_error err;
     memset(&err, 0, sizeof err);
     if (ss->fabric->ops->lockable(ss->ep, rmig__min(ram, sure), rmig__min(charged, sure), &err) == RMIG_OK)
@@ -2924,19 +3225,61 @@ static void rmig__fill_hello(const struct rmig__session *ss, struct rmig_hello *
     h->features = RMIG_FEATURE_FINISH_PENDING;
 }
 
-/* Takes over the peer's limits; false if they leave no room to work. */
-static bool rmig__take_limits(struct rmig__session *ss, const struct rmig_hello *h, uint64_t chunk) {
+/* What a peer may name in HELLO or HELLO_RESULT. Less is refused; more is refused too, or counts as the most that this
+   end knows, where a later version may have more. */
+struct rmig__limit {
+    const char *name;
+    uint64_t value, min, max;
+    bool more_is_good, zero_is_good, power_of_two;
+};
+
+/* False, and why not in words. */
+static bool rmig__limit_kept(const struct rmig__limit *l, char *why, size_t n) {
+    bool in_range = l->value >= l->min && (l->value <= l->max || l->more_is_good) &&
+                    (!l->power_of_two || rmig__is_power_of_two(l->value));
+    if (in_range || (l->value == 0 && l->zero_is_good))
+        return true;
+    int at = snprintf(why, n, "%s %llu: must be %s%s%llu", l->name, (unsigned long long)l->value,
+                      l->zero_is_good ? "0, or " : "", l->power_of_two ? "a power of two from " : "",
+                      (unsigned long long)l->min);
+    if (l->more_is_good)
+        snprintf(why + at, n - (size_t)at, " or more");
+    else
+        snprintf(why + at, n - (size_t)at, " to %llu", (unsigned long long)l->max);
+    return false;
+}
+
+/* Takes over the peer's limits. chunk: what one registration must hold. False if one cannot be: why (of 120 bytes at
+   least) names it, its value, and what would be right. */
+static bool rmig__take_limits(struct rmig__session *ss, const struct rmig_hello *h, uint64_t chunk, char *why,
+                              size_t n) {
+    const struct rmig__param_row *idle = &rmig__params[RMIG_PARAM_IO_TIMEOUT];
+    const struct rmig__limit limits[] = {
+        {"page_size", h->page_size, 4096, RMIG_CHUNK_SIZE_MAX, false, false, true},
+        {"key_bits", h->key_bits, 32, 64, false, false, false},
+        {"payload_max", h->payload_max, 512, RMIG_PAYLOAD_MAX, true, false, false},
+        {"batch_max", h->batch_max, 1, RMIG_REPEAT_MAX, true, false, false},
+        {"registration_max", h->registration_max, chunk, UINT64_MAX, true, false, false},
+        {"idle_max", h->idle_max, idle->min, idle->max, true, true, false},
+    };
+    for (size_t i = 0; i < sizeof limits / sizeof limits[0]; i++)
+        if (!rmig__limit_kept(&limits[i], why, n))
+            return false;
     ss->peer_payload_max = rmig__min(h->payload_max, RMIG_PAYLOAD_MAX);
     ss->peer_batch_max = rmig__min(h->batch_max, RMIG_REPEAT_MAX);
     ss->peer_registration_max = h->registration_max;
-    ss->peer_idle_max = h->idle_max;
+    ss->peer_idle_max = rmig__min(h->idle_max, idle->max);
     ss->peer_features = h->features;
-    return ss->peer_payload_max >= 512 && ss->peer_batch_max >= 1 && ss->peer_registration_max >= chunk;
+    return true;
 }
+
+#define RMIG__KEEPALIVE_MIN (4 * RMIG__MS) // between two, however short the peer's patience is
 
 /* When a message is due so that the peer does not take this end for dead. */
 static uint64_t rmig__idle_at(const struct rmig__session *ss) {
-    return ss->extended && ss->peer_idle_max != 0 ? rmig__after(ss->last_sent, ss->peer_idle_max / 4) : RMIG_FOREVER;
+    if (!ss->extended || ss->peer_idle_max == 0)
+        return RMIG_FOREVER;
+    return rmig__after(ss->last_sent, rmig__max(ss->peer_idle_max / 4, RMIG__KEEPALIVE_MIN));
 }
 
 // >>source: implementation
@@ -2946,6 +3289,9 @@ static uint64_t rmig__idle_at(const struct rmig__session *ss) {
 #define RMIG__ZERO_TEST RMIG_MIB // longest range tested in one piece
 #define RMIG__ZERO_BYTES (8 * RMIG_GIB) // in one message: what a sink clears between two READYs
 #define RMIG__STEP_SCAN (64 * RMIG_MIB) // bytes tested for zero before the wire is looked after again
+#define RMIG__HOLE_LOOK RMIG_GIB // how far one look for holes goes; it reads 2 MiB of page map, in 4 ms
+#define RMIG__HOLE_SHARE 16 // a byte of a hole costs this part of a byte tested
+#define RMIG__HOLE_CALL ((uint64_t)65536) // and each look as many bytes tested
 
 /* Memory registered for writing, at both ends: one or more chunks of a block. */
 struct rmig__region {
@@ -3320,12 +3666,9 @@ static int rmig__source_on_hello_result(struct rmig_source *s, const uint8_t *p,
     if (h.chunk_size != s->chunk_size)
         return RMIG__END(ss, RMIG_ERR_PROTOCOL, 0, "the sink answered chunk-size %llu to %llu",
                          (unsigned long long)h.chunk_size, (unsigned long long)s->chunk_size);
-    if (!rmig__take_limits(ss, &h, s->chunk_size))
-        return RMIG__END(ss, RMIG_ERR_SETUP, 0,
-                         "the sink's limits are too small: payload %llu (need 512), batch %llu (need 1), registration "
-                         "%llu (need chunk-size, %llu): use a smaller chunk-size",
-                         (unsigned long long)h.payload_max, (unsigned long long)h.batch_max,
-                         (unsigned long long)h.registration_max, (unsigned long long)s->chunk_size);
+    char why[120];
+    if (!rmig__take_limits(ss, &h, s->chunk_size, why, sizeof why))
+        return RMIG__END(ss, RMIG_ERR_SETUP, 0, "the sink's limits: %s", why);
     s->stream_limit = (size_t)ss->peer_payload_max;
     s->window_regions = s->lockstep ? 1 : rmig__min(ss->peer_batch_max, ss->peer_payload_max / RMIG_BATCH_SIZE);
     if (s->op == RMIG__OP_CONNECT)
@@ -3570,8 +3913,9 @@ static bool rmig__range_is_zero(struct rmig_source *s, uint32_t block, uint64_t 
     }
     while (from < to) {
         if (!rmig__hole_known(s, block, from)) {
-            uint64_t reach = rmig__min(b->length, rmig__after(from, RMIG_GIB));
+            uint64_t reach = rmig__min(b->length, rmig__after(from, RMIG__HOLE_LOOK));
             rmig_holes_next_data(&s->ss.holes, b, from, reach, &s->hole.data, &s->hole.end);
+            *scanned += (s->hole.data - from) / RMIG__HOLE_SHARE;
             s->hole.block = block;
             s->hole.from = from;
         }
@@ -4430,6 +4774,8 @@ RMIG__DEF int rmig_source_begin_round(struct rmig_source *s) {
     if (s->exchange == RMIG__BLOCKS_NONE)
         s->exchange = RMIG__BLOCKS_SENDING;
     s->in_round = true;
+    rmig_holes_forget(&s->ss.holes);
+    s->hole.block = UINT32_MAX;
     s->prelude = s->stream_fill > 0;
     s->round_before = s->round_began;
     s->round_began = s->tokens_time = rmig__now(&s->ss);
@@ -4660,11 +5006,17 @@ RMIG__DEF void rmig_source_stats(const struct rmig_source *s, struct rmig_stats 
 #define RMIG__V1_UNIT RMIG_CHUNK_SIZE_MAX // safe whatever chunk size a version 1 source uses: it is not on the wire
 #define RMIG__V1_BYTES_PER_US 16 // slowest link that a silent version 1 source is granted: 16 MB/s
 #define RMIG__V1_BLOCKS_MAX (RMIG_PAYLOAD_MAX / RMIG_RAM_BLOCK_SIZE)
+#define RMIG__STEP_REQUESTS 16 // to connect, taken or rejected in one call
+#define RMIG__STEP_REGIONS 64 // registered or deregistered for the source in one call; of bytes no more than ...
+#define RMIG__STEP_REGISTER                                                                                            \
+    (64 * RMIG_MIB) // ... this, or one region: a window of a source's, so that it waits no longer
+#define RMIG__ADDRESS_MAX 128
 
 struct rmig__sink_block {
     uint32_t local; // index in the table of blocks
-    uint32_t *unit; // per unit of registration: 1 + index of the region that begins there or covers it, 0: none
+    uint32_t *unit; // per unit of registration: 1 + index of the region that covers it and reaches furthest, 0: none
     uint64_t units;
+    uint64_t registered; // bytes of all its regions; where they overlap, more than the block has
 };
 
 struct rmig__sink_region {
@@ -4687,6 +5039,7 @@ enum rmig__sink_state {
     RMIG__SINK_HELLO, // extended: the source's HELLO is due
     RMIG__SINK_UP,
     RMIG__SINK_ASKING, // the embedder's word on the blocks is due
+    RMIG__SINK_TABLE, // version 1: RAM_BLOCKS_RESULT is due, and with pin-all what it has keys for
     RMIG__SINK_TAKING, // FINISH came, the embedder's word on the guest is due
     RMIG__SINK_TAKEN, // it took the guest; the source is to hear so
     RMIG__SINK_HANDOVER, // FINISH_RESULT is out, GOODBYE is due
@@ -4720,13 +5073,15 @@ struct rmig__return {
 
 struct rmig_sink {
     struct rmig__session ss;
-    struct rmig_ep *listener;
+    struct rmig_ep *listener; // NULL: not yet, or nobody else may come
+    char address[RMIG__ADDRESS_MAX]; // where it was, once it is closed
+    unsigned requests; // to connect, in this call of process
     struct rmig_blocks blocks;
     enum rmig__sink_state state;
     struct rmig_private_data asked; // by the source
     uint64_t accepted_at; // when its request came
     uint8_t answer[RMIG_PRIVATE_DATA_SIZE];
-    bool begun; // the migration: from here on a failure of the source is the session's
+    bool begun; // the migration: from here on a failure of the source is the session's, and nobody else may come
     uint64_t part_until; // PARTING, LEAVING
     bool barred; // the source's right to write is gone
     struct rmig__return ret;
@@ -4745,11 +5100,12 @@ struct rmig_sink {
     struct rmig__sink_region *region;
     uint32_t region_count, region_capacity, region_free; // free: no slot below it is free
 
-    uint32_t clear_entry; // of the message in the inbox that is being carried out
-    uint64_t clear_done; // bytes of that entry
+    uint32_t entry; // next of the message (or table) that is carried out in steps
+    uint64_t clear_done, clear_data; // of that entry: bytes cleared; where the data ends that was found last
     size_t stream_at; // bytes taken of the QEMU_FILE in the inbox
     bool stream_told, stream_taken, disconnect_told;
     enum rmig_sink_event_type event; // to be delivered
+    struct rmig_error forgotten; // why: other calls may be refused before the event is delivered
 };
 
 RMIG__DEF int rmig_sink_open(struct rmig_fabric *fabric, const struct rmig_config *cfg, struct rmig_sink **out,
@@ -4969,15 +5325,15 @@ RMIG__DEF int rmig_sink_return_put(struct rmig_sink *s, const void *data, size_t
     if (ss->failed)
         return ss->failed;
     if (!s->begun || ss->extended || s->state >= RMIG__SINK_RETURNING)
-        return RMIG__REFUSE(ss, RMIG_ERR_STATE, 0,
+        return RMIG__NO(ss, RMIG_ERR_STATE, 0,
                             "rmig_sink_return_put: only for a version 1 source, after its first message and before "
                             "rmig_sink_complete");
     if (n > RMIG__RETURN_MAX || (data == NULL && n > 0))
-        return RMIG__REFUSE(ss, RMIG_ERR_ARGUMENT, 0,
+        return RMIG__NO(ss, RMIG_ERR_ARGUMENT, 0,
                             "rmig_sink_return_put: %zu bytes at %p: must be at most %d, not at NULL", n, data,
                             RMIG__RETURN_MAX);
     if (r->ep == NULL && r->broken.status == RMIG_OK)
-        return RMIG__REFUSE(ss, RMIG_ERR_STATE, 0,
+        return RMIG__NO(ss, RMIG_ERR_STATE, 0,
                             "rmig_sink_return_put: the source has opened no return path; it does so before its first "
                             "message, or not at all");
     if (r->ep == NULL)
@@ -5035,10 +5391,17 @@ RMIG__DEF int rmig_sink_listen(struct rmig_sink *s, const char *address) {
 RMIG__DEF int rmig_sink_address(struct rmig_sink *s, char *buf, size_t n) {
     if (s == NULL)
         return RMIG_ERR_ARGUMENT;
-    if (s->listener == NULL)
-        return RMIG__NO(&s->ss, RMIG_ERR_STATE, 0, "rmig_sink_address: listen first");
+    if (s->listener == NULL && s->address[0] == '\0')
+        return RMIG__NO(&s->ss, RMIG_ERR_STATE, 0, "rmig_sink_address: none is known; listen first");
     if (buf == NULL || n == 0)
         return RMIG__NO(&s->ss, RMIG_ERR_ARGUMENT, 0, "rmig_sink_address: buf is NULL or empty; 64 bytes suffice");
+    if (s->listener == NULL && n <= strlen(s->address))
+        return RMIG__NO(&s->ss, RMIG_ERR_ARGUMENT, 0, "rmig_sink_address: buf has %zu bytes, \"%s\" needs %zu", n,
+                        s->address, strlen(s->address) + 1);
+    if (s->listener == NULL) {
+        memcpy(buf, s->address, strlen(s->address) + 1);
+        return RMIG_OK;
+    }
     return s->ss.fabric->ops->address(s->listener, buf, n, &s->ss.error);
 }
 
@@ -5078,33 +5441,61 @@ static void rmig__sink_reject(struct rmig_sink *s, const struct rmig_fabric_even
     rmig__trace(&s->ss, "rejected a request: %s", why);
 }
 
-static void rmig__sink_forget(struct rmig_sink *s) {
-    rmig__trace(&s->ss, "forgot a source, listening again: %s", s->ss.error.text);
-    rmig__return_drop(s);
-    rmig__session_drop(&s->ss);
-    s->ready_out = false;
-    s->state = RMIG__SINK_LISTENING;
+/* What was made for one source goes. What another finds is as after listen, with the blocks that were added. */
+static void rmig__sink_forget_tables(struct rmig_sink *s) {
+    rmig__release(s->peer);
+    rmig__release(s->names);
+    rmig__release(s->block);
+    rmig__release(s->units);
+    rmig__release(s->region);
+    s->peer = NULL;
+    s->names = NULL;
+    s->block = NULL;
+    s->units = NULL;
+    s->region = NULL;
+    s->peer_count = s->peer_capacity = s->peer_total = 0;
+    s->names_size = s->names_capacity = 0;
+    s->block_count = s->region_count = s->region_capacity = s->region_free = 0;
+    s->ram_bytes = s->ss.stats.stream_bytes = 0;
+    s->stream_at = 0;
+    s->entry = 0;
+    s->ready_out = s->stream_told = s->stream_taken = false;
 }
 
-/* What a source does before its migration has begun costs it its connection, and not the sink, which another may be on
-   its way to. The reason stays in ss->error. */
+/* Why a source is let go is in ss->error, and the embedder hears of it. Each step delivers one event, so there is none
+   that this one could hide: what calls this looks at nothing else afterwards. */
+static void rmig__sink_tell_forgotten(struct rmig_sink *s) {
+    RMIG_ASSERT(s->event == RMIG_SINK_NONE);
+    s->event = RMIG_SINK_FORGOTTEN;
+    s->forgotten = s->ss.error;
+    rmig__trace(&s->ss, "forgets a source: %s", s->ss.error.text);
+}
+
+/* What a source does before its migration has begun, and what this end cannot do for it, costs it its connection, and
+   not the sink, which another may be on its way to. Does nothing if the session has not failed, or for good. */
 static void rmig__sink_spare(struct rmig_sink *s) {
     struct rmig__session *ss = &s->ss;
-    if (s->begun || ss->failed == RMIG_OK || ss->failed == RMIG_ERR_SETUP || ss->failed == RMIG_ERR_CANCELLED)
+    if (s->begun || ss->failed == RMIG_OK || ss->failed == RMIG_ERR_CANCELLED || ss->ep == NULL)
         return;
     ss->failed = RMIG_OK;
     ss->broken = true; // it hears no more than its last words
     ss->again = true;
-    s->event = RMIG_SINK_NONE;
+    bool parting = s->state == RMIG__SINK_PARTING;
     s->state = RMIG__SINK_PARTING;
-    s->part_until = ss->last_words ? rmig__after(rmig__now(ss), RMIG__LINGER) : 0;
+    s->part_until = ss->last_words && !parting ? rmig__after(rmig__now(ss), RMIG__LINGER) : 0;
+    if (parting)
+        return; // that was told before
     rmig__return_drop(s);
+    rmig__sink_forget_tables(s);
+    rmig__sink_tell_forgotten(s);
 }
 
 static void rmig__sink_part(struct rmig_sink *s, bool *moved) {
     if (rmig__now(&s->ss) < s->part_until && !rmig__ep_ended(s->ss.ep, NULL))
         return;
-    rmig__sink_forget(s);
+    rmig__session_drop(&s->ss);
+    s->state = RMIG__SINK_LISTENING;
+    rmig__trace(&s->ss, "listening again");
     *moved = true;
 }
 
@@ -5118,6 +5509,8 @@ static void rmig__sink_accept(struct rmig_sink *s, const struct rmig_fabric_even
     if (ss->fabric->ops->open_request(s->listener, e->request, &cfg, &ss->ep, &ss->error) != RMIG_OK) {
         ss->ep = NULL;
         rmig__sink_reject(s, e, ss->error.text);
+        RMIG_LOG(ss->error.text);
+        rmig__sink_tell_forgotten(s);
         return;
     }
     s->state = RMIG__SINK_ACCEPTING;
@@ -5129,10 +5522,11 @@ static void rmig__sink_accept(struct rmig_sink *s, const struct rmig_fabric_even
     if (rmig_get(&ss->cfg, RMIG_PARAM_EXTENSION))
         answer.flags |= s->asked.flags & RMIG_FLAG_EXTENSION;
     rmig_encode_private_data(s->answer, sizeof s->answer, &answer);
-    if (rmig__session_setup(ss) != RMIG_OK)
-        return; // this end's own trouble: the session ends with it
-    if (ss->fabric->ops->accept(ss->ep, s->answer, sizeof s->answer, &ss->error) != RMIG_OK) {
-        rmig__sink_forget(s);
+    int status = rmig__session_setup(ss);
+    if (status == RMIG_OK && ss->fabric->ops->accept(ss->ep, s->answer, sizeof s->answer, &ss->error) != RMIG_OK)
+        status = rmig__session_end(ss);
+    if (status != RMIG_OK) {
+        rmig__sink_spare(s);
         return;
     }
     ss->extended = (answer.flags & RMIG_FLAG_EXTENSION) != 0;
@@ -5170,6 +5564,7 @@ static void rmig__return_open(struct rmig_sink *s, const struct rmig_fabric_even
     if (s->ss.fabric->ops->open_request(s->listener, e->request, &cfg, &r->ep, &err) != RMIG_OK) {
         r->ep = NULL;
         rmig__sink_reject(s, e, err.text);
+        rmig__return_break(s, RMIG_ERR_FABRIC, err.provider_code, err.text);
         return;
     }
     memset(&r->broken, 0, sizeof r->broken);
@@ -5196,9 +5591,15 @@ static void rmig__sink_on_request(struct rmig_sink *s, const struct rmig_fabric_
     }
 }
 
+/* Takes requests until there is something to tell, and so many in one call of process: strangers may knock without
+   end. */
 static int rmig__sink_poll_listener(struct rmig_sink *s) {
-    for (;;) {
+    while (s->event == RMIG_SINK_NONE) {
         struct rmig_fabric_event e;
+        if (s->requests == RMIG__STEP_REQUESTS) {
+            s->ss.again = true;
+            break;
+        }
         int n = s->ss.fabric->ops->poll(s->listener, &e, 1, &s->ss.error);
         if (n < 0 && s->ss.ep != NULL) { // the migration under way does not need it
             rmig__trace(&s->ss, "listener: %s", s->ss.error.text);
@@ -5207,12 +5608,25 @@ static int rmig__sink_poll_listener(struct rmig_sink *s) {
         if (n < 0)
             return rmig__session_end(&s->ss);
         if (n == 0)
-            return s->ss.failed;
+            break;
+        s->requests++;
         if (e.type == RMIG_FEV_REQUEST)
             rmig__sink_on_request(s, &e);
-        if (e.type == RMIG_FEV_ERROR)
+        if (e.type == RMIG_FEV_ERROR) // one request's, not the listener's
             rmig__trace(&s->ss, "listener: %s", e.text);
     }
+    return s->ss.failed;
+}
+
+/* The migration has begun: the sink is this source's, which has opened all the connections that it will. */
+static void rmig__sink_begin(struct rmig_sink *s) {
+    s->begun = true;
+    if (s->listener == NULL)
+        return;
+    if (s->ss.fabric->ops->address(s->listener, s->address, sizeof s->address, NULL) != RMIG_OK)
+        s->address[0] = '\0';
+    s->ss.fabric->ops->close(s->listener);
+    s->listener = NULL;
 }
 
 // --- the end
@@ -5257,21 +5671,19 @@ static int rmig__sink_on_hello(struct rmig_sink *s, const uint8_t *p, const stru
     if (rmig_decode_hello(p, h->len, &hello) < 0)
         return rmig__sink_bad(s, h, "its entries are malformed");
     rmig__fill_hello(ss, &answer);
+    answer.features &= hello.features;
     bool fixed = (ss->cfg.set_ & (1u << RMIG_PARAM_CHUNK_SIZE)) != 0;
     uint64_t own = answer.chunk_size, asked = hello.chunk_size;
     bool is_size = rmig__is_power_of_two(asked) && asked >= RMIG_CHUNK_SIZE_MIN && asked <= RMIG_CHUNK_SIZE_MAX;
-    bool valid = is_size && rmig__take_limits(ss, &hello, 0);
+    bool valid = is_size && rmig__take_limits(ss, &hello, RMIG_CHUNK_SIZE_MIN, answer.reason, sizeof answer.reason);
     if (!is_size)
         snprintf(answer.reason, sizeof answer.reason, "chunk-size %llu: must be a power of two from 1M to 1G",
                  (unsigned long long)asked);
-    else if (!valid)
-        snprintf(answer.reason, sizeof answer.reason, "limits: payload %llu (need 512), batch %llu (need 1)",
-                 (unsigned long long)hello.payload_max, (unsigned long long)hello.batch_max);
-    else if (fixed && own != asked)
+    else if (valid && fixed && own != asked)
         snprintf(answer.reason, sizeof answer.reason,
                  "chunk-size: the source has %llu, the sink is set to %llu; set the same or leave the sink's unset",
                  (unsigned long long)asked, (unsigned long long)own);
-    else if (ss->caps.registration_max < asked)
+    else if (valid && ss->caps.registration_max < asked)
         snprintf(answer.reason, sizeof answer.reason,
                  "chunk-size %llu: the sink's fabric registers at most %llu at once", (unsigned long long)asked,
                  (unsigned long long)ss->caps.registration_max);
@@ -5283,7 +5695,6 @@ static int rmig__sink_on_hello(struct rmig_sink *s, const uint8_t *p, const stru
         ss->broken = ss->last_words = true; // the reason is on its way: no ERROR behind it
         return RMIG__END(ss, valid ? RMIG_ERR_SETUP : RMIG_ERR_PROTOCOL, 0, "refused the source: %s", answer.reason);
     }
-    s->begun = true;
     s->chunk_size = asked;
     s->unit = asked;
     s->state = RMIG__SINK_UP;
@@ -5356,22 +5767,29 @@ static bool rmig__inside(uint64_t offset, uint64_t length, uint64_t end) {
     return offset < end && length > 0 && length <= end - offset;
 }
 
+static void rmig__sink_clear_data(const struct rmig_sink *s, const struct rmig_block *b, uint64_t from, uint64_t to) {
+    for (uint64_t at = from; at < to; at += s->ss.holes.page) {
+        size_t n = (size_t)rmig__min(s->ss.holes.page, to - at);
+        if (b->backing == RMIG_BACKING_DMABUF || !rmig_is_zero(b->host + at, n))
+            memset(b->host + at, 0, n);
+    }
+}
+
 /* Clears from `from` on without touching what reads as zero already: holes stay holes. Returns how far it came: up to
-   `to`, or less when the budget of bytes looked at is spent. */
+   `to`, or less when the budget of bytes looked at is spent. Up to s->clear_data it is known to be data. */
 static uint64_t rmig__sink_clear(struct rmig_sink *s, const struct rmig_block *b, uint64_t from, uint64_t to,
                                  uint64_t *budget) {
     while (from<to && * budget> 0) {
-        uint64_t data, end;
-        rmig_holes_next_data(&s->ss.holes, b, from, to, &data, &end);
-        if (data >= to)
-            return to;
-        end = rmig__min(end, rmig__after(data, *budget));
-        *budget -= end - data;
-        for (uint64_t at = data; at < end; at += s->ss.holes.page) {
-            size_t n = (size_t)rmig__min(s->ss.holes.page, end - at);
-            if (b->backing == RMIG_BACKING_DMABUF || !rmig_is_zero(b->host + at, n))
-                memset(b->host + at, 0, n);
+        if (from >= s->clear_data) {
+            uint64_t data, end, reach = rmig__min(to, rmig__after(from, RMIG__HOLE_LOOK));
+            rmig_holes_next_data(&s->ss.holes, b, from, reach, &data, &end);
+            *budget -= rmig__min(*budget, RMIG__HOLE_CALL + (data - from) / RMIG__HOLE_SHARE);
+            from = data;
+            s->clear_data = data < reach ? end : data;
         }
+        uint64_t end = rmig__min(rmig__min(s->clear_data, to), rmig__after(from, *budget));
+        rmig__sink_clear_data(s, b, from, end);
+        *budget -= end - from;
         from = end;
     }
     return from;
@@ -5401,63 +5819,119 @@ static int rmig__sink_check_clear(struct rmig_sink *s, const uint8_t *p, const s
 
 /* RMIG_PENDING: there is more to clear than one call should; the message stays in the inbox. */
 static int rmig__sink_on_clear(struct rmig_sink *s, const uint8_t *p, const struct rmig_header *h, uint32_t count) {
-    int status = s->clear_entry == 0 && s->clear_done == 0 ? rmig__sink_check_clear(s, p, h, count) : RMIG_OK;
+    int status = s->entry == 0 && s->clear_done == 0 ? rmig__sink_check_clear(s, p, h, count) : RMIG_OK;
     uint64_t budget = RMIG__STEP_SCAN;
-    while (status == RMIG_OK && s->clear_entry < count) {
+    while (status == RMIG_OK && s->entry < count) {
         struct rmig_compress run;
-        rmig_decode_compress(p + (size_t)s->clear_entry * RMIG_COMPRESS_SIZE, RMIG_COMPRESS_SIZE, &run);
+        rmig_decode_compress(p + (size_t)s->entry * RMIG_COMPRESS_SIZE, RMIG_COMPRESS_SIZE, &run);
         const struct rmig_block *ram = rmig__sink_local(s, rmig__sink_find(s, run.block));
         uint64_t end = run.start + run.length;
         s->clear_done = rmig__sink_clear(s, ram, run.start + s->clear_done, end, &budget) - run.start;
         if (s->clear_done < run.length)
             return RMIG_PENDING;
         s->ss.stats.bytes_zero += run.length;
-        s->clear_done = 0;
-        s->clear_entry++;
+        s->clear_done = s->clear_data = 0;
+        s->entry++;
     }
-    s->clear_entry = 0;
+    s->entry = 0;
     return status;
 }
 
-/* A registration that covers [from, to) of a block: one that is there, or a new one. NULL: the session has ended. */
-static struct rmig__sink_region *rmig__sink_register(struct rmig_sink *s, uint32_t index, uint64_t from, uint64_t to) {
+/* What a source may register, and when.
+
+   A source names ranges, a sink makes them writable, and the bytes that it pins are bounded by the RAM that there is,
+   whatever the source asks for. An extended source's registrations do not overlap: what lies inside one is answered
+   with it, what overlaps one otherwise is refused. A version 1 source cannot help overlaps, since neither end knows the
+   other's chunks: its ranges are registered as asked while all of them together are no more than the block; then the
+   whole block is, which covers all that is still to come. So no block is registered more than twice over.
+
+   Registering is slow, and a message may ask for much. So it is done in steps: as many entries a call as the budget
+   allows, while the message stays in the inbox (RMIG_PENDING); once the last one is there the reply is made by looking
+   all of them up. */
+
+/* The registration that covers [from, to) of a block, or NULL. */
+static struct rmig__sink_region *rmig__sink_covering(struct rmig_sink *s, uint32_t index, uint64_t from, uint64_t to) {
+    uint32_t known = s->block[index].unit[from / s->unit];
+    struct rmig__sink_region *r = known == 0 ? NULL : &s->region[known - 1];
+    return r != NULL && r->offset <= from && to <= r->offset + r->length ? r : NULL;
+}
+
+/* This call has registered or deregistered as much as one should; before: the counters at its beginning. */
+static bool rmig__sink_spent(const struct rmig_sink *s, const struct rmig_stats *before) {
+    const struct rmig_stats *now = &s->ss.stats;
+    uint64_t bytes = rmig__max(now->bytes_registered, before->bytes_registered) -
+                     rmig__min(now->bytes_registered, before->bytes_registered);
+    uint64_t regions = now->registrations - before->registrations + now->deregistrations - before->deregistrations;
+    return bytes >= RMIG__STEP_REGISTER || regions >= RMIG__STEP_REGIONS;
+}
+
+/* May [from, to) be registered beside what is? A version 1 range may be widened to the whole block. */
+static int rmig__sink_admit(struct rmig_sink *s, uint32_t index, uint64_t *from, uint64_t *to) {
     struct rmig__sink_block *b = &s->block[index];
-    uint32_t known = b->unit[from / s->unit];
-    if (known != 0) {
-        struct rmig__sink_region *r = &s->region[known - 1];
-        if (r->offset <= from && to <= r->offset + r->length)
-            return r;
+    const struct rmig_block *local = rmig__sink_local(s, b);
+    for (uint64_t at = *from; s->ss.extended && at < *to; at += s->unit) {
+        uint32_t known = b->unit[at / s->unit];
+        if (known != 0)
+            return RMIG__END(
+                &s->ss, RMIG_ERR_PROTOCOL, 0,
+                "the source asked to register [0x%llx, 0x%llx) of block \"%.60s\", which overlaps [0x%llx, "
+                "0x%llx), registered before: must lie inside it or outside",
+                (unsigned long long)*from, (unsigned long long)*to, local->name,
+                (unsigned long long)s->region[known - 1].offset,
+                (unsigned long long)(s->region[known - 1].offset + s->region[known - 1].length));
     }
+    if (b->registered + (*to - *from) > local->length && local->length <= s->ss.caps.registration_max) {
+        *from = 0;
+        *to = local->length;
+    }
+    if (*to - *from > s->ss.caps.registration_max)
+        return RMIG__END(&s->ss, RMIG_ERR_REGISTRATION, 0,
+                         "block \"%.60s\": %llu bytes are asked for in one registration; fabric %s takes at most %llu",
+                         local->name, (unsigned long long)(*to - *from), s->ss.fabric->ops->name,
+                         (unsigned long long)s->ss.caps.registration_max);
+    if (s->region_free == s->region_capacity)
+        return RMIG__END(&s->ss, RMIG_ERR_PROTOCOL, 0, "the source asked for more than %u registrations",
+                         s->region_capacity);
+    if (b->registered + (*to - *from) > 2 * local->length)
+        return RMIG__END(&s->ss, RMIG_ERR_PROTOCOL, 0,
+                         "the source asked to register [0x%llx, 0x%llx) of block \"%.60s\": with %llu bytes registered "
+                         "of it that is more than twice its length, %llu",
+                         (unsigned long long)*from, (unsigned long long)*to, local->name,
+                         (unsigned long long)b->registered, (unsigned long long)local->length);
+    return RMIG_OK;
+}
+
+/* Makes sure that a registration covers [from, to) of a block. */
+static int rmig__sink_register(struct rmig_sink *s, uint32_t index, uint64_t from, uint64_t to) {
+    struct rmig__sink_block *b = &s->block[index];
+    if (rmig__sink_covering(s, index, from, to) != NULL)
+        return RMIG_OK;
     while (s->region_free < s->region_count && s->region[s->region_free].used)
         s->region_free++;
-    if (to - from > s->ss.caps.registration_max) {
-        RMIG__END(&s->ss, RMIG_ERR_REGISTRATION, 0,
-                  "block \"%.60s\": %llu bytes are asked for in one registration; fabric %s takes at most %llu",
-                  rmig__sink_local(s, b)->name, (unsigned long long)(to - from), s->ss.fabric->ops->name,
-                  (unsigned long long)s->ss.caps.registration_max);
-        return NULL;
-    }
-    if (s->region_free == s->region_capacity) {
-        RMIG__END(&s->ss, RMIG_ERR_PROTOCOL, 0, "the source asked for more than %u registrations", s->region_capacity);
-        return NULL;
-    }
+    int status = rmig__sink_admit(s, index, &from, &to);
+    if (status != RMIG_OK)
+        return status;
     struct rmig__sink_region *r = &s->region[s->region_free];
     bool unit_unknown = !s->ss.extended && !s->pin_all && !s->ss.caps.offset_addressing &&
                         rmig_get(&s->ss.cfg, RMIG_PARAM_PEER_CHUNK_SIZE) == 0;
-    if (rmig__register(&s->ss, rmig__sink_local(s, b), from, to - from,
-                       RMIG_ACCESS_LOCAL_WRITE | RMIG_ACCESS_REMOTE_WRITE, &r->mr,
-                       unit_unknown ? "; to register less at once, set peer-chunk-size to the source's (stock QEMU: 1M)"
-                                    : "") != RMIG_OK)
-        return NULL;
+    status = rmig__register(
+        &s->ss, rmig__sink_local(s, b), from, to - from, RMIG_ACCESS_LOCAL_WRITE | RMIG_ACCESS_REMOTE_WRITE, &r->mr,
+        unit_unknown ? "; to register less at once, set peer-chunk-size to the source's (stock QEMU: 1M)" : "");
+    if (status != RMIG_OK)
+        return status;
     r->used = true;
     r->block = index;
     r->offset = from;
     r->length = to - from;
+    b->registered += r->length;
     if (s->region_free == s->region_count)
         s->region_count++;
-    for (uint64_t at = from; at < to; at += s->unit)
-        b->unit[at / s->unit] = s->region_free + 1;
-    return r;
+    for (uint64_t at = from; at < to; at += s->unit) {
+        uint32_t known = b->unit[at / s->unit];
+        if (known == 0 || s->region[known - 1].offset + s->region[known - 1].length < to)
+            b->unit[at / s->unit] = s->region_free + 1;
+    }
+    return RMIG_OK;
 }
 
 /* What a REGISTER_REQUEST covers. With a version 1 source neither end knows the other's chunk size, so a request is
@@ -5473,7 +5947,22 @@ static void rmig__sink_request_range(const struct rmig_sink *s, uint64_t length,
         *to = *from + (q->chunks + 1) * s->unit;
 }
 
-static int rmig__sink_on_register(struct rmig_sink *s, const uint8_t *p, const struct rmig_header *h, uint8_t *out) {
+/* Version 1 has 32 bits for a key. */
+static int rmig__sink_check_key(struct rmig_sink *s, const struct rmig__sink_region *r) {
+    if (r->mr.key != 0 && r->mr.key <= UINT32_MAX)
+        return RMIG_OK;
+    return RMIG__END(&s->ss, RMIG_ERR_SETUP, 0, "fabric %s: key 0x%llx does not fit the 32 bits of version 1",
+                     s->ss.fabric->ops->name, (unsigned long long)r->mr.key);
+}
+
+/* Entry i of a REGISTER_REQUEST, and what of the block it covers. */
+static void rmig__sink_request(const struct rmig_sink *s, const uint8_t *p, uint32_t i, struct rmig_register *q,
+                               uint64_t *from, uint64_t *to) {
+    rmig_decode_register(p + (size_t)i * RMIG_REGISTER_SIZE, RMIG_REGISTER_SIZE, q);
+    rmig__sink_request_range(s, rmig__sink_local(s, &s->block[q->block])->length, q, from, to);
+}
+
+static int rmig__sink_check_requests(struct rmig_sink *s, const uint8_t *p, const struct rmig_header *h) {
     if (h->repeat == 0 || h->repeat > RMIG_REPEAT_MAX || h->len != h->repeat * RMIG_REGISTER_SIZE)
         return rmig__sink_bad(s, h, "must be 24 bytes a command, 1 to 4096 commands");
     for (uint32_t i = 0; i < h->repeat; i++) {
@@ -5486,24 +5975,38 @@ static int rmig__sink_on_register(struct rmig_sink *s, const uint8_t *p, const s
                 &s->ss, RMIG_ERR_PROTOCOL, 0,
                 "the source asked to register block %u, offset 0x%llx, %llu more chunks: outside the %u blocks",
                 q.block, (unsigned long long)q.key, (unsigned long long)q.chunks, s->block_count);
-        uint64_t from, to;
-        rmig__sink_request_range(s, length, &q, &from, &to);
-        const struct rmig__sink_region *r = rmig__sink_register(s, q.block, from, to);
-        if (r == NULL)
-            return s->ss.failed;
+    }
+    return RMIG_OK;
+}
+
+/* RMIG_PENDING, as in on_batch: there is more to register than one call should. */
+static int rmig__sink_on_register(struct rmig_sink *s, const uint8_t *p, const struct rmig_header *h, uint8_t *out) {
+    struct rmig_stats before = s->ss.stats;
+    struct rmig_register q;
+    uint64_t from, to;
+    int status = s->entry == 0 ? rmig__sink_check_requests(s, p, h) : RMIG_OK;
+    for (; status == RMIG_OK && s->entry < h->repeat; s->entry++) {
+        if (rmig__sink_spent(s, &before))
+            return RMIG_PENDING;
+        rmig__sink_request(s, p, s->entry, &q, &from, &to);
+        status = rmig__sink_register(s, q.block, from, to);
+    }
+    s->entry = 0;
+    for (uint32_t i = 0; status == RMIG_OK && i < h->repeat; i++) {
+        rmig__sink_request(s, p, i, &q, &from, &to);
+        const struct rmig__sink_region *r = rmig__sink_covering(s, q.block, from, to);
         struct rmig_register_result result;
         result.rkey = (uint32_t)r->mr.key;
         result.base = r->mr.remote_address - r->offset; // wraps on purpose: base + offset in the block is what counts
-        if (r->mr.key != result.rkey || result.rkey == 0)
-            return RMIG__END(&s->ss, RMIG_ERR_SETUP, 0,
-                             "fabric %s: key 0x%llx does not fit the 32 bits of a version 1 source",
-                             s->ss.fabric->ops->name, (unsigned long long)r->mr.key);
+        status = rmig__sink_check_key(s, r);
         rmig_encode_register_result(out + (size_t)i * RMIG_REGISTER_RESULT_SIZE, RMIG_REGISTER_RESULT_SIZE, &result);
     }
+    if (status != RMIG_OK)
+        return status;
     return rmig__send(&s->ss, RMIG_MSG_REGISTER_RESULT, h->repeat, (size_t)h->repeat * RMIG_REGISTER_RESULT_SIZE);
 }
 
-static int rmig__sink_on_batch(struct rmig_sink *s, const uint8_t *p, const struct rmig_header *h, uint8_t *out) {
+static int rmig__sink_check_batch(struct rmig_sink *s, const uint8_t *p, const struct rmig_header *h) {
     if (h->repeat == 0 || h->repeat > RMIG_REPEAT_MAX || h->len != h->repeat * RMIG_BATCH_SIZE)
         return rmig__sink_bad(s, h, "must be 24 bytes an entry, 1 to 4096 entries");
     for (uint32_t i = 0; i < h->repeat; i++) {
@@ -5519,9 +6022,26 @@ static int rmig__sink_on_batch(struct rmig_sink *s, const uint8_t *p, const stru
                 "one of %u blocks, at most %llu bytes",
                 q.block, (unsigned long long)q.offset, (unsigned long long)q.length, s->block_count,
                 (unsigned long long)s->ss.caps.registration_max);
-        const struct rmig__sink_region *r = rmig__sink_register(s, q.block, q.offset, q.offset + q.length);
-        if (r == NULL)
-            return s->ss.failed;
+    }
+    return RMIG_OK;
+}
+
+static int rmig__sink_on_batch(struct rmig_sink *s, const uint8_t *p, const struct rmig_header *h, uint8_t *out) {
+    struct rmig_stats before = s->ss.stats;
+    struct rmig_batch q;
+    int status = s->entry == 0 ? rmig__sink_check_batch(s, p, h) : RMIG_OK;
+    for (; status == RMIG_OK && s->entry < h->repeat; s->entry++) {
+        if (rmig__sink_spent(s, &before))
+            return RMIG_PENDING;
+        rmig_decode_batch(p + (size_t)s->entry * RMIG_BATCH_SIZE, RMIG_BATCH_SIZE, &q);
+        status = rmig__sink_register(s, q.block, q.offset, q.offset + q.length);
+    }
+    s->entry = 0;
+    if (status != RMIG_OK)
+        return status;
+    for (uint32_t i = 0; i < h->repeat; i++) {
+        rmig_decode_batch(p + (size_t)i * RMIG_BATCH_SIZE, RMIG_BATCH_SIZE, &q);
+        const struct rmig__sink_region *r = rmig__sink_covering(s, q.block, q.offset, q.offset + q.length);
         struct rmig_batch_result result;
         result.key = r->mr.key;
         result.address = r->mr.remote_address + (q.offset - r->offset);
@@ -5537,16 +6057,20 @@ static uint64_t rmig__sink_chunk(const struct rmig_sink *s) {
 }
 
 static int rmig__sink_on_unregister(struct rmig_sink *s, const uint8_t *p, const struct rmig_header *h) {
+    struct rmig_stats before = s->ss.stats;
     if (h->repeat == 0 || h->repeat > RMIG_REPEAT_MAX || h->len != h->repeat * RMIG_REGISTER_SIZE)
         return rmig__sink_bad(s, h, "must be 24 bytes a command, 1 to 4096 commands");
-    for (uint32_t i = 0; i < h->repeat; i++) {
+    for (; s->entry < h->repeat; s->entry++) {
         struct rmig_register q;
-        rmig_decode_register(p + (size_t)i * RMIG_REGISTER_SIZE, RMIG_REGISTER_SIZE, &q);
+        if (rmig__sink_spent(s, &before))
+            return RMIG_PENDING;
+        rmig_decode_register(p + (size_t)s->entry * RMIG_REGISTER_SIZE, RMIG_REGISTER_SIZE, &q);
         struct rmig__sink_block *b = rmig__sink_find(s, q.block);
         uint64_t chunks = b == NULL ? 0 : rmig_chunk_count(rmig__sink_local(s, b)->length, rmig__sink_chunk(s));
         uint32_t known = q.key < chunks ? b->unit[q.key * rmig__sink_chunk(s) / s->unit] : 0;
         struct rmig__sink_region *r = known == 0 ? NULL : &s->region[known - 1];
-        bool whole_block = !s->ss.extended && s->ss.caps.offset_addressing;
+        bool whole_block = r != NULL && !s->ss.extended && r->length > s->unit &&
+                           r->length == rmig__sink_local(s, b)->length; // perhaps more than was asked for
         if (r != NULL && (whole_block || s->unit != rmig__sink_chunk(s)))
             continue; // its registration serves other chunks too, so it stays
         if (r == NULL || r->offset != q.key * s->unit)
@@ -5557,36 +6081,44 @@ static int rmig__sink_on_unregister(struct rmig_sink *s, const uint8_t *p, const
             if (b->unit[at / s->unit] == known)
                 b->unit[at / s->unit] = 0;
         r->used = false;
+        b->registered -= r->length;
         s->region_free = (uint32_t)rmig__min(s->region_free, known - 1);
         if (rmig__deregister(&s->ss, &r->mr, r->length, &s->ss.error) != RMIG_OK)
             return rmig__session_end(&s->ss);
     }
+    s->entry = 0;
     return rmig__send(&s->ss, RMIG_MSG_UNREGISTER_FINISHED, h->repeat, 0);
 }
 
-/* Version 1: the table of blocks, with the keys of whole blocks if they are pinned. */
-static int rmig__sink_say_ram_blocks(struct rmig_sink *s) {
-    uint8_t *out = rmig__payload(&s->ss);
-    for (uint32_t i = 0; i < s->block_count; i++) {
+/* Version 1: the table of blocks, with the keys of whole blocks if they are pinned; RMIG_PENDING while they are being.
+ */
+static int rmig__sink_say_ram_blocks(struct rmig_sink *s, uint8_t *out) {
+    struct rmig_stats before = s->ss.stats;
+    int status = RMIG_OK;
+    for (; s->pin_all && status == RMIG_OK && s->entry < s->block_count; s->entry++) {
+        if (rmig__sink_spent(s, &before))
+            return RMIG_PENDING;
+        status = rmig__sink_register(s, s->entry, 0, rmig__sink_local(s, &s->block[s->entry])->length);
+    }
+    s->entry = 0;
+    for (uint32_t i = 0; status == RMIG_OK && i < s->block_count; i++) {
         const struct rmig_block *b = rmig__sink_local(s, &s->block[i]);
         struct rmig_ram_block entry;
         memset(&entry, 0, sizeof entry);
         entry.length = b->length; // offset 0: keys and starts then count from the block's beginning
         if (s->pin_all) {
-            const struct rmig__sink_region *r = rmig__sink_register(s, i, 0, b->length);
-            if (r == NULL)
-                return s->ss.failed;
+            const struct rmig__sink_region *r = rmig__sink_covering(s, i, 0, b->length);
             entry.base = r->mr.remote_address;
             entry.rkey = (uint32_t)r->mr.key;
-            if (entry.rkey != r->mr.key || entry.rkey == 0)
-                return RMIG__END(&s->ss, RMIG_ERR_SETUP, 0,
-                                 "fabric %s: key 0x%llx does not fit the 32 bits of version 1", s->ss.fabric->ops->name,
-                                 (unsigned long long)r->mr.key);
+            status = rmig__sink_check_key(s, r);
         } else if (!s->ss.caps.offset_addressing) {
             entry.base = (uint64_t)(uintptr_t)b->host;
         }
         rmig_encode_ram_block(out + (size_t)i * RMIG_RAM_BLOCK_SIZE, RMIG_RAM_BLOCK_SIZE, &entry);
     }
+    if (status != RMIG_OK)
+        return status;
+    s->state = RMIG__SINK_UP;
     return rmig__send(&s->ss, RMIG_MSG_RAM_BLOCKS_RESULT, 1, (size_t)s->block_count * RMIG_RAM_BLOCK_SIZE);
 }
 
@@ -5629,11 +6161,9 @@ static int rmig__sink_dispatch(struct rmig_sink *s, const uint8_t *p, const stru
     case RMIG_MSG_RAM_BLOCKS_REQUEST:
         if (extended || !empty)
             break;
-        if (s->block != NULL)
-            return rmig__sink_say_ram_blocks(s); // asked again: the same answer, nothing registered twice
-        s->begun = true;
-        s->state = RMIG__SINK_ASKING;
-        s->event = RMIG_SINK_BLOCKS;
+        rmig__sink_begin(s);
+        s->state = s->block != NULL ? RMIG__SINK_TABLE : RMIG__SINK_ASKING; // asked again: the same answer
+        s->event = s->block != NULL ? RMIG_SINK_NONE : RMIG_SINK_BLOCKS;
         return RMIG_OK;
     case RMIG_MSG_COMPRESS:
         return rmig__sink_on_clear(s, p, h, 1);
@@ -5695,7 +6225,8 @@ static int rmig__sink_on_message(struct rmig_sink *s, bool *moved) {
     } else if (h->type == RMIG_MSG_QEMU_FILE && h->len > 0) {
         /* Told again while bytes are left and some were taken, and when nothing else can come. */
         bool link_down = s->ss.disconnected || s->ss.broken;
-        s->begun = true;
+        if (!s->ss.extended)
+            rmig__sink_begin(s);
         if (!s->stream_told || s->stream_taken || link_down) {
             s->ss.stats.stream_bytes += s->stream_told ? 0 : h->len;
             s->stream_told = true;
@@ -5708,9 +6239,11 @@ static int rmig__sink_on_message(struct rmig_sink *s, bool *moved) {
         status = rmig__sink_dispatch(s, p, h, out);
         s->ready_out = status == RMIG_PENDING;
     }
-    *moved = true;
-    if (status == RMIG_PENDING)
+    if (status == RMIG_PENDING) { // as much as one call should do
+        s->ss.again = true;
         return RMIG_OK;
+    }
+    *moved = true;
     if (status == RMIG_OK)
         rmig__inbox_pop(&s->ss);
     return status;
@@ -5824,12 +6357,15 @@ RMIG__DEF int rmig_sink_accept_blocks(struct rmig_sink *s) {
     int status = rmig__sink_tables(s, count);
     if (status == RMIG_OK)
         status = rmig__check_lockable(ss, &s->blocks, (s->asked.flags & RMIG_FLAG_PIN_ALL) != 0 ? UINT64_MAX : s->unit);
-    if (status != RMIG_OK)
-        return status;
-    s->state = RMIG__SINK_UP;
+    if (status != RMIG_OK) {
+        rmig__sink_spare(s);
+        return s->begun ? status : RMIG_ERR_FORGOTTEN;
+    }
+    rmig__sink_begin(s);
     ss->again = true;
+    s->state = ss->extended ? RMIG__SINK_UP : RMIG__SINK_TABLE; // process makes the table: it may take long
     if (!ss->extended)
-        return rmig__sink_say_ram_blocks(s);
+        return RMIG_OK;
     rmig__put_be32(out, 0);
     return rmig__send(&s->ss, RMIG_MSG_BLOCKS_RESULT, 1, 4);
 }
@@ -5845,6 +6381,7 @@ RMIG__DEF int rmig_sink_refuse(struct rmig_sink *s, const char *reason) {
                             ? "the guest is taken already"
                             : "there is no source to refuse");
     RMIG__END(&s->ss, RMIG_ERR_SETUP, 0, "refused: %.250s", reason == NULL ? "" : reason);
+    rmig__sink_spare(s);
     return RMIG_OK;
 }
 
@@ -5944,6 +6481,13 @@ static int rmig__sink_link(struct rmig_sink *s) {
     return rmig__check_link(ss, "source", "before the handover was over");
 }
 
+static int rmig__sink_on_table(struct rmig_sink *s, bool *moved) {
+    int status = rmig__sink_say_ram_blocks(s, rmig__payload(&s->ss));
+    s->ss.again = s->ss.again || status == RMIG_PENDING;
+    *moved = *moved || status == RMIG_OK;
+    return status == RMIG_PENDING ? RMIG_OK : status;
+}
+
 static int rmig__sink_connection(struct rmig_sink *s, bool *moved) {
     struct rmig__session *ss = &s->ss;
     int status = rmig__session_poll(ss);
@@ -5970,6 +6514,8 @@ static int rmig__sink_connection(struct rmig_sink *s, bool *moved) {
         status = rmig__sink_link(s);
     if (status == RMIG_OK && (s->state == RMIG__SINK_TAKING || s->state == RMIG__SINK_TAKEN))
         status = rmig__sink_answer(s);
+    if (status == RMIG_OK && s->state == RMIG__SINK_TABLE && rmig__payload(ss) != NULL)
+        status = rmig__sink_on_table(s, moved);
     if (status != RMIG_OK || s->event != RMIG_SINK_NONE || s->state != RMIG__SINK_UP)
         return status;
     if (!s->ready_out && ss->inbox_count == 0 && !ss->disconnected && rmig__payload(ss) != NULL) {
@@ -5989,7 +6535,8 @@ static void rmig__sink_turn(struct rmig_sink *s, bool *moved) {
         rmig__sink_left(s);
         return;
     }
-    if (s->state == RMIG__SINK_OVER || (s->listener != NULL && rmig__sink_poll_listener(s) != RMIG_OK))
+    if (s->state == RMIG__SINK_OVER || (s->listener != NULL && rmig__sink_poll_listener(s) != RMIG_OK) ||
+        s->event != RMIG_SINK_NONE)
         return;
     int status = rmig__return_poll(s);
     if (status == RMIG_OK && s->state == RMIG__SINK_RETURNING)
@@ -6004,6 +6551,7 @@ static void rmig__sink_turn(struct rmig_sink *s, bool *moved) {
 static int rmig__sink_step(struct rmig_sink *s) {
     bool moved = true;
     s->ss.again = s->ss.ready = false;
+    s->requests = 0;
     for (unsigned turns = 0; moved && s->event == RMIG_SINK_NONE && s->ss.failed == RMIG_OK; turns++) {
         if (turns == 16) {
             s->ss.again = true;
@@ -6035,6 +6583,8 @@ RMIG__DEF int rmig_sink_process(struct rmig_sink *s, struct rmig_sink_event *ev)
     ev->round = s->event == RMIG_SINK_ROUND ? s->ss.stats.rounds : 0;
     ev->stream_bytes = s->event == RMIG_SINK_STREAM ? s->ss.inbox[0].header.len - s->stream_at : 0;
     s->event = RMIG_SINK_NONE;
+    if (ev->type == RMIG_SINK_FORGOTTEN)
+        s->ss.error = s->forgotten;
     if (ev->type != RMIG_SINK_NONE)
         s->ss.again = true;
     return RMIG_OK;
@@ -6063,8 +6613,10 @@ RMIG__DEF int rmig_sink_fds(struct rmig_sink *s, struct rmig_fd *fds, size_t n) 
     size_t ep_count = rmig__sink_eps(s, eps);
     for (size_t i = 0; i < ep_count; i++) {
         int got = rmig__session_fds(&s->ss, eps[i], fds + count, n - (size_t)count);
-        if (got < 0)
-            return got;
+        if (got < 0) {
+            rmig__sink_spare(s);
+            return s->ss.failed != RMIG_OK ? s->ss.failed : count;
+        }
         count += got;
     }
     return count;
@@ -6107,10 +6659,14 @@ RMIG__DEF int rmig_sink_wait(struct rmig_sink *s, struct rmig_sink_event *ev, ui
             return RMIG__NO(&s->ss, RMIG_ERR_STATE, 0, "rmig_sink_wait: the session is finished, no event will come");
         struct rmig_ep *eps[3];
         size_t n = rmig__sink_eps(s, eps);
-        if (n == 0)
+        if (n == 0 && s->state == RMIG__SINK_NEW)
             return RMIG__NO(&s->ss, RMIG_ERR_STATE, 0, "rmig_sink_wait: listen first");
-        if (s->ss.fabric->ops->wait(s->ss.fabric, eps, n, deadline, &s->ss.error) != RMIG_OK)
-            return rmig__session_end(&s->ss);
+        if (n == 0 && deadline == RMIG_FOREVER)
+            return RMIG__NO(&s->ss, RMIG_ERR_STATE, 0, "rmig_sink_wait: no connection is left, no event will come");
+        if (s->ss.fabric->ops->wait(s->ss.fabric, eps, n, deadline, &s->ss.error) != RMIG_OK) {
+            rmig__session_end(&s->ss);
+            rmig__sink_spare(s); // it may be the source's connection that cannot be waited for
+        }
     }
 }
 

@@ -38,8 +38,15 @@ huge pages is registered as such by the kernel: fewer entries in the adapter's t
 
 WAITING
 
-    Two descriptors for a connection (completions, events of the connection manager), one for a listener. No thread, no
-busy polling unless asked for.
+    Two descriptors for a connection (completions, events of the connection manager), one for a listener; the first of
+either on a device opens that, which takes two more until the process ends. All close on exec. No thread, no busy
+polling unless asked for.
+
+WHO MAY WRITE
+
+    Each connection has a protection domain of its own: no key is good on another. A connection that is cut has its
+queue pair destroyed. Mellanox's and NVIDIA's adapters and the kernel's software RoCE also take the right to write away
+from a connection that goes on (caps.revokes).
 
 IWARP
 
@@ -388,7 +395,8 @@ static int rmig__verbs_no_fd(struct rmig_error *err, int code, const char *what)
                      strerror(code), rmig__verbs_fd_hint(code, hint, sizeof hint));
 }
 
-/* The libraries offer no way to make a descriptor that never blocks and ends with exec, so it becomes so at once. */
+/* Never blocks, and closes on exec. The libraries offer no way to ask for that when it is made; that rdma-core's close
+   on exec as they come is promised nowhere. */
 static int rmig__verbs_tame(int fd, struct rmig_error *err) {
     int flags = fcntl(fd, F_GETFL), close_flags = fcntl(fd, F_GETFD);
     bool done = flags >= 0 && close_flags >= 0 && fcntl(fd, F_SETFD, close_flags | FD_CLOEXEC) == 0 &&

@@ -266,8 +266,8 @@ RMIG_API int rmig_mapped_reader_load(struct rmig_mapped_reader *r);
    pinned (mlock, VFIO, registered for RDMA). Until load_wait says RMIG_OK
    - only this mapping may be used: a read by another one (vhost-user, a second mapping) puts zeros there for good. That
    is noticed, and ends the loading with an error
-   - the guest must not discard pages (balloon)
-   - whoever saves or migrates it must describe it as RMIG_BACKING_UNKNOWN: what is not there yet looks like a hole.
+   - the guest must not discard pages (balloon).
+   It may be saved and migrated meanwhile, by this mapping, which fetches all of it.
    Needs userfaultfd, also for faults in the kernel: root, or the sysctl vm.unprivileged_userfaultfd. Errors as load;
    RMIG_ERR_ARGUMENT: no such memory; RMIG_ERR_SETUP with errno: userfaultfd cannot do it. Device state can be had
    meanwhile. */
@@ -786,6 +786,11 @@ struct rmig__mapped_holes {
     uint32_t block; // UINT32_MAX: nothing is known
     uint64_t from, data, end;
 };
+
+static void rmig__mapped_forget(struct rmig__mapped_holes *h) {
+    rmig_holes_forget(&h->holes);
+    h->block = UINT32_MAX;
+}
 
 /* The first byte at or behind `at` that may be something other than zero. Asked for in large steps: a file system may
    walk the whole file for an answer. */
@@ -1324,7 +1329,7 @@ RMIG__DEF int rmig_mapped_writer_end_round(struct rmig_mapped_writer *w) {
     if (status != RMIG_OK)
         return status;
     w->at_block = 0;
-    w->holes.block = UINT32_MAX;
+    rmig__mapped_forget(&w->holes);
     memset(&crew, 0, sizeof crew);
     crew.step = rmig__writer_step;
     crew.job = w;
@@ -2225,7 +2230,7 @@ RMIG__DEF int rmig_mapped_reader_load(struct rmig_mapped_reader *r) {
         return status;
     r->at_block = 0;
     r->at_page = 0;
-    r->holes.block = UINT32_MAX;
+    rmig__mapped_forget(&r->holes);
     memset(&crew, 0, sizeof crew);
     crew.step = rmig__reader_step;
     crew.job = r;

@@ -672,6 +672,7 @@ struct dest {
     struct guest_state state;
     size_t state_bytes; // of it, arrived
     bool ready; // the guest is made from the state
+    bool taken; // the source has been told so, or may have gone without being told
     uint64_t deadline, finish_ns, resume_ns, first_step_ns, resident;
     struct guest_verdict arrival, final;
 };
@@ -694,6 +695,13 @@ static int dest_ram_size(struct dest *d, const struct rmig_sink_event *ev, char 
     return RMIG_OK;
 }
 
+/* A call on the sink that is refused leaves its words there. */
+static int dest_check(struct dest *d, int rc, struct rmig_error *err) {
+    if (rc < 0)
+        *err = *rmig_sink_error(d->rmig);
+    return rc;
+}
+
 static int dest_blocks(struct dest *d, const struct rmig_sink_event *ev, struct rmig_error *err) {
     char name[RMIG_NAME_MAX + 1], is[32], max[32];
     uint64_t size;
@@ -708,21 +716,19 @@ static int dest_blocks(struct dest *d, const struct rmig_sink_event *ev, struct 
     struct rmig_error no_kvm = {0};
     if (rc == RMIG_OK && d->o->guest != GUEST_THREAD && kvm_open_vcpu(&d->guest, &no_kvm) != RMIG_OK)
         progress_line(&d->progress, "no KVM here (%s): only a thread guest can come", no_kvm.text);
-    if (rc != RMIG_OK) {
-        rmig_sink_refuse(d->rmig, err->text);
+    if (rc != RMIG_OK)
         return rc;
-    }
     struct rmig_block_desc ram = {
         .name = name, .host = d->ram.shared, .length = size, .backing = RMIG_BACKING_SHARED_FD, .fd = d->ram.fd};
     rc = rmig_sink_add_block(d->rmig, &ram, &index);
     if (rc == RMIG_OK)
         rc = rmig_sink_accept_blocks(d->rmig);
-    if (rc != RMIG_OK)
-        *err = *rmig_sink_error(d->rmig);
-    return rc;
+    return dest_check(d, rc, err);
 }
 
-/* The whole state is there: makes the guest of it, paused. An error now leaves the guest with the source. */
+/* The whole state is there: makes the guest of it, paused, so that all that can fail has been tried before the guest is
+   taken. Its memory is not looked at: it may be written until the handover is over. An error now leaves the guest with
+   the source. */
 static int dest_make_guest(struct dest *d, struct rmig_error *err) {
     int rc = state_check(&d->state, d->ram.size, err);
     if (rc == RMIG_OK)
@@ -748,7 +754,18 @@ static int dest_stream(struct dest *d, struct rmig_error *err) {
     if (rmig_sink_get(d->rmig, &more, 1) != 0)
         return rmig_fail(err, RMIG_ERR_SETUP, 0, "the device state is longer than the %zu bytes of this program's",
                          sizeof d->state);
-    return d->ready ? RMIG_OK : dest_make_guest(d, err);
+    if (!d->ready && dest_make_guest(d, err) != RMIG_OK)
+        return err->status;
+    d->taken = d->taken || !rmig_sink_extended(d->rmig); // a version 1 source waits for no answer
+    return RMIG_OK;
+}
+
+static int dest_take(struct dest *d, struct rmig_error *err) {
+    if (!d->ready)
+        return rmig_fail(err, RMIG_ERR_SETUP, 0, "the source finished after %zu bytes of the device state's %zu",
+                         d->state_bytes, sizeof d->state);
+    d->taken = true;
+    return dest_check(d, rmig_sink_take(d->rmig), err);
 }
 
 static int dest_event(struct dest *d, const struct rmig_sink_event *ev, struct rmig_error *err) {
@@ -761,8 +778,10 @@ static int dest_event(struct dest *d, const struct rmig_sink_event *ev, struct r
     case RMIG_SINK_STREAM:
         return dest_stream(d, err);
     case RMIG_SINK_DISCONNECTED: // a plain version 1 source: only the reader of the stream knows whether it was whole
-        return d->ready ? rmig_sink_complete(d->rmig)
+        return d->ready ? dest_check(d, rmig_sink_complete(d->rmig), err)
                         : rmig_fail(err, RMIG_ERR_PEER_GONE, 0, "the source left before its device state was whole");
+    case RMIG_SINK_TAKE:
+        return dest_take(d, err);
     case RMIG_SINK_FINISHED:
         d->finish_ns = guest_now();
         return d->ready ? RMIG_OK : rmig_fail(err, RMIG_ERR_SETUP, 0, "the source finished without its device state");
@@ -773,25 +792,30 @@ static int dest_event(struct dest *d, const struct rmig_sink_event *ev, struct r
     }
 }
 
+/* Once the guest is taken only rmig says how the handover ends. */
+static int dest_may_go_on(const struct dest *d, struct rmig_error *err) {
+    char text[24];
+    if (!d->taken && interrupted)
+        return rmig_fail(err, RMIG_ERR_CANCELLED, 0, "cancelled by a signal");
+    if (!d->taken && guest_now() > d->deadline)
+        return rmig_fail(err, RMIG_ERR_TIMEOUT, 0, "no guest within the --timeout of %s",
+                         human_ns(d->o->timeout_ns, text, sizeof text));
+    return RMIG_OK;
+}
+
 /* From listening until the guest is ours. */
 static int dest_receive(struct dest *d, struct rmig_error *err) {
-    char text[24];
     while (d->finish_ns == 0) {
         struct rmig_sink_event ev = {0};
-        int rc = rmig_sink_wait(d->rmig, &ev, SLICE);
-        if (rc < 0) {
-            *err = *rmig_sink_error(d->rmig);
+        int rc = dest_check(d, rmig_sink_wait(d->rmig, &ev, SLICE), err);
+        if (rc < 0)
             return rc;
-        }
         rc = dest_event(d, &ev, err);
-        // Once the state is there the source may hand over at any moment: only rmig says then how it ended.
-        if (rc == RMIG_OK && !d->ready && interrupted)
-            rc = rmig_fail(err, RMIG_ERR_CANCELLED, 0, "cancelled by a signal");
-        if (rc == RMIG_OK && !d->ready && guest_now() > d->deadline)
-            rc = rmig_fail(err, RMIG_ERR_TIMEOUT, 0, "no guest within the --timeout of %s",
-                           human_ns(d->o->timeout_ns, text, sizeof text));
+        if (rc == RMIG_OK)
+            rc = dest_may_go_on(d, err);
         if (rc < 0) {
-            rmig_sink_cancel(d->rmig);
+            if (rmig_sink_refuse(d->rmig, err->text) < 0) // so that the source hears why
+                rmig_sink_cancel(d->rmig);
             return rc;
         }
     }
@@ -885,8 +909,10 @@ static int dest_main(const struct options *o, const char *address) {
         rc = dest_run(&d, &err);
     if (rc != RMIG_OK)
         progress_line(&d.progress, "destination: failed: %s (%s)", err.text, rmig_status_name(rc));
-    else
+    if (rc == RMIG_OK)
         status = d.arrival.ok && d.final.ok ? EXIT_OK : EXIT_NOT_VERIFIED;
+    else if (rc == RMIG_ERR_HANDOVER)
+        status = EXIT_HANDOVER;
     dest_report(&d, &err);
     rmig_sink_close(d.rmig);
     rmig_fabric_close(d.fabric);
@@ -1386,7 +1412,7 @@ static int demo_main(const struct options *o) {
         return EXIT_FAILED;
     if (end[0].status == EXIT_NOT_VERIFIED || end[1].status == EXIT_NOT_VERIFIED)
         return EXIT_NOT_VERIFIED;
-    if (end[0].status == EXIT_HANDOVER)
+    if (end[0].status == EXIT_HANDOVER || end[1].status == EXIT_HANDOVER)
         return EXIT_HANDOVER;
     return end[0].status == EXIT_OK && end[1].status == EXIT_OK ? EXIT_OK : EXIT_FAILED;
 }

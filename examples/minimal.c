@@ -1,8 +1,6 @@
-/*
-The shortest honest use of rmig: a child process takes over the memory of its parent, over libfabric on the loopback
-device. Round one sends everything, round two what was written meanwhile, then go some bytes of device state.
-The child compares a hash over all memory with the one in the state.
-*/
+/* The shortest honest use of rmig: a child process takes over its parent's memory, over libfabric on the loopback
+   device: everything, then what was written meanwhile, then some bytes of device state. The child compares a hash over
+   all memory with the one in the state. */
 #define _GNU_SOURCE
 #include <stdio.h>
 #include <sys/mman.h>
@@ -30,9 +28,8 @@ static int receive(struct rmig_sink *sink, uint64_t *ram, int address_fd) {
     struct rmig_sink_event ev = {.type = RMIG_SINK_NONE};
     struct device_state state = {0};
     char address[64] = "";
-    uint32_t block = 0;
     size_t got = 0, n;
-    if (rmig_sink_add_block(sink, &desc, &block) < 0 || rmig_sink_listen(sink, "127.0.0.1:0") < 0 ||
+    if (rmig_sink_add_block(sink, &desc, NULL) < 0 || rmig_sink_listen(sink, "127.0.0.1:0") < 0 ||
         rmig_sink_address(sink, address, sizeof address) < 0 || write(address_fd, address, sizeof address) < 0)
         return -1;
     while (ev.type != RMIG_SINK_FINISHED) {
@@ -42,8 +39,11 @@ static int receive(struct rmig_sink *sink, uint64_t *ram, int address_fd) {
             return -1;
         while (ev.type == RMIG_SINK_STREAM && (n = rmig_sink_get(sink, (char *)&state + got, sizeof state - got)) > 0)
             got += n;
+        if (ev.type == RMIG_SINK_TAKE && // what is refused here stays the parent's
+            (got < sizeof state ? rmig_sink_refuse(sink, "the state is cut off") : rmig_sink_take(sink)) < 0)
+            return -1;
     }
-    bool same = got == sizeof state && state.ram_hash == hash(ram);
+    bool same = state.ram_hash == hash(ram); // not before it is finished: until then memory can be written
     printf("arrived at tick %llu, memory %s\n", (unsigned long long)state.ticks, same ? "verified" : "DIFFERS");
     return same && fflush(stdout) == 0 ? 0 : 1;
 }

@@ -22,7 +22,7 @@ The program defines _GNU_SOURCE, PROGRAM, RMIG_IMPLEMENTATION before, and includ
     "  3  a file cannot be read or written\n"                                                                          \
     "  4  no connection: fabric, listen, connect, or nobody came\n"                                                    \
     "  5  the migration failed\n"                                                                                      \
-    "  6  the handover broke off: only the other end knows whether the machine was moved\n"                            \
+    "  6  the handover broke off, or what was moved has not got its name: see the message, and the other end\n"        \
     "  7  cancelled by SIGINT or SIGTERM"
 
 struct common {

@@ -188,22 +188,6 @@ static int fail_writer(struct run *r) {
     return fail_file(r, err);
 }
 
-/* One that was killed, or whose machine may be the only one, is not taken over. */
-static int refuse_older_part(struct run *r) {
-    struct stat st;
-    char *part = NULL;
-    if (asprintf(&part, "%s.part", r->file) < 0)
-        checked(NULL);
-    int rc = lstat(part, &st) < 0 || st.st_size == 0
-                 ? 0
-                 : fail(&r->c.p, EXIT_FILES,
-                        "%s exists: another " PROGRAM
-                        " writes it, or one was killed, or has kept it (exit status 6); then look at it and remove it",
-                        part);
-    free(part);
-    return rc;
-}
-
 /* Opens a writer; another one before is forgotten, with all that it wrote. */
 static int open_writer(struct run *r) {
     struct rmig_error err;
@@ -216,9 +200,7 @@ static int make_file_part(struct run *r) {
     struct rmig_error err;
     r->c.snapshot.progress = on_progress;
     r->c.snapshot.progress_user = r;
-    if (refuse_older_part(r) < 0)
-        return -1;
-    if (whole_file_open(&r->out, r->file, &err) < 0)
+    if (whole_file_open_only(&r->out, r->file, &err) < 0)
         return fail_rmig(&r->c.p, EXIT_FILES, &err);
     r->state_fd = memfd_create("device-state", MFD_CLOEXEC);
     if (r->state_fd < 0)
@@ -341,6 +323,7 @@ static int seal(struct run *r) {
     return 0;
 }
 
+/* The source has let the machine go: what fails now is no failure to move it. */
 static int commit(struct run *r) {
     struct rmig_error err;
     for (uint32_t i = 0; r->file == NULL && i < r->c.machine.image_count; i++)
@@ -348,8 +331,8 @@ static int commit(struct run *r) {
     if (whole_file_commit(&r->out, true, &err) == RMIG_OK)
         return 0;
     if (r->out.fd < 0)
-        return fail_rmig(&r->c.p, EXIT_FILES, &err);
-    return fail(&r->c.p, EXIT_FILES, "all was received, but %s; %s holds the machine", err.text, r->out.part);
+        return fail(&r->c.p, EXIT_HANDOVER, "all was received, but %s", err.text);
+    return fail(&r->c.p, EXIT_HANDOVER, "all was received, but %s; %s holds the machine", err.text, r->out.part);
 }
 
 // >>the stream
@@ -556,6 +539,7 @@ static int on_event(struct run *r, const struct rmig_sink_event *ev) {
         return on_disconnected(r);
     case RMIG_SINK_NONE:
     case RMIG_SINK_CONNECTED:
+    case RMIG_SINK_TAKE: // not of a source of version 1, and no other is let in
     case RMIG_SINK_FINISHED:
         return 0;
     }

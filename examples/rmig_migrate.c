@@ -8,12 +8,16 @@ Both ends map the files and hand them to rmig as RAM blocks, as a hypervisor doe
 What goes beside the memory is a stream of records: magic, then u8 type, u32 length, payload (numbers big-endian):
 BLOCK (u64 length, name), STATE (device state, in pieces) and END. The blocks are announced in the stream, as
 hypervisors do, so that the receiver knows them also when the session is plain protocol version 1.
+
+The receiver answers the handover when all files are on the disk, under the names that they have until then: what the
+disk refuses, the source hears, and keeps its images. What fails behind the answer loses nothing: FILE.part stays.
 */
 #define _GNU_SOURCE
 #include <fcntl.h>
 #include <libgen.h>
 #include <poll.h>
-#include <sys/file.h>
+#include <pthread.h>
+#include <stdatomic.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -23,6 +27,7 @@ hypervisors do, so that the receiver knows them also when the session is plain p
 #define PROGRAM "rmig_migrate"
 #include "open_fabric.h"
 #include "program.h"
+#include "whole_file.h"
 
 #define SECOND ((uint64_t)1000000000)
 #define TICK (SECOND / 5) // how often the bar is drawn and a signal noticed
@@ -36,9 +41,8 @@ enum { RECORD_HEADER = 5, RECORD_MAX = RECORD_HEADER + STATE_PIECE };
 struct image {
     char *name; // of the block
     char *path; // send: the file; recv: its final name
-    char *part; // recv: its name until the migration is complete
+    struct whole_file file; // send: fd alone
     uint64_t length;
-    int fd;
     void *map;
     bool announced; // recv: the source has it
 };
@@ -56,7 +60,7 @@ struct options {
     const char *send_only, *recv_only; // an option that was given and is for this mode
     struct images blocks; // as named by --block
     struct rmig_config cfg;
-    uint64_t rounds, wait_seconds, max_size;
+    uint64_t rounds, wait_seconds, disk_seconds, max_size;
     bool force, sparse, quiet, json, trace, list_params;
 };
 
@@ -67,10 +71,22 @@ struct reader {
     bool magic_seen, end_seen;
 };
 
+/* A thread of the receiver's, since a disk takes its time, and the session must go on meanwhile. */
+struct disk {
+    pthread_t thread;
+    bool started; // and not joined
+    atomic_bool done;
+    uint64_t deadline;
+    struct rmig_error error;
+};
+
 struct run {
     struct options opt;
     struct images images; // those that move, in the source's order
-    struct image state; // recv: path, part and fd of the state file
+    struct image state; // recv: path and file
+    struct disk disk;
+    bool taken; // recv: the source has been told that the images are here
+    bool kept; // recv: what is there is no longer ours to remove
     struct rmig_fabric *fabric;
     struct rmig_source *source;
     struct rmig_sink *sink;
@@ -96,22 +112,32 @@ static int fail_source(struct run *r) {
 
 static int fail_sink(struct run *r) { return fail_rmig(&r->p, EXIT_MIGRATION, rmig_sink_error(r->sink)); }
 
+/* Of what a handler of signals may call. */
 static void remove_parts(struct run *r) {
     for (size_t i = 0; r->sink != NULL && i < r->images.count; i++)
-        if (r->images.at[i].fd >= 0)
-            unlink(r->images.at[i].part);
-    if (r->sink != NULL && r->state.fd >= 0)
-        unlink(r->state.part);
+        whole_file_remove(&r->images.at[i].file);
+    if (r->sink != NULL)
+        whole_file_remove(&r->state.file);
+}
+
+/* Of a source that gets no answer, only the end of its stream says that it may be done. */
+static bool may_be_moved(const struct run *r) {
+    return r->taken || (r->reader.end_seen && !rmig_sink_extended(r->sink));
 }
 
 /* A mapped file shrank under us, or the disk is full: the access cannot be repeated. */
 static void on_bus_error(int number) {
-    static const char text[] = PROGRAM ": a mapped file cannot be accessed: it was cut, or the disk is full\n";
+    static const char removed[] = PROGRAM ": a mapped file cannot be accessed: it was cut, or the disk is full\n";
+    static const char kept[] = PROGRAM ": a mapped file cannot be accessed: it was cut, or the disk is full; what was "
+                                       "received is kept as FILE.part, but may not be whole\n";
     (void)number;
-    if (write(STDERR_FILENO, text, sizeof text - 1) < 0 || bus_error_run == NULL)
-        _exit(EXIT_FILES);
-    remove_parts(bus_error_run);
-    _exit(EXIT_FILES);
+    bool keep = bus_error_run->kept || may_be_moved(bus_error_run);
+    ssize_t done =
+        keep ? write(STDERR_FILENO, kept, sizeof kept - 1) : write(STDERR_FILENO, removed, sizeof removed - 1);
+    (void)done;
+    if (!keep)
+        remove_parts(bus_error_run);
+    _exit(keep ? EXIT_HANDOVER : EXIT_FILES);
 }
 
 // >>progress
@@ -184,7 +210,7 @@ static void print_trace(void *user, const char *line) {
 static struct image *images_add(struct images *list) {
     list->at = checked(realloc(list->at, (list->count + 1) * sizeof *list->at));
     struct image *image = &list->at[list->count++];
-    *image = (struct image){.fd = -1, .map = MAP_FAILED};
+    *image = (struct image){.file.fd = -1, .map = MAP_FAILED};
     return image;
 }
 
@@ -195,22 +221,17 @@ static struct image *images_find(struct images *list, const char *name) {
     return NULL;
 }
 
-static void image_close(struct image *image) {
+static void image_free(struct image *image) {
     if (image->map != MAP_FAILED)
         munmap(image->map, image->length);
-    if (image->fd >= 0)
-        close(image->fd);
-    image->map = MAP_FAILED;
-    image->fd = -1;
+    whole_file_free(&image->file);
+    free(image->name);
+    free(image->path);
 }
 
 static void images_free(struct images *list) {
-    for (size_t i = 0; i < list->count; i++) {
-        image_close(&list->at[i]);
-        free(list->at[i].name);
-        free(list->at[i].path);
-        free(list->at[i].part);
-    }
+    for (size_t i = 0; i < list->count; i++)
+        image_free(&list->at[i]);
     free(list->at);
     *list = (struct images){0};
 }
@@ -226,19 +247,19 @@ static void describe(const struct images *list, size_t i, struct rmig_block_desc
                                      .length = image->length,
                                      .guest_offset = offset,
                                      .backing = RMIG_BACKING_SHARED_FD,
-                                     .fd = image->fd};
+                                     .fd = image->file.fd};
 }
 
 /* Opened for writing where that is allowed: some adapters cannot register memory that is mapped read-only. */
 static int open_for_sending(struct run *r, struct image *image) {
     struct stat st;
     int protection = PROT_READ | PROT_WRITE;
-    image->fd = open(image->path, O_RDWR | O_CLOEXEC);
-    if (image->fd < 0 && errno != ENOENT && errno != EISDIR) {
+    image->file.fd = open(image->path, O_RDWR | O_CLOEXEC);
+    if (image->file.fd < 0 && errno != ENOENT && errno != EISDIR) {
         protection = PROT_READ;
-        image->fd = open(image->path, O_RDONLY | O_CLOEXEC);
+        image->file.fd = open(image->path, O_RDONLY | O_CLOEXEC);
     }
-    if (image->fd < 0 || fstat(image->fd, &st) < 0)
+    if (image->file.fd < 0 || fstat(image->file.fd, &st) < 0)
         return fail(&r->p, EXIT_FILES, "block %s: cannot read %s: %s", image->name, image->path, strerror(errno));
     if (!S_ISREG(st.st_mode))
         return fail(&r->p, EXIT_FILES, "block %s: %s is not a regular file", image->name, image->path);
@@ -246,7 +267,7 @@ static int open_for_sending(struct run *r, struct image *image) {
         return fail(&r->p, EXIT_FILES, "block %s: %s is empty: a block has at least one byte", image->name,
                     image->path);
     image->length = (uint64_t)st.st_size;
-    image->map = mmap(NULL, image->length, protection, MAP_SHARED, image->fd, 0);
+    image->map = mmap(NULL, image->length, protection, MAP_SHARED, image->file.fd, 0);
     if (image->map == MAP_FAILED)
         return fail(&r->p, EXIT_FILES, "block %s: cannot map the %llu bytes of %s: %s", image->name,
                     (unsigned long long)image->length, image->path, strerror(errno));
@@ -275,25 +296,14 @@ static char *safe_name(const char *name) {
     return out;
 }
 
-/* Makes PATH.part, locked, so that two receivers do not write the same file. */
 static int open_part(struct run *r, struct image *image, const char *what) {
+    struct rmig_error err;
     struct stat st;
     if (!r->opt.force && lstat(image->path, &st) == 0)
         return fail(&r->p, EXIT_FILES, "%s: %s exists: remove it, or give --force", what, image->path);
-    if (asprintf(&image->part, "%s.part", image->path) < 0)
-        checked(NULL);
-    int fd = open(image->part, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0600);
-    if (fd < 0)
-        return fail(&r->p, EXIT_FILES, "%s: cannot create %s: %s", what, image->part, strerror(errno));
-    if (flock(fd, LOCK_EX | LOCK_NB) < 0) {
-        close(fd);
-        return fail(&r->p, EXIT_FILES, "%s: %s is being written by another receiver or for another block", what,
-                    image->part);
-    }
-    image->fd = fd;
-    if (ftruncate(fd, 0) < 0)
-        return fail(&r->p, EXIT_FILES, "%s: cannot empty %s: %s", what, image->part, strerror(errno));
-    return 0;
+    return whole_file_open_only(&image->file, image->path, &err) == RMIG_OK
+               ? 0
+               : fail(&r->p, EXIT_FILES, "%s: %s", what, err.text);
 }
 
 static int open_for_receiving(struct run *r, struct image *image) {
@@ -305,28 +315,17 @@ static int open_for_receiving(struct run *r, struct image *image) {
     free(safe);
     if (open_part(r, image, what) < 0)
         return -1;
-    int error = ftruncate(image->fd, (off_t)image->length) < 0 ? errno : 0;
+    int fd = image->file.fd, error = ftruncate(fd, (off_t)image->length) < 0 ? errno : 0;
     if (error == 0 && !r->opt.sparse)
-        error = posix_fallocate(image->fd, 0, (off_t)image->length);
+        error = posix_fallocate(fd, 0, (off_t)image->length);
     if (error != 0)
         return fail(&r->p, EXIT_FILES, "%s: cannot reserve %llu bytes for %s: %s%s", what,
-                    (unsigned long long)image->length, image->part, strerror(error),
+                    (unsigned long long)image->length, image->file.part, strerror(error),
                     error == ENOSPC ? " (free some, or give --sparse if the image has holes)" : "");
-    image->map = mmap(NULL, image->length, PROT_READ | PROT_WRITE, MAP_SHARED, image->fd, 0);
+    image->map = mmap(NULL, image->length, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
     if (image->map == MAP_FAILED)
         return fail(&r->p, EXIT_FILES, "%s: cannot map %llu bytes: %s", what, (unsigned long long)image->length,
                     strerror(errno));
-    return 0;
-}
-
-/* Gives a complete file its final name, once it is on the disk. */
-static int commit(struct run *r, struct image *image) {
-    if (image->fd < 0)
-        return 0;
-    if (fsync(image->fd) < 0 || rename(image->part, image->path) < 0)
-        return fail(&r->p, EXIT_FILES, "all was received, but %s cannot become %s: %s", image->part, image->path,
-                    strerror(errno));
-    image_close(image);
     return 0;
 }
 
@@ -421,7 +420,7 @@ static int announce(struct run *r) {
 static int send_state(struct run *r) {
     uint8_t piece[STATE_PIECE];
     ssize_t n = 0;
-    while (r->state.fd >= 0 && (n = read(r->state.fd, piece, sizeof piece)) > 0) {
+    while (r->state.file.fd >= 0 && (n = read(r->state.file.fd, piece, sizeof piece)) > 0) {
         if (put_record(r, RECORD_STATE, piece, (size_t)n) < 0)
             return -1;
         r->state_bytes += (uint64_t)n;
@@ -463,8 +462,8 @@ static int open_inputs(struct run *r) {
             return -1;
     if (r->opt.state_path == NULL)
         return 0;
-    r->state.fd = open(r->opt.state_path, O_RDONLY | O_CLOEXEC);
-    if (r->state.fd < 0)
+    r->state.file.fd = open(r->opt.state_path, O_RDONLY | O_CLOEXEC);
+    if (r->state.file.fd < 0)
         return fail(&r->p, EXIT_FILES, "cannot read the state file %s: %s", r->opt.state_path, strerror(errno));
     return 0;
 }
@@ -504,14 +503,15 @@ static int read_block_record(struct run *r, const uint8_t *p, size_t n) {
 }
 
 static int read_state_record(struct run *r, const uint8_t *p, size_t n) {
-    if (r->state.fd < 0 && open_part(r, &r->state, "the state") < 0)
+    if (r->state.file.fd < 0 && open_part(r, &r->state, "the state") < 0)
         return -1;
     while (n > 0) {
-        ssize_t done = write(r->state.fd, p, n);
+        ssize_t done = write(r->state.file.fd, p, n);
         if (done < 0 && errno == EINTR)
             continue;
         if (done <= 0)
-            return fail(&r->p, EXIT_FILES, "cannot write %s: %s", r->state.part, strerror(done < 0 ? errno : ENOSPC));
+            return fail(&r->p, EXIT_FILES, "cannot write %s: %s", r->state.file.part,
+                        strerror(done < 0 ? errno : ENOSPC));
         p += done;
         n -= (size_t)done;
         r->state_bytes += (uint64_t)done;
@@ -522,7 +522,7 @@ static int read_state_record(struct run *r, const uint8_t *p, size_t n) {
 static int read_record(struct run *r, unsigned type, const uint8_t *payload, size_t n) {
     if (r->reader.end_seen)
         return fail(&r->p, EXIT_MIGRATION, "the source sent a record after the end");
-    if (type == RECORD_BLOCK && r->images.count > 0 && r->images.at[0].fd >= 0)
+    if (type == RECORD_BLOCK && r->images.count > 0 && r->images.at[0].file.fd >= 0)
         return fail(&r->p, EXIT_MIGRATION, "the source announced a block after the first round began");
     if (type == RECORD_BLOCK)
         return read_block_record(r, payload, n);
@@ -607,14 +607,69 @@ static int open_outputs(struct run *r) {
 
 static int accept_blocks(struct run *r) {
     if (r->images.count == 0)
-        fail(&r->p, EXIT_MIGRATION, "the source is not " PROGRAM " send: it did not announce its blocks");
-    if (r->p.code == EXIT_OK)
-        open_outputs(r);
-    if (r->p.code != EXIT_OK) {
-        rmig_sink_refuse(r->sink, r->p.text);
-        return 0; // the session's error follows, once the source has been told
-    }
+        return fail(&r->p, EXIT_MIGRATION, "the source is not " PROGRAM " send: it did not announce its blocks");
+    if (open_outputs(r) < 0)
+        return -1;
     return rmig_sink_accept_blocks(r->sink) < 0 ? fail_sink(r) : 0;
+}
+
+/* The files that are written: an array to be freed, of *n. */
+static struct whole_file **files_of(struct run *r, size_t *n) {
+    struct whole_file **files = checked(calloc(r->images.count + 1, sizeof(struct whole_file *)));
+    *n = 0;
+    for (size_t i = 0; i < r->images.count; i++)
+        files[(*n)++] = &r->images.at[i].file;
+    if (r->state.file.fd >= 0)
+        files[(*n)++] = &r->state.file;
+    return files;
+}
+
+static int sync_files(struct run *r, struct rmig_error *err) {
+    size_t n;
+    int status = RMIG_OK;
+    struct whole_file **files = files_of(r, &n);
+    for (size_t i = 0; i < n && status == RMIG_OK; i++)
+        status = whole_file_sync(files[i], err);
+    free(files);
+    return status;
+}
+
+static void *run_disk(void *user) {
+    struct run *r = user;
+    sync_files(r, &r->disk.error);
+    atomic_store(&r->disk.done, true);
+    return NULL;
+}
+
+static void join_disk(struct run *r) {
+    if (r->disk.started)
+        pthread_join(r->disk.thread, NULL);
+    r->disk.started = false;
+}
+
+/* Everything has arrived. The answer is given when it is on the disk. */
+static int start_disk(struct run *r) {
+    if (!r->reader.end_seen)
+        return fail(&r->p, EXIT_MIGRATION, "the source finished before the end of its stream");
+    r->disk.deadline = r->fabric->ops->now(r->fabric) + r->opt.disk_seconds * SECOND;
+    int error = pthread_create(&r->disk.thread, NULL, run_disk, r);
+    r->disk.started = error == 0;
+    return error == 0 ? 0 : fail(&r->p, EXIT_FILES, "no thread to write to the disk: %s", strerror(error));
+}
+
+static int answer(struct run *r) {
+    if (!r->disk.started)
+        return 0;
+    if (!atomic_load(&r->disk.done))
+        return r->fabric->ops->now(r->fabric) < r->disk.deadline
+                   ? 0
+                   : fail(&r->p, EXIT_FILES, "the disk has not taken all within the %llu s of --disk-timeout",
+                          (unsigned long long)r->opt.disk_seconds);
+    join_disk(r);
+    if (r->disk.error.status != RMIG_OK)
+        return fail(&r->p, EXIT_FILES, "%s", r->disk.error.text);
+    r->taken = true;
+    return rmig_sink_take(r->sink) < 0 ? fail_sink(r) : 0;
 }
 
 static void begin(struct run *r) {
@@ -635,10 +690,10 @@ static int on_event(struct run *r, const struct rmig_sink_event *ev) {
         if (!r->reader.end_seen)
             return fail(&r->p, EXIT_MIGRATION, "the source left before the end of its stream");
         return rmig_sink_complete(r->sink) < 0 ? fail_sink(r) : 0;
-    case RMIG_SINK_FINISHED:
-        if (!r->reader.end_seen)
-            return fail(&r->p, EXIT_MIGRATION, "the source finished before the end of its stream");
-        return 0;
+    case RMIG_SINK_TAKE:
+        return start_disk(r);
+    case RMIG_SINK_FINISHED: // without RMIG_SINK_TAKE if auto-take is on
+        return r->reader.end_seen ? 0 : fail(&r->p, EXIT_MIGRATION, "the source finished before the end of its stream");
     case RMIG_SINK_NONE:
     case RMIG_SINK_CONNECTED: // a source that says nothing sensible is forgotten again
     case RMIG_SINK_ROUND:
@@ -652,9 +707,10 @@ static int receive_events(struct run *r) {
     while (ev.type != RMIG_SINK_FINISHED) {
         if (cancelled)
             rmig_sink_cancel(r->sink);
-        if (rmig_sink_wait(r->sink, &ev, TICK) < 0)
+        if (rmig_sink_wait(r->sink, &ev, r->disk.started ? SECOND / 1000 : TICK) < 0)
             return fail_sink(r);
-        if (on_event(r, &ev) < 0)
+        // The source is told; the session's error follows.
+        if ((on_event(r, &ev) < 0 || answer(r) < 0) && rmig_sink_refuse(r->sink, r->p.text) != RMIG_OK)
             return -1;
         if (!r->connected && r->fabric->ops->now(r->fabric) >= r->accept_deadline)
             return fail(&r->p, EXIT_CONNECT, "no source came within the %llu s of --wait",
@@ -674,11 +730,35 @@ static int print_address(struct run *r) {
     return 0;
 }
 
-static int commit_all(struct run *r) {
-    for (size_t i = 0; i < r->images.count; i++)
-        if (commit(r, &r->images.at[i]) < 0)
-            return -1;
-    return commit(r, &r->state);
+/* The images are this side's alone, whatever comes: what fails now leaves them where they are. */
+static int commit(struct run *r) {
+    struct rmig_error err;
+    size_t n;
+    r->kept = true;
+    struct whole_file **files = files_of(r, &n);
+    int status = r->taken ? RMIG_OK : sync_files(r, &err); // of a source that waits for no answer
+    if (status == RMIG_OK)
+        status = whole_file_commit_all(files, n, r->opt.force, &err);
+    if (status != RMIG_OK)
+        fail(&r->p, EXIT_HANDOVER, "all was received, but %s%s", err.text,
+             files[0]->fd < 0 ? "" : "; every file is kept as FILE.part, and is whole");
+    free(files);
+    return status;
+}
+
+/* The receiver failed. When the source may take the images for moved, what is here may be all there is. */
+static int settle(struct run *r) {
+    struct rmig_error err = {0};
+    char why[sizeof err.text + 100];
+    r->taken = r->p.status == RMIG_ERR_HANDOVER; // any other error, and the source has kept them
+    if (!may_be_moved(r))
+        return -1;
+    r->kept = true;
+    snprintf(why, sizeof why, "%.600s", r->p.text);
+    sync_files(r, &err);
+    r->p.code = EXIT_OK;
+    return fail(&r->p, EXIT_HANDOVER, "%s; the source may have ended well, so every file is kept as FILE.part%s%s", why,
+                err.status == RMIG_OK ? ", and is whole" : ", but ", err.text);
 }
 
 static int receive_all(struct run *r) {
@@ -693,9 +773,9 @@ static int receive_all(struct run *r) {
     if (r->opt.wait_seconds > 0)
         r->accept_deadline = r->fabric->ops->now(r->fabric) + r->opt.wait_seconds * SECOND;
     if (receive_events(r) < 0)
-        return -1;
+        return settle(r);
     r->ended_ns = r->fabric->ops->now(r->fabric);
-    return commit_all(r);
+    return commit(r);
 }
 
 static int check_dir(struct run *r, const char *dir) {
@@ -897,6 +977,7 @@ enum key {
     KEY_LIST,
     KEY_ROUNDS,
     KEY_WAIT,
+    KEY_DISK_TIMEOUT,
     KEY_MAX_SIZE,
     KEY_FORCE,
     KEY_SPARSE,
@@ -915,6 +996,8 @@ static const struct argp_option option_table[] = {
     {"sparse", KEY_SPARSE, NULL, 0, "do not reserve disk space, leave holes where the memory is zero", 0},
     {"max-size", KEY_MAX_SIZE, "SIZE", 0, "refuse images of more bytes in all (default 1T)", 0},
     {"wait", KEY_WAIT, "SECONDS", 0, "give up when no source came (default: never)", 0},
+    {"disk-timeout", KEY_DISK_TIMEOUT, "SECONDS", 0,
+     "refuse when the disk has not taken all so long after the last byte (default 3600)", 0},
     {NULL, 0, NULL, 0, "Options of both:", 3},
     {"block", KEY_BLOCK, "NAME=FILE", 0, "a RAM block and its image; any number", 0},
     {"state", KEY_STATE, "FILE", 0, "device state: bytes that follow the memory (recv: default DIR/state)", 0},
@@ -932,15 +1015,17 @@ static const struct argp_option option_table[] = {
 
 static const char doc[] =
     "Moves RAM images from the files of one host into files of another by RDMA.\v"
-    "A received file is called FILE.part until all of it is there. Names of blocks come from the source: in DIR, "
-    "characters other than letters, digits, '_', '-' and '.' become %XX.\n\n"
+    "A received file is called FILE.part until all of it is on the disk; only then the source hears that it was moved. "
+    "Several files get their names together, or none. A FILE.part that an earlier receiver left is not written over. "
+    "Names of blocks come from the source: in DIR, characters other than letters, digits, '_', '-' and '.' become "
+    "%XX.\n\n"
     "Exit status:\n"
     "  0  all was moved\n"
     "  2  bad usage, or a bad parameter\n"
     "  3  a file cannot be read or written\n"
     "  4  no connection: fabric, listen, connect, or nobody came\n"
     "  5  the migration failed; the receiver keeps nothing\n"
-    "  6  the handover broke off: only the receiver knows whether it has all\n"
+    "  6  the handover broke off, or what was moved has not got its name: look at the receiver, which keeps FILE.part\n"
     "  7  cancelled by SIGINT or SIGTERM";
 
 static void parse_block(struct options *opt, const char *arg, struct argp_state *state) {
@@ -1017,7 +1102,7 @@ static void note_mode(struct options *opt, int key) {
     if (key == KEY_CONNECT || key == KEY_ROUNDS)
         opt->send_only = option_name(key);
     if (key == KEY_LISTEN || key == KEY_OUT || key == KEY_FORCE || key == KEY_SPARSE || key == KEY_MAX_SIZE ||
-        key == KEY_WAIT)
+        key == KEY_WAIT || key == KEY_DISK_TIMEOUT)
         opt->recv_only = option_name(key);
 }
 
@@ -1055,6 +1140,9 @@ static error_t parse_option(int key, char *arg, struct argp_state *state) {
         return 0;
     case KEY_WAIT:
         opt->wait_seconds = parse_count("--wait", arg, 1000000, state);
+        return 0;
+    case KEY_DISK_TIMEOUT:
+        opt->disk_seconds = parse_count("--disk-timeout", arg, 1000000, state);
         return 0;
     case KEY_MAX_SIZE:
         parse_max_size(opt, arg, state);
@@ -1102,14 +1190,13 @@ static int migrate(struct run *r) {
 }
 
 static void clean_up(struct run *r) {
-    if (r->p.code != EXIT_OK)
+    if (r->p.code != EXIT_OK && !r->kept)
         remove_parts(r);
     rmig_source_close(r->source);
     rmig_sink_close(r->sink);
     rmig_fabric_close(r->fabric);
-    image_close(&r->state);
-    free(r->state.path);
-    free(r->state.part);
+    join_disk(r); // of a disk that was given up, too, but the source waits no more
+    image_free(&r->state);
     images_free(&r->images);
     images_free(&r->opt.blocks);
 }
@@ -1118,8 +1205,9 @@ int main(int argc, char **argv) {
     static const struct argp argp = {option_table, parse_option, "send|recv", doc, NULL, NULL, NULL};
     static struct run run;
     run.opt.rounds = 1;
+    run.opt.disk_seconds = 3600;
     run.opt.max_size = 1024 * RMIG_GIB;
-    run.state = (struct image){.fd = -1, .map = MAP_FAILED};
+    run.state = (struct image){.file.fd = -1, .map = MAP_FAILED};
     parse_arguments(&argp, &run.opt, argc, argv);
     if (run.opt.list_params) {
         list_params(&run.opt);

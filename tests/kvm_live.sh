@@ -37,6 +37,27 @@ sabotage_is_noticed() { # GUEST
     [ "$(json_field "$tmp/lost.json" verified)" = 0 ] || { cat "$tmp/lost.json"; return 1; }
 }
 
+# The destination cannot make a guest of the state: it refuses to take it, the source hears why, and its guest runs on.
+cannot_be_made() {
+    local i dest address status
+    "$program" dest --listen 127.0.0.1:0 --guest kvm --json "$tmp/dest.json" 2>"$tmp/dest.err" &
+    dest=$!
+    for ((i = 0; i < 400; i++)); do
+        address=$(sed -n 's/^destination: listening on //p' "$tmp/dest.err")
+        [ -n "$address" ] && break
+        sleep 0.05
+    done
+    timeout -k 5 100 "$program" source --connect "$address" --guest thread --ram 64M --run-before 100 --run-after 100 \
+        --json "$tmp/source.json" 2>"$tmp/source.err"
+    status=$?
+    wait "$dest"
+    status+=" $?"
+    [ "$status" = '3 3' ] || { echo "exit statuses $status, wanted 3 3"; cat "$tmp/source.err" "$tmp/dest.err"; return 1; }
+    [[ $(json_field "$tmp/source.json" error) == *'refused'*'--guest here says kvm'* ]] &&
+        [ "$(json_field "$tmp/source.json" outcome)" = 'failed, guest runs on' ] &&
+        [ "$(json_field "$tmp/source.json" verified)" != 0 ] || { cat "$tmp/source.json"; return 1; }
+}
+
 both() { # GUEST
     check "a $1 guest migrates while it runs" demo "$1"
     check "a $1 guest that is hardly throttled migrates" demo "$1" --dirty-rate 400M --downtime 100
@@ -286,6 +307,7 @@ else
 fi
 both thread
 snapshots thread
+check 'a guest that cannot be made at the destination runs on' cannot_be_made
 check 'a torn file is refused' torn thread
 check "another program's file is refused" foreign
 check 'more RAM than allowed is refused' too_much_ram thread

@@ -190,7 +190,7 @@ sink_json() {
     local rc=$?
     sink_options=()
     [ $rc = 0 ] && json "$tmp/sink.out" '$j->{ok} && $j->{ram_bytes} == 25165824 + 262144 + 8192
-        && $j->{stats}{bytes_registered} == 0 && $j->{machine} eq "pc-q35-7.2"'
+        && $j->{stats}{registrations} > 0 && $j->{machine} eq "pc-q35-7.2"'
 }
 
 all_subsections() {
@@ -283,6 +283,13 @@ existing_directory() {
     mkdir -p "$tmp/precious"
     refused 3 "$tmp/precious" exists -- "$sink_program" "${over[@]}" --listen 127.0.0.1:0 "$tmp/precious" &&
         [ -z "$(ls -A "$tmp/precious")" ] && [ ! -e "$tmp/precious.part" ]
+}
+
+# Something comes to the place of what is being received: the source has let the machine go, so it is kept.
+name_is_taken() {
+    start_sink && mkdir -p "$out/theirs" && source_from "$tmp/vm" || return 1
+    ends "$sink" 6 5 qemu_sink && says "$tmp/sink.err" 'cannot become' "$out.part holds the machine" &&
+        [ -d "$out/theirs" ] && diff -r "$tmp/vm/ram" "$out.part/ram" && cmp "$tmp/vm/state" "$out.part/state"
 }
 
 directory_taken() { # by another sink
@@ -780,6 +787,16 @@ bad_files() {
     check 'a file at another offset' refused 3 "$tmp/vm/state" -- "$source_program" "${over[@]}" --offset 8K "$tmp/vm/state" 127.0.0.1:1
 }
 
+file_name_is_taken() {
+    rm -f "$snap"
+    start_file_sink && mkdir "$snap" && source_from "$tmp/vm" || return 1
+    ends "$sink" 6 5 qemu_sink && says "$tmp/sink.err" 'cannot become' "$snap.part holds the machine" && [ -d "$snap" ] &&
+        mapped verify --quiet "$snap.part"
+    local rc=$?
+    rm -rf "$snap" "$snap.part"
+    return $rc
+}
+
 file_taken() { # by another sink
     rm -f "$snap"
     start_file_sink || return 1
@@ -1050,6 +1067,7 @@ snapshots() {
     check 'options of files' file_options
     bad_files
     check 'a file that another sink writes' file_taken
+    check 'a directory comes to the place of a file' file_name_is_taken
     check 'the source is interrupted, a file' file_cancelled source INT
     check 'the sink is interrupted, a file' file_cancelled sink INT
     check 'a waiting sink is terminated, a file' file_cancel_waiting
@@ -1083,6 +1101,7 @@ bad_directories
 usage_errors
 check 'a directory that exists' existing_directory
 check 'a directory that another sink writes' directory_taken
+check 'a directory comes to the place of what is received' name_is_taken
 check 'a directory without a parent' missing_parent
 check 'RAM of more than --max-size' too_large
 check 'device state of more than --max-size' too_much_state

@@ -720,17 +720,17 @@ Test(mapped_lazy, a_page_that_another_mapping_put_there_is_noticed, .exit_code =
     cr_assert_fail("never was there a page of somebody else");
 }
 
-// What is not there yet looks like a hole, so it is saved as memory of which nothing is known.
-Test(mapped_lazy, a_guest_that_is_being_loaded_can_be_saved, .timeout = 300) {
+// What is not there yet looks like a hole, and is none. The writer may have been opened before the loading began.
+static void save_while_it_is_loaded(bool shared, enum rmig_backing backing) {
     struct rmig_mapped_options opt = {.no_sync = true};
     struct lazy_case c;
-    if (!lazy_open(&c, true, 4096))
+    if (!lazy_open(&c, shared, 4096))
         cr_skip("no userfaultfd here");
     int fd = new_file();
     struct rmig_mapped_writer *w = open_writer(fd, &opt);
     struct rmig_mapped_machine machine = machine_of("test-1.0");
-    struct rmig_block_desc desc = describe(&c.copy, 0);
-    desc.backing = RMIG_BACKING_UNKNOWN;
+    struct rmig_block_desc desc = c.desc;
+    desc.backing = backing;
     OK(w, rmig_mapped_writer_add_block(w, &desc, NULL));
     OK(w, rmig_mapped_writer_start(w, &machine));
     save_all(w, &c.copy, 1);
@@ -739,6 +739,36 @@ Test(mapped_lazy, a_guest_that_is_being_loaded_can_be_saved, .timeout = 300) {
     check_loaded(fd, &opt, &c.ram, 1, 0);
     close(fd);
     lazy_close(&c);
+}
+
+Test(mapped_lazy, a_guest_that_is_being_loaded_can_be_saved, .timeout = 300) {
+    save_while_it_is_loaded(true, RMIG_BACKING_UNKNOWN);
+    save_while_it_is_loaded(true, RMIG_BACKING_SHARED_FD);
+    save_while_it_is_loaded(false, RMIG_BACKING_ANONYMOUS);
+}
+
+// Memory whose pages come from a place of the test's own while round after round saves all of it.
+Test(mapped_lazy, a_pager_that_comes_between_two_rounds_is_noticed, .timeout = 300) {
+    struct rmig_mapped_options opt = {.no_sync = true};
+    struct ram ram = {"ram", new_memory(8 * RMIG_MIB), 8 * RMIG_MIB};
+    int fd = new_file(), from = new_file();
+    fill(ram.mem, ram.length / 2);
+    save_file(from, &opt, &ram, 1);
+    struct ram copy = {"ram", new_memory(ram.length), ram.length};
+    struct rmig_block_desc desc = describe(&copy, 0);
+    struct rmig_mapped_writer *w = start_writer(fd, &opt, &copy, 1);
+    save_all(w, &copy, 1); // nothing but holes, rightly
+    struct rmig_mapped_reader *r = open_reader(from, &opt);
+    cr_assert_eq(rmig_mapped_reader_add_block(r, &desc), RMIG_OK);
+    if (rmig_mapped_reader_load_start(r) == RMIG_ERR_SETUP)
+        cr_skip("no userfaultfd here");
+    save_all(w, &copy, 1);
+    finish(w);
+    cr_assert_eq(rmig_mapped_reader_load_wait(r, 240000000000u), RMIG_OK);
+    check_loaded(fd, &opt, &ram, 1, 0);
+    rmig_mapped_reader_close(r);
+    close(fd);
+    close(from);
 }
 
 // Whatever the caller thinks it is: it is emptied before.

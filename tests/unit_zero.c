@@ -2,16 +2,48 @@
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE // memfd_create, fallocate, SEEK_DATA
 #endif
-#define RMIG_IMPLEMENTATION
-#include "../rmig.h"
-
-#include <criterion/criterion.h>
 #include <fcntl.h>
+#include <linux/userfaultfd.h>
+#include <stdarg.h>
+#include <stdbool.h>
+#include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <unistd.h>
+
+// The header's own calls: how often it opens what, and a hook at the moment of its question to userfaultfd.
+static struct {
+    unsigned opens, opens_of_maps, inherited; // inherited: without O_CLOEXEC
+    void (*before_register)(void);
+} calls;
+
+static int counted_open(const char *path, int flags) {
+    calls.opens++;
+    calls.opens_of_maps += strcmp(path, "/proc/self/maps") == 0;
+    calls.inherited += (flags & O_CLOEXEC) == 0;
+    return open(path, flags);
+}
+
+static int hooked_ioctl(int fd, unsigned long request, void *argument) {
+    if (request == UFFDIO_REGISTER && calls.before_register != NULL)
+        calls.before_register();
+    return ioctl(fd, request, argument);
+}
+
+#define open counted_open
+#define ioctl hooked_ioctl
+#define RMIG_IMPLEMENTATION
+#include "../rmig.h"
+#undef open
+#undef ioctl
+
+#include <criterion/criterion.h>
+#include <poll.h>
+#include <pthread.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
-#include <unistd.h>
 
 #define RANDOM_SEED 0x13198a2e03707344u
 #include "random.h"
@@ -75,6 +107,12 @@ Test(zero, the_range_may_begin_and_end_at_unreadable_memory) {
 Test(zero, nothing_is_zero) {
     uint8_t byte = 1;
     check_zero(&byte, 0, true);
+    check_zero(NULL, 0, true);
+}
+
+Test(zero, no_memory_is_not_zero) {
+    check_zero(NULL, 1, false);
+    check_zero(NULL, 4096, false);
 }
 
 Test(zero, large_ranges) {
@@ -481,10 +519,401 @@ Test(holes, opening_and_closing_leaves_no_descriptor_behind) {
         struct rmig_holes h;
         rmig_holes_open(&h);
         cr_expect(h.pagemap_fd < 0 || (fcntl(h.pagemap_fd, F_GETFD) & FD_CLOEXEC) != 0);
+        cr_expect(h.uffd < 0 || (fcntl(h.uffd, F_GETFD) & FD_CLOEXEC) != 0);
         cr_expect(h.page >= 4096 && (h.page & (h.page - 1)) == 0);
         rmig_holes_close(&h);
     }
     int again = dup(1);
     close(again);
     cr_expect_eq(again, first);
+}
+
+// Setting FD_CLOEXEC afterwards is too late for a fork and exec in between.
+Test(holes, nothing_is_opened_that_a_new_program_would_inherit) {
+    struct memory m;
+    memory_init(&m, RMIG_BACKING_ANONYMOUS, 0);
+    m.holes.uffd = -1; // /proc/self/smaps is read too
+    check_runs(&m, 0, SIZE);
+    cr_expect_geq(calls.opens, 3);
+    cr_expect_eq(calls.inherited, 0);
+    memory_free(&m);
+}
+
+Test(holes, no_holes_no_block_and_nowhere_to_put_the_answer_do_not_crash) {
+    struct memory m;
+    uint64_t data = 1, end = 0;
+    memory_init(&m, RMIG_BACKING_ANONYMOUS, 0);
+    rmig_holes_open(NULL);
+    rmig_holes_close(NULL);
+    rmig_holes_forget(NULL);
+    rmig_holes_next_data(NULL, &m.block, 5, SIZE, &data, &end);
+    cr_expect(data == 5 && end == SIZE);
+    rmig_holes_next_data(&m.holes, NULL, 5, SIZE, &data, &end);
+    cr_expect(data == 5 && end == SIZE);
+    rmig_holes_next_data(&m.holes, &m.block, 0, SIZE, NULL, &end);
+    rmig_holes_next_data(&m.holes, &m.block, 0, SIZE, &data, NULL);
+    memory_free(&m);
+}
+
+// >> holes that are none: somebody fills them in
+
+enum { WAYS = 4 };
+
+// How a look is done: with or without a userfaultfd, with or without a kernel that tells of one mapping.
+static void take_away(struct rmig_holes *h, int way) {
+    if ((way & 1) != 0 && h->uffd >= 0) {
+        close(h->uffd);
+        h->uffd = -1;
+    }
+    if ((way & 2) != 0 && h->maps_fd >= 0) {
+        close(h->maps_fd);
+        h->maps_fd = -1;
+    }
+}
+
+static struct pager {
+    int fd;
+    pthread_t thread;
+    uint8_t *from;
+    uint64_t length;
+    bool ends;
+} pager;
+
+static bool pager_open(struct pager *p, uint8_t *from, uint64_t length, uint64_t mode) {
+    memset(p, 0, sizeof *p);
+    p->from = from;
+    p->length = length;
+    p->fd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK | 1);
+    struct uffdio_api api = {.api = UFFD_API};
+    struct uffdio_register wanted = {.range = {(uint64_t)(uintptr_t)from, length}, .mode = mode};
+    if (p->fd < 0 || ioctl(p->fd, UFFDIO_API, &api) != 0)
+        return false;
+    return ioctl(p->fd, UFFDIO_REGISTER, &wanted) == 0;
+}
+
+static void pager_close(struct pager *p) {
+    struct uffdio_range range = {(uint64_t)(uintptr_t)p->from, p->length};
+    ioctl(p->fd, UFFDIO_UNREGISTER, &range);
+    close(p->fd);
+}
+
+static void pager_place(struct pager *p, uint8_t *page, uint8_t value) {
+    static uint8_t content[PAGE];
+    memset(content, value, PAGE);
+    struct uffdio_copy copy = {.dst = (uint64_t)(uintptr_t)page, .src = (uint64_t)(uintptr_t)content, .len = PAGE};
+    cr_assert(ioctl(p->fd, UFFDIO_COPY, &copy) == 0 || errno == EEXIST);
+}
+
+static void check_pager(enum rmig_backing backing, int way) {
+    struct memory m;
+    struct pager p;
+    memory_init(&m, backing, 0);
+    touch_some(&m);
+    take_away(&m.holes, way);
+    cr_assert_eq(check_runs(&m, 0, SIZE), touched_bytes(&m, 0, SIZE), "way %d, before", way);
+    if (!pager_open(&p, m.block.host, SIZE, UFFDIO_REGISTER_MODE_MISSING))
+        cr_skip("no userfaultfd here");
+    rmig_holes_forget(&m.holes);
+    cr_expect_eq(check_runs(&m, 0, SIZE), SIZE, "way %d: a hole was believed under a pager", way);
+    pager_place(&p, m.block.host + 700 * PAGE, 9);
+    m.touched[700] = true;
+    pager_close(&p);
+    rmig_holes_forget(&m.holes);
+    cr_expect_eq(check_runs(&m, 0, SIZE), touched_bytes(&m, 0, SIZE), "way %d, afterwards", way);
+    memory_free(&m);
+}
+
+Test(holes, memory_that_is_being_filled_in_has_none) {
+    for (int way = 0; way < WAYS; way++) {
+        check_pager(RMIG_BACKING_ANONYMOUS, way);
+        check_pager(RMIG_BACKING_SHARED_FD, way);
+    }
+}
+
+// It may have part of a block only.
+Test(holes, a_part_that_is_being_filled_in_has_none) {
+    for (int way = 0; way < WAYS; way++) {
+        struct memory m;
+        struct pager p;
+        memory_init(&m, RMIG_BACKING_ANONYMOUS, 0);
+        take_away(&m.holes, way);
+        if (!pager_open(&p, m.block.host + 300 * PAGE, 100 * PAGE, UFFDIO_REGISTER_MODE_MISSING))
+            cr_skip("no userfaultfd here");
+        for (uint64_t i = 300; i < 400; i++)
+            m.touched[i] = true; // must be taken for data
+        uint64_t bytes = check_runs(&m, 0, SIZE);
+        cr_expect_geq(bytes, 100 * PAGE);
+        cr_expect(way != 0 || bytes <= SIZE - 300 * PAGE, "%lu bytes", (unsigned long)bytes);
+        pager_close(&p);
+        memory_free(&m);
+    }
+}
+
+// Who tracks writes by write protection fills nothing in: its holes are true, and reading them would make a file grow.
+Test(holes, memory_whose_writes_are_tracked_has_its_holes) {
+    for (int way = 0; way < WAYS; way++)
+        for (int shared = 0; shared < 2; shared++) {
+            struct memory m;
+            struct pager p;
+            memory_init(&m, shared ? RMIG_BACKING_SHARED_FD : RMIG_BACKING_ANONYMOUS, 0);
+            touch_some(&m);
+            take_away(&m.holes, way);
+            if (!pager_open(&p, m.block.host, SIZE, UFFDIO_REGISTER_MODE_WP))
+                cr_skip("no write protection by userfaultfd here");
+            cr_expect_eq(check_runs(&m, 0, SIZE), touched_bytes(&m, 0, SIZE), "way %d", way);
+            cr_assert_eq(pager_open(&pager, m.block.host, SIZE, UFFDIO_REGISTER_MODE_WP), false, "still its own");
+            close(pager.fd);
+            pager_close(&p);
+            memory_free(&m);
+        }
+}
+
+// The pager puts a page there and leaves, between the question where the holes are and the look at the mapping.
+static struct memory *last_moment_memory;
+
+static void leave_at_the_last_moment(void) {
+    calls.before_register = NULL;
+    pager_place(&pager, last_moment_memory->block.host + 10 * PAGE, 9);
+    pager_close(&pager);
+}
+
+Test(holes, a_pager_that_leaves_while_it_is_looked_for_loses_nothing) {
+    for (int way = 0; way < WAYS; way += 2)
+        for (int shared = 0; shared < 2; shared++) {
+            struct memory m;
+            memory_init(&m, shared ? RMIG_BACKING_SHARED_FD : RMIG_BACKING_ANONYMOUS, 0);
+            take_away(&m.holes, way);
+            if (m.holes.uffd < 0 || !pager_open(&pager, m.block.host, SIZE, UFFDIO_REGISTER_MODE_MISSING))
+                cr_skip("no userfaultfd here");
+            last_moment_memory = &m;
+            calls.before_register = leave_at_the_last_moment;
+            m.touched[10] = true;
+            cr_expect_eq(check_runs(&m, 0, SIZE), PAGE);
+            cr_assert_null(calls.before_register, "nobody looked");
+            memory_free(&m);
+        }
+}
+
+static unsigned mappings(void) {
+    unsigned n = 0;
+    FILE *f = fopen("/proc/self/maps", "re");
+    cr_assert_not_null(f);
+    for (int c; (c = getc(f)) != EOF;)
+        n += c == '\n';
+    fclose(f);
+    return n;
+}
+
+// Guest threads touch memory, present and not, while it is looked at.
+static void *guest(void *user) {
+    const struct memory *m = (const struct memory *)user;
+    uint64_t seed = 7, sum = 0;
+    for (int i = 0; i < 20000; i++) {
+        seed = seed * 6364136223846793005u + 1442695040888963407u;
+        uint8_t *p = m->block.host + (seed >> 20) % SIZE;
+        if ((i & 1) != 0)
+            *p = 1;
+        else
+            sum += *(volatile uint8_t *)p;
+        if (i % 512 == 0)
+            madvise(m->block.host + SIZE / 2, SIZE / 4, MADV_DONTNEED);
+    }
+    return (void *)(uintptr_t)(sum == UINT64_MAX);
+}
+
+Test(holes, looking_disturbs_no_thread_and_leaves_nothing_behind, .timeout = 120) {
+    for (int way = 0; way < WAYS; way += 2) {
+        struct memory m;
+        pthread_t thread[2];
+        memory_init(&m, RMIG_BACKING_ANONYMOUS, 0);
+        take_away(&m.holes, way);
+        unsigned before = mappings();
+        for (int i = 0; i < 2; i++)
+            cr_assert_eq(pthread_create(&thread[i], NULL, guest, &m), 0);
+        for (int i = 0; i < 300; i++) {
+            uint64_t data, end;
+            rmig_holes_forget(&m.holes);
+            for (uint64_t at = 0; at < SIZE; at = end)
+                rmig_holes_next_data(&m.holes, &m.block, at, SIZE, &data, &end);
+        }
+        for (int i = 0; i < 2; i++)
+            pthread_join(thread[i], NULL);
+        // Threads bring mappings of their own: stacks, and arenas of malloc. None is of the block, which is one again.
+        cr_expect_leq(mappings(), before + 8);
+        struct pager p;
+        if (m.holes.uffd >= 0)
+            cr_expect(pager_open(&p, m.block.host, SIZE, UFFDIO_REGISTER_MODE_MISSING), "still registered");
+        memory_free(&m);
+    }
+}
+
+// A mapping is looked at once, not each of its holes.
+static unsigned registered;
+
+static void count_registered(void) { registered++; }
+
+Test(holes, a_mapping_is_looked_at_once_in_a_round) {
+    struct memory m;
+    memory_init(&m, RMIG_BACKING_SHARED_FD, 0);
+    for (uint64_t i = 0; i < PAGES; i += 2)
+        touch(&m, i, 1);
+    struct rmig__mapping mapping;
+    if (m.holes.uffd < 0 || !rmig__mapping_at(&m.holes, (uint64_t)(uintptr_t)m.block.host, &mapping))
+        cr_skip("no userfaultfd here, or a kernel before 6.11");
+    for (unsigned round = 1; round < 4; round++) {
+        calls.before_register = count_registered;
+        rmig_holes_forget(&m.holes);
+        cr_expect_eq(check_runs(&m, 0, SIZE), SIZE / 2);
+        cr_expect_eq(check_runs(&m, 0, SIZE), SIZE / 2);
+        cr_expect_eq(registered, round);
+    }
+    memory_free(&m);
+}
+
+// >> holes that are none: what is asked is not this memory's
+
+// The page map shows nothing of a huge page of hugetlbfs that is being moved, or is poisoned.
+Test(holes, huge_pages_of_hugetlbfs_are_all_data) {
+    for (int way = 0; way < WAYS; way++) {
+        struct memory m;
+        memory_init(&m, RMIG_BACKING_ANONYMOUS, 0);
+        take_away(&m.holes, way);
+        void *huge = mmap(NULL, SIZE, PROT_READ | PROT_WRITE,
+                          MAP_PRIVATE | MAP_ANONYMOUS | MAP_HUGETLB | MAP_NORESERVE, -1, 0);
+        if (huge == MAP_FAILED)
+            cr_skip("no hugetlbfs here");
+        uint8_t *small = m.block.host;
+        m.block.host = (uint8_t *)huge;
+        must_be_all_data(&m);
+        cr_expect_eq(munmap(huge, SIZE), 0);
+        m.block.host = small;
+        memory_free(&m);
+    }
+}
+
+static void must_know_mappings(const struct memory *m) {
+    struct rmig__mapping mapping;
+    if (!rmig__mapping_at(&m->holes, (uint64_t)(uintptr_t)m->block.host, &mapping))
+        cr_skip("a kernel before 6.11 does not tell what is mapped");
+}
+
+// Shared memory may hold what this process has never mapped in.
+Test(holes, shared_memory_that_is_said_to_be_private_is_all_data) {
+    struct memory m;
+    memory_init(&m, RMIG_BACKING_SHARED_FD, 0);
+    must_know_mappings(&m);
+    cr_assert_eq(pwrite(m.block.fd, "x", 1, 17), 1);
+    m.block.backing = RMIG_BACKING_ANONYMOUS;
+    must_be_all_data(&m);
+    memory_free(&m);
+}
+
+static void check_other_mapping(int flags, int fd, off_t offset, enum rmig_backing backing) {
+    struct memory m;
+    memory_init(&m, RMIG_BACKING_SHARED_FD, PAGE);
+    must_know_mappings(&m);
+    m.block.backing = backing;
+    void *p = mmap(m.block.host, SIZE, PROT_READ | PROT_WRITE, flags | MAP_FIXED, fd < 0 ? m.block.fd : fd, offset);
+    cr_assert(p != MAP_FAILED);
+    must_be_all_data(&m);
+    memory_free(&m);
+}
+
+Test(holes, memory_of_another_file_or_another_place_in_it_is_all_data) {
+    int other = memfd_create("other", MFD_CLOEXEC);
+    cr_assert(other >= 0 && ftruncate(other, SIZE + PAGE) == 0);
+    check_other_mapping(MAP_SHARED, other, PAGE, RMIG_BACKING_SHARED_FD);
+    check_other_mapping(MAP_SHARED, -1, 0, RMIG_BACKING_SHARED_FD);
+    check_other_mapping(MAP_PRIVATE, -1, PAGE, RMIG_BACKING_SHARED_FD); // what was written is not in the file
+    check_other_mapping(MAP_PRIVATE, -1, PAGE, RMIG_BACKING_ANONYMOUS); // what was not is in the file alone
+    close(other);
+}
+
+Test(holes, memory_that_can_never_be_written_has_its_holes) {
+    struct memory m;
+    char path[64];
+    memory_init(&m, RMIG_BACKING_SHARED_FD, 0);
+    touch_some(&m);
+    snprintf(path, sizeof path, "/proc/self/fd/%d", m.block.fd);
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    cr_assert_geq(fd, 0);
+    cr_assert(mmap(m.block.host, SIZE, PROT_READ, MAP_SHARED | MAP_FIXED, fd, 0) != MAP_FAILED);
+    cr_expect_eq(check_runs(&m, 0, SIZE), touched_bytes(&m, 0, SIZE));
+    close(fd);
+    memory_free(&m);
+}
+
+// >> what counts against a limit of locked memory
+
+static uint64_t charged;
+
+static int note_charged(struct rmig_ep *ep, uint64_t bytes, uint64_t limited, struct rmig_error *err) {
+    (void)ep, (void)bytes, (void)err;
+    charged = limited;
+    return RMIG_OK;
+}
+
+static int check_lockable(const struct rmig_blocks *blocks) {
+    struct rmig_fabric_ops ops = {0};
+    struct rmig_fabric fabric = {0};
+    ops.size = sizeof ops;
+    ops.lockable = note_charged;
+    fabric.ops = &ops;
+    struct rmig__session *ss = (struct rmig__session *)calloc(1, sizeof *ss);
+    ss->fabric = &fabric;
+    int status = rmig__check_lockable(ss, blocks, UINT64_MAX);
+    free(ss);
+    return status;
+}
+
+Test(lockable, the_list_of_mappings_is_read_once_for_all_blocks) {
+    struct rmig_blocks t = {0};
+    uint8_t *huge = (uint8_t *)mmap(NULL, 4 * RMIG_MIB, PROT_READ | PROT_WRITE,
+                                    MAP_PRIVATE | MAP_ANONYMOUS | MAP_HUGETLB | MAP_NORESERVE, -1, 0);
+    uint64_t want = 0;
+    for (uint32_t i = 0; i < 300; i++) {
+        char name[16];
+        snprintf(name, sizeof name, "b%u", i);
+        struct rmig_block_desc d = {.name = name, .length = PAGE, .guest_offset = (uint64_t)i << 20};
+        bool on_huge = huge != MAP_FAILED && i % 3 == 0;
+        d.host = on_huge ? (void *)(huge + (300 - i) * PAGE)
+                         : mmap(NULL, PAGE, i % 2 ? PROT_READ : PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        want += on_huge ? 0 : PAGE;
+        cr_assert_eq(rmig_blocks_add(&t, &d, NULL, NULL), RMIG_OK);
+    }
+    calls.opens_of_maps = 0;
+    cr_assert_eq(check_lockable(&t), RMIG_OK);
+    cr_expect_eq(calls.opens_of_maps, 1, "%u times", calls.opens_of_maps);
+    cr_expect_eq(charged, want);
+    rmig_blocks_free(&t);
+}
+
+// Against a loop over all mappings for each span; a list as the kernel writes it, with names of any length.
+Test(lockable, bytes_on_huge_pages_against_a_loop) {
+    for (int round = 0; round < 200; round++) {
+        struct rmig__span mapping[60], span[40];
+        bool huge[60];
+        uint64_t at = 0x10000, want = 0;
+        int fd = memfd_create("maps", MFD_CLOEXEC);
+        for (int i = 0; i < 60; i++) {
+            mapping[i].from = at += below(3) * PAGE;
+            mapping[i].to = at += (1 + below(20)) * PAGE;
+            huge[i] = below(2) == 0;
+            dprintf(fd, "%lx-%lx rw-p 00000000 00:0f %d %*s%s\n", (unsigned long)mapping[i].from,
+                    (unsigned long)mapping[i].to, i, huge[i] ? 20 : (int)below(600), "",
+                    huge[i] ? "/anon_hugepage (deleted)" : "/home/anon_hugepage");
+        }
+        for (int k = 0; k < 40; k++) {
+            span[k].from = below(at) + 1;
+            span[k].to = span[k].from + 1 + below(30 * PAGE);
+            for (int i = 0; i < 60; i++) {
+                uint64_t from = mapping[i].from > span[k].from ? mapping[i].from : span[k].from;
+                uint64_t to = mapping[i].to < span[k].to ? mapping[i].to : span[k].to;
+                want += huge[i] && from < to ? to - from : 0;
+            }
+        }
+        lseek(fd, 0, SEEK_SET);
+        cr_assert_eq(rmig__anonymous_huge(fd, span, 40), want, "round %d", round);
+        close(fd);
+    }
 }
