@@ -66,6 +66,7 @@ help:
 	@echo 'make check-rdma       over RoCE and iWARP alone, in a VM; RDMA_DEV= RDMA_ADDR= [RDMA_ADDR6=]: on that adapter'
 	@echo 'make lint             clang-tidy and cppcheck'
 	@echo 'make fuzz             fuzz the decoders, FUZZ_SECONDS=60 for each target'
+	@echo 'make costs            what any machine measures alike, against bench/costs.limits, into $(B)/costs.json'
 	@echo 'make bench            measure (make deps-bench installs what only that needs)'
 	@echo 'make bench-rdma       measure over RoCE and iWARP in software, in a VM'
 	@echo 'make bench-file       measure snapshot files, beside dd and QEMU (4 GiB; root, for a cold page cache)'
@@ -97,6 +98,12 @@ $(addprefix $(B)/bench/,$(BENCHES)): $(B)/bench/%: bench/%.c | $(AFTER_DEPS)
 	@mkdir -p $(@D) && echo "  build $@"
 	$(Q)$(CC) $(STD) $(WARN) $(CPPFLAGS) $(CFLAGS) -MMD -MP -MF $@.d $< -o $@ $(LDFLAGS) $(EXAMPLE_LIBS)
 
+# Compiled the same way always: their instructions are counted.
+COSTS := $(addprefix $(B)/costs/,sim core)
+$(COSTS): $(B)/costs/%: bench/%.c | $(AFTER_DEPS)
+	@mkdir -p $(@D) && echo "  build $@"
+	$(Q)gcc $(STD) $(WARN) -Werror -O2 -g -MMD -MP -MF $@.d $< -o $@
+
 $(addprefix $(B)/fuzz/,$(FUZZERS)): $(B)/fuzz/%: tests/%.c | $(AFTER_DEPS)
 	@mkdir -p $(@D) && echo "  build $@"
 	$(Q)$(CLANG) $(STD) $(WARN) -O1 -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all \
@@ -116,7 +123,7 @@ $(foreach s,$(SWITCHES),$(eval $(call test_rules,$(s),$(UNIT))))
 
 FUZZ_BINARIES := $(addprefix $(B)/fuzz/,$(FUZZERS))
 CHECK_BINARIES := $(TEST_BINARIES) $(FUZZ_BINARIES) $(addprefix $(B)/,$(EXAMPLES)) \
-	$(addprefix $(B)/asan/,$(EXAMPLES))
+	$(addprefix $(B)/asan/,$(EXAMPLES)) $(COSTS) $(B)/bench/report
 
 -include $(addsuffix .d,$(CHECK_BINARIES)) $(wildcard $(B)/bench/*.d)
 
@@ -152,6 +159,7 @@ CHECK_LINES = $(VM_LINES) 'tap headers 900 tests/headers.sh' $(PLAIN_LINES) \
 	$(foreach s,$(SWITCHES),$(call suite_lines,$(s),$(UNIT))) \
 	'tap integration/minimal-asan 120 tests/minimal.sh $(B)/asan/minimal' \
 	'tap integration/migrate-asan 900 tests/migrate.sh $(B)/asan/rmig_migrate' \
+	'tap costs 300 bench/costs.sh $(B)' \
 	'tap valgrind 600 tests/valgrind.sh $(B)/minimal $(B)/plain' \
 	'tap install 120 tests/install.sh' \
 	$(LINT_LINES) $(call FUZZ_LINES,5)
@@ -187,6 +195,9 @@ fuzz: | $(AFTER_DEPS)
 check-binaries: $(CHECK_BINARIES)
 quick-binaries: $(addprefix $(B)/plain/,$(SUITES)) $(addprefix $(B)/,$(EXAMPLES))
 
+costs: $(COSTS) $(B)/bench/report | $(AFTER_DEPS)
+	bench/costs.sh $(B)
+
 bench-rdma: $(B)/bench/report $(B)/rmig_migrate | $(AFTER_DEPS)
 	bench/rdma.sh $(B)
 
@@ -213,6 +224,6 @@ uninstall:
 clean:
 	rm -rf $(B)
 
-.PHONY: all examples help deps deps-bench demo check quick check-rdma lint fuzz check-binaries quick-binaries bench \
+.PHONY: all examples help deps deps-bench demo check quick check-rdma lint fuzz check-binaries quick-binaries costs bench \
 	bench-rdma bench-file install uninstall clean
 .DELETE_ON_ERROR:

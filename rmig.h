@@ -4789,19 +4789,24 @@ RMIG__DEF int rmig_source_begin_round(struct rmig_source *s) {
 }
 
 /* Between begin and end of a round, for a block that exists. */
+static inline bool rmig__may_save(const struct rmig_source *s, uint32_t block) {
+    return s != NULL && s->in_round && s->op == RMIG__OP_NONE && !s->ss.failed && block < s->blocks.count;
+}
+
+/* RMIG_OK, or why not to save now. */
 static int rmig__save_check(struct rmig_source *s, const char *call, uint32_t block) {
-    int status =
-        s != NULL && s->in_round && s->op == RMIG__OP_NONE && !s->ss.failed ? RMIG_OK : rmig__source_idle(s, call);
+    if (rmig__may_save(s, block))
+        return RMIG_OK;
+    bool open = s != NULL && s->in_round && s->op == RMIG__OP_NONE;
+    int status = open && !s->ss.failed ? RMIG_OK : rmig__source_idle(s, call);
     if (s == NULL)
         return status;
     if (status != RMIG_OK)
         return rmig__taint(&s->ss, status);
     if (!s->in_round)
         return RMIG__REFUSE(&s->ss, RMIG_ERR_STATE, 0, "%s: call rmig_source_begin_round first", call);
-    if (block >= s->blocks.count)
-        return RMIG__REFUSE(&s->ss, RMIG_ERR_ARGUMENT, 0, "%s: block %u; must be 0 to %u", call, block,
-                            s->blocks.count - 1);
-    return RMIG_OK;
+    return RMIG__REFUSE(&s->ss, RMIG_ERR_ARGUMENT, 0, "%s: block %u; must be 0 to %u", call, block,
+                        s->blocks.count - 1);
 }
 
 /* Pages [first, first + n) were noted, so many of them fresh. Runs the engine when there is enough for a write. */
@@ -4834,7 +4839,7 @@ RMIG__DEF int rmig_source_save_range(struct rmig_source *s, uint32_t block, uint
 }
 
 RMIG__DEF int rmig_source_save_page(struct rmig_source *s, uint32_t block, uint64_t offset) {
-    int status = rmig__save_check(s, "rmig_source_save_page", block);
+    int status = rmig__may_save(s, block) ? RMIG_OK : rmig__save_check(s, "rmig_source_save_page", block);
     if (status != RMIG_OK)
         return status;
     if (offset >= s->blocks.block[block].length)
