@@ -67,9 +67,10 @@ help:
 	@echo 'make lint             clang-tidy and cppcheck'
 	@echo 'make fuzz             fuzz the decoders, FUZZ_SECONDS=60 for each target'
 	@echo 'make costs            what any machine measures alike, against bench/costs.limits, into $(B)/costs.json'
-	@echo 'make bench            measure (make deps-bench installs what only that needs)'
+	@echo 'make figures          the numbers in README.md and docs/bench.svg, from the simulator'
+	@echo 'make bench            measure throughput, beside raw libfabric and stock QEMU'
 	@echo 'make bench-rdma       measure over RoCE and iWARP in software, in a VM'
-	@echo 'make bench-file       measure snapshot files, beside dd and QEMU (4 GiB; root, for a cold page cache)'
+	@echo 'make bench-file       measure snapshot files, beside dd and QEMU (4 GiB; root, for a cold page cache; make deps-bench)'
 	@echo 'make install          headers and rmig.pc, PREFIX=/usr/local DESTDIR='
 	@echo 'make uninstall        remove them'
 	@echo 'make clean            remove $(B)/'
@@ -160,6 +161,7 @@ CHECK_LINES = $(VM_LINES) 'tap headers 900 tests/headers.sh' $(PLAIN_LINES) \
 	'tap integration/minimal-asan 120 tests/minimal.sh $(B)/asan/minimal' \
 	'tap integration/migrate-asan 900 tests/migrate.sh $(B)/asan/rmig_migrate' \
 	'tap costs 300 bench/costs.sh $(B)' \
+	'tap figures 300 bench/figures.sh $(B) check' \
 	'tap valgrind 600 tests/valgrind.sh $(B)/minimal $(B)/plain' \
 	'tap install 120 tests/install.sh' \
 	$(LINT_LINES) $(call FUZZ_LINES,5)
@@ -198,6 +200,9 @@ quick-binaries: $(addprefix $(B)/plain/,$(SUITES)) $(addprefix $(B)/,$(EXAMPLES)
 costs: $(COSTS) $(B)/bench/report | $(AFTER_DEPS)
 	bench/costs.sh $(B)
 
+figures: $(COSTS) | $(AFTER_DEPS)
+	bench/figures.sh $(B)
+
 bench-rdma: $(B)/bench/report $(B)/rmig_migrate | $(AFTER_DEPS)
 	bench/rdma.sh $(B)
 
@@ -224,6 +229,6 @@ uninstall:
 clean:
 	rm -rf $(B)
 
-.PHONY: all examples help deps deps-bench demo check quick check-rdma lint fuzz check-binaries quick-binaries costs bench \
-	bench-rdma bench-file install uninstall clean
+.PHONY: all examples help deps deps-bench demo check quick check-rdma lint fuzz check-binaries quick-binaries costs \
+	figures bench bench-rdma bench-file install uninstall clean
 .DELETE_ON_ERROR:

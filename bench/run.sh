@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# All measurements of `make bench`. Absolute times of a shared machine mean little, so what counts is the ratio of neighbours within
-# this run, pair by pair, of which the median is told.
-#   run.sh BUILD_DIR            writes BUILD_DIR/bench.json, .png, .svg; prints a table
+# All measurements of `make bench`, by the wall clock. Absolute times of a shared machine mean little, so what counts is
+# the ratio of neighbours within this run, pair by pair, of which the median is told.
+#   run.sh BUILD_DIR            writes BUILD_DIR/bench.json; prints a table
 # BENCH_BYTES: RAM to move over libfabric (2G). BENCH_PAIRS: pairs of runs (5).
 set -euo pipefail
 build=$1
@@ -34,23 +34,6 @@ over_libfabric() { # throughput over that of a raw write loop, the target's memo
     done
 }
 
-in_the_simulator() {
-    say 'in the simulator, 8 GiB at 100 Gb/s'
-    "$build/bench/sim" "$build/bench.dat"
-}
-
-instructions() { # of the core alone, per dirty page
-    local path pages count
-    for path in bitmap range page; do
-        say "instructions per page, $path"
-        valgrind --tool=callgrind --callgrind-out-file="$work/callgrind" --collect-atstart=no \
-            --toggle-collect=measured "$build/bench/core" "$path" >"$work/core" 2>"$work/valgrind"
-        pages=$(sed -n 's/^pages //p' "$work/core")
-        count=$(sed -n 's/.*Collected : \([0-9]*\).*/\1/p' "$work/valgrind")
-        awk "BEGIN {printf \"core.${path}_instructions_per_page %.3f instructions\n\", $count / $pages}"
-    done
-}
-
 # Where this machine is virtual itself, memory freed a while ago has gone back to its host, and whoever touches it first
 # pays for that: both sides shall find it given back a moment ago.
 warm() {
@@ -76,12 +59,9 @@ beside_qemu() { # the same RAM, from connect to handover: STATE (fresh or touche
 head -c "$bytes" /dev/urandom >"$work/ram"
 size=$(stat -c %s "$work/ram")
 {
-    in_the_simulator
-    instructions
     over_libfabric
     beside_qemu fresh ofi.tcp.rmig_over_qemu_multifd
     beside_qemu touched ofi.tcp.touched.rmig_over_qemu_multifd
 } >"$work/lines"
 "$build/bench/report" "$build/bench.json" <"$work/lines"
-gnuplot -e "data='$build/bench.dat'; out='$build/bench'" "$here/plot.gp"
-say "wrote $build/bench.json, $build/bench.png and $build/bench.svg"
+say "wrote $build/bench.json"

@@ -1,7 +1,7 @@
 /* What a migration takes in the simulator. The time is virtual: any machine gives the same to the nanosecond. One
    thread a side registers, posts and waits.
 
-   sim DATA      the table for bench/plot.gp: 8 GiB at 100 Gb/s by chunk size, with one request per chunk, as stock QEMU
+   sim DATA      the table for bench/figure.awk: 8 GiB at 100 Gb/s by chunk size, with one request per chunk, as stock QEMU
                  does (register-ahead 0), and with rmig's registration ahead of the wire, at two prices of a
    registration sim costs     prints "name value unit" for bench/costs.sh */
 #define _GNU_SOURCE
