@@ -785,6 +785,7 @@ struct rmig__mapped_holes {
     struct rmig_holes holes;
     uint32_t block; // UINT32_MAX: nothing is known
     uint64_t from, data, end;
+    uint64_t step; // how far it was asked
 };
 
 static void rmig__mapped_forget(struct rmig__mapped_holes *h) {
@@ -792,12 +793,15 @@ static void rmig__mapped_forget(struct rmig__mapped_holes *h) {
     h->block = UINT32_MAX;
 }
 
-/* The first byte at or behind `at` that may be something other than zero. Asked for in large steps: a file system may
-   walk the whole file for an answer. */
+/* The first byte at or behind `at` that may be something other than zero. Asked for in steps that grow as long as one
+   follows the other, so that little is asked for what lies alone, and few questions are asked for what does not. `least`:
+   what the caller wants to know at once, in bytes. */
 static uint64_t rmig__mapped_data_at(struct rmig__mapped_holes *h, const struct rmig_block *b, uint32_t index,
-                                     uint64_t at) {
+                                     uint64_t at, uint64_t least) {
     if (h->block != index || at < h->from || at >= h->end) {
-        uint64_t reach = b->length - at > RMIG_GIB ? at + RMIG_GIB : b->length;
+        bool follows = h->block == index && at == h->end;
+        h->step = rmig__max(least, follows ? rmig__min(2 * h->step, RMIG_GIB) : (uint64_t)RMIG__MAPPED_UNIT);
+        uint64_t reach = b->length - at > h->step ? at + h->step : b->length;
         rmig_holes_next_data(&h->holes, b, at, reach, &h->data, &h->end);
         h->block = index;
         h->from = at;
@@ -831,7 +835,8 @@ struct rmig_mapped_writer {
     uint64_t *bits; // of all blocks: dirty, filled
     struct rmig_qemu_reader check; // reads what is written: a stream that it would refuse is not finished
     uint64_t end; // of the stream
-    uint32_t at_block; // end_round: blocks before it have nothing dirty
+    uint32_t at_block; // end_round: the next page. What is before it is not dirty
+    uint64_t at_page;
     struct rmig__mapped_holes holes;
     uint64_t round_began, round_before;
     struct rmig_stats stats;
@@ -1213,20 +1218,24 @@ static bool rmig__writer_detects(const struct rmig_mapped_writer *w, const struc
 static bool rmig__writer_take(struct rmig_mapped_writer *w, struct rmig__mapped_extent *e) {
     uint64_t page = w->opt.page_size, most = rmig__max(RMIG__MAPPED_UNIT / page, 1);
     while (w->at_block < w->blocks.count &&
-           !rmig_merge_next(&w->place[w->at_block].dirty, 0, w->place[w->at_block].dirty.pages, most, &e->first, &e->n))
+           !rmig_merge_next(&w->place[w->at_block].dirty, w->at_page, w->place[w->at_block].dirty.pages, most,
+                            &e->first, &e->n)) {
         w->at_block++;
+        w->at_page = 0;
+    }
     if (w->at_block == w->blocks.count)
         return false;
     const struct rmig_block *b = &w->blocks.block[w->at_block];
     e->block = w->at_block;
     e->hole = false;
     if (rmig__writer_detects(w, b)) {
-        uint64_t data = rmig__mapped_data_at(&w->holes, b, e->block, e->first * page);
+        uint64_t data = rmig__mapped_data_at(&w->holes, b, e->block, e->first * page, page);
         e->hole = data >= (e->first + 1) * page;
         uint64_t stop = e->hole ? data / page : (w->holes.end - 1) / page + 1;
         e->n = rmig__min(e->n, stop - e->first);
     }
     rmig_merge_take(&w->place[e->block].dirty, e->first, e->n);
+    w->at_page = e->first + e->n;
     return true;
 }
 
@@ -1329,6 +1338,7 @@ RMIG__DEF int rmig_mapped_writer_end_round(struct rmig_mapped_writer *w) {
     if (status != RMIG_OK)
         return status;
     w->at_block = 0;
+    w->at_page = 0;
     rmig__mapped_forget(&w->holes);
     memset(&crew, 0, sizeof crew);
     crew.step = rmig__writer_step;
@@ -2090,7 +2100,7 @@ static void rmig__reader_zero(struct rmig__mapped_crew *c, uint32_t target, uint
     const struct rmig_block *b = &r->targets.block[target];
     while (from < to) {
         pthread_mutex_lock(&c->lock);
-        from = rmig__min(rmig__mapped_data_at(&r->holes, b, target, from), to);
+        from = rmig__min(rmig__mapped_data_at(&r->holes, b, target, from, page), to);
         uint64_t stop = rmig__min(r->holes.end, to);
         pthread_mutex_unlock(&c->lock);
         for (uint64_t n; from < stop; from += n) {
