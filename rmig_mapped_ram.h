@@ -263,7 +263,7 @@ RMIG_API int rmig_mapped_reader_load(struct rmig_mapped_reader *r);
    touched before it was loaded is fetched from the file by one thread, while another loads all of them in order. What
    the memory held before is given up, so each block must be on whole host pages, private anonymous memory
    (RMIG_BACKING_ANONYMOUS) or a shared mapping of tmpfs or a memfd (RMIG_BACKING_SHARED_FD), and neither locked nor
-   pinned (mlock, VFIO, registered for RDMA). Until load_wait says RMIG_OK
+   pinned (mlock, VFIO, registered for RDMA), nor sealed against writing. Until load_wait says RMIG_OK
    - only this mapping may be used: a read by another one (vhost-user, a second mapping) puts zeros there for good. That
    is noticed, and ends the loading with an error
    - the guest must not discard pages (balloon).
@@ -2556,11 +2556,13 @@ static int rmig__lazy_allocate(struct rmig__lazy *l, struct rmig_error *err) {
     return RMIG_OK;
 }
 
-static int rmig__lazy_cannot(const struct rmig_block *b, const char *why, int code, struct rmig_error *err) {
-    return rmig_fail(err, RMIG_ERR_SETUP, code, "block \"%s\": its memory cannot be loaded lazily: %s",
+static int rmig__lazy_cannot(const struct rmig_block *b, int status, const char *why, int code,
+                             struct rmig_error *err) {
+    return rmig_fail(err, status, code, "block \"%s\": its memory cannot be loaded lazily: %s",
                      rmig__mapped_name(b->name).s, why);
 }
 
+/* Nothing is lost yet: what does not suit is refused, and may be loaded otherwise. */
 static int rmig__lazy_register(struct rmig__lazy *l, struct rmig_error *err) {
     for (uint32_t i = 0; i < l->r->targets.count; i++) {
         const struct rmig_block *b = &l->r->targets.block[i];
@@ -2570,19 +2572,50 @@ static int rmig__lazy_register(struct rmig__lazy *l, struct rmig_error *err) {
         wanted.range.len = b->length;
         wanted.mode = UFFDIO_REGISTER_MODE_MISSING;
         if (ioctl(l->uffd, UFFDIO_REGISTER, &wanted) < 0)
-            return rmig__lazy_cannot(b, strerror(errno), errno, err);
+            return rmig__lazy_cannot(b, RMIG_ERR_ARGUMENT, strerror(errno), errno, err);
         l->registered++;
         if ((wanted.ioctls & (uint64_t)1 << _UFFDIO_ZEROPAGE) == 0)
-            return rmig__lazy_cannot(b, "it is of huge pages of hugetlbfs", 0, err);
-        // Shared memory is emptied by the first, private memory by the second, which says no more than that to the
-        // first.
-        if (madvise(b->host, (size_t)b->length, MADV_REMOVE) < 0 &&
-            madvise(b->host, (size_t)b->length, MADV_DONTNEED) < 0)
-            return rmig__lazy_cannot(
-                b, errno == EINVAL ? "it cannot be emptied: is it locked (mlock, mlockall)?" : strerror(errno), errno,
-                err);
+            return rmig__lazy_cannot(b, RMIG_ERR_ARGUMENT, "it is of huge pages of hugetlbfs", 0, err);
     }
     return RMIG_OK;
+}
+
+/* MADV_REMOVE takes away what shared memory holds, whatever the block is said to be. It says EINVAL where no file is
+   behind the mapping: then, and only then, MADV_DONTNEED does that; of shared memory it only forgets that it was mapped.
+   Both say EINVAL of locked memory. */
+static int rmig__lazy_empty_mapping(const struct rmig_block *b, uint8_t *at, uint64_t n, struct rmig_error *err) {
+    if (madvise(at, (size_t)n, MADV_REMOVE) == 0)
+        return RMIG_OK;
+    bool shared = b->backing == RMIG_BACKING_SHARED_FD;
+    if (errno == EINVAL && !shared && madvise(at, (size_t)n, MADV_DONTNEED) == 0)
+        return RMIG_OK;
+    int code = errno;
+    const char *why = strerror(code);
+    if (code == EINVAL)
+        why = shared ? "it cannot be emptied: is it locked (mlock, mlockall), or no mapping of its file?"
+                     : "it cannot be emptied: is it locked (mlock, mlockall)?";
+    else if (code == EPERM)
+        why = "it cannot be emptied: its file is sealed against writing (F_SEAL_WRITE, F_SEAL_FUTURE_WRITE)";
+    else if (code == EACCES)
+        why = "it cannot be emptied: neither private anonymous memory nor a shared mapping that may be written";
+    return rmig__lazy_cannot(b, RMIG_ERR_SETUP, why, code, err);
+}
+
+/* Each mapping by itself, where the kernel tells of them (Linux 6.11), since the kinds may be mixed. */
+static int rmig__lazy_empty(struct rmig__lazy *l, struct rmig_error *err) {
+    int status = RMIG_OK;
+    for (uint32_t i = 0; i < l->r->targets.count; i++) {
+        const struct rmig_block *b = &l->r->targets.block[i];
+        for (uint64_t at = 0, n; at < b->length && status == RMIG_OK; at += n) {
+            struct rmig__mapping m;
+            uint64_t address = (uint64_t)(uintptr_t)b->host + at;
+            n = b->length - at;
+            if (rmig__mapping_at(&l->r->holes.holes, address, &m))
+                n = rmig__min(n, m.end - address);
+            status = rmig__lazy_empty_mapping(b, b->host + at, n, err);
+        }
+    }
+    return status;
 }
 
 static int rmig__lazy_threads(struct rmig__lazy *l, struct rmig_error *err) {
@@ -2637,6 +2670,8 @@ RMIG__DEF int rmig_mapped_reader_load_start(struct rmig_mapped_reader *r) {
         status = rmig__lazy_open(l, &r->error);
     if (status == RMIG_OK)
         status = rmig__lazy_register(l, &r->error);
+    if (status == RMIG_OK)
+        status = rmig__lazy_empty(l, &r->error);
     if (status == RMIG_OK)
         status = rmig__lazy_threads(l, &r->error);
     if (status == RMIG_OK)
