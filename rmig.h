@@ -530,6 +530,7 @@ struct rmig_holes {
     int pagemap_fd, maps_fd, uffd; // of this process; -1: not to be had
     uint64_t page; // of the host, bytes
     uint64_t sure_from, sure_to; // addresses: holes there are believed until rmig_holes_forget
+    uint64_t data_from, data_to; // addresses: a file had data for them, without a hole, since then
     int others; // what /proc/self/smaps shows of the whole process, RMIG__SMAPS_* of the implementation; -1: not read
 };
 /* Opens what tells of this process: a child that fork makes opens its own. Calls userfaultfd: a filter of system calls
@@ -2154,6 +2155,7 @@ RMIG__DEF void rmig_holes_forget(struct rmig_holes *h) {
     if (h == NULL)
         return;
     h->sure_from = h->sure_to = 0;
+    h->data_from = h->data_to = 0;
     h->others = -1;
 }
 
@@ -2182,13 +2184,18 @@ RMIG__DEF void rmig_holes_close(struct rmig_holes *h) {
     rmig__close(&h->uffd);
 }
 
-/* tmpfs and file systems answer for pages that no process has mapped, too, which mincore and pagemap cannot. */
-static void rmig__holes_file(const struct rmig_holes *h, const struct rmig_block *b, uint64_t from, uint64_t to,
+/* tmpfs and file systems answer for pages that no process has mapped, too, which mincore and pagemap cannot. To find the
+   next hole they may walk all data up to it, so it is noted how far there was none: what is data need not be asked for
+   again, and if it has become a hole since, it is only read. */
+static void rmig__holes_file(struct rmig_holes *h, const struct rmig_block *b, uint64_t from, uint64_t to,
                              uint64_t *data, uint64_t *end) {
-    *data = from;
-    *end = to;
+    uint64_t host = (uint64_t)(uintptr_t)b->host;
     if (b->fd_offset > (uint64_t)INT64_MAX || to > (uint64_t)INT64_MAX - b->fd_offset)
         return;
+    if (host + from >= h->data_from && host + from < h->data_to) {
+        *end = rmig__min(to, h->data_to - host);
+        return;
+    }
     off_t base = (off_t)b->fd_offset;
     off_t at = lseek(b->fd, base + (off_t)from, RMIG__SEEK_DATA);
     if (at < 0) {
@@ -2204,11 +2211,14 @@ static void rmig__holes_file(const struct rmig_holes *h, const struct rmig_block
         return;
     }
     *data = rmig__max((uint64_t)(at - base), from);
-    if (to - *data <= h->page) // no room for a hole; looking for one may walk the whole file
+    if (to - *data <= h->page) // no room for a hole
         return;
     off_t hole = lseek(b->fd, at, RMIG__SEEK_HOLE);
-    if (hole > at && hole < base + (off_t)to)
-        *end = (uint64_t)(hole - base);
+    if (hole <= at)
+        return;
+    h->data_from = host + *data;
+    h->data_to = host + rmig__min((uint64_t)(hole - base), b->length);
+    *end = rmig__min(to, h->data_to - host);
 }
 
 /* A page of a private anonymous mapping that is neither present nor swapped out was never written. */
@@ -2242,7 +2252,7 @@ static void rmig__holes_pagemap(const struct rmig_holes *h, const struct rmig_bl
     }
 }
 
-static void rmig__holes_ask(const struct rmig_holes *h, const struct rmig_block *b, uint64_t from, uint64_t to,
+static void rmig__holes_ask(struct rmig_holes *h, const struct rmig_block *b, uint64_t from, uint64_t to,
                             uint64_t *data, uint64_t *end) {
     *data = from;
     *end = to;

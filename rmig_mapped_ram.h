@@ -263,7 +263,7 @@ RMIG_API int rmig_mapped_reader_load(struct rmig_mapped_reader *r);
    touched before it was loaded is fetched from the file by one thread, while another loads all of them in order. What
    the memory held before is given up, so each block must be on whole host pages, private anonymous memory
    (RMIG_BACKING_ANONYMOUS) or a shared mapping of tmpfs or a memfd (RMIG_BACKING_SHARED_FD), and neither locked nor
-   pinned (mlock, VFIO, registered for RDMA). Until load_wait says RMIG_OK
+   pinned (mlock, VFIO, registered for RDMA), nor sealed against writing. Until load_wait says RMIG_OK
    - only this mapping may be used: a read by another one (vhost-user, a second mapping) puts zeros there for good. That
    is noticed, and ends the loading with an error
    - the guest must not discard pages (balloon).
@@ -785,6 +785,7 @@ struct rmig__mapped_holes {
     struct rmig_holes holes;
     uint32_t block; // UINT32_MAX: nothing is known
     uint64_t from, data, end;
+    uint64_t step; // how far it was asked
 };
 
 static void rmig__mapped_forget(struct rmig__mapped_holes *h) {
@@ -792,12 +793,15 @@ static void rmig__mapped_forget(struct rmig__mapped_holes *h) {
     h->block = UINT32_MAX;
 }
 
-/* The first byte at or behind `at` that may be something other than zero. Asked for in large steps: a file system may
-   walk the whole file for an answer. */
+/* The first byte at or behind `at` that may be something other than zero. Asked for in steps that grow as long as one
+   follows the other, so that little is asked for what lies alone, and few questions are asked for what does not. `least`:
+   what the caller wants to know at once, in bytes. */
 static uint64_t rmig__mapped_data_at(struct rmig__mapped_holes *h, const struct rmig_block *b, uint32_t index,
-                                     uint64_t at) {
+                                     uint64_t at, uint64_t least) {
     if (h->block != index || at < h->from || at >= h->end) {
-        uint64_t reach = b->length - at > RMIG_GIB ? at + RMIG_GIB : b->length;
+        bool follows = h->block == index && at == h->end;
+        h->step = rmig__max(least, follows ? rmig__min(2 * h->step, RMIG_GIB) : (uint64_t)RMIG__MAPPED_UNIT);
+        uint64_t reach = b->length - at > h->step ? at + h->step : b->length;
         rmig_holes_next_data(&h->holes, b, at, reach, &h->data, &h->end);
         h->block = index;
         h->from = at;
@@ -831,7 +835,8 @@ struct rmig_mapped_writer {
     uint64_t *bits; // of all blocks: dirty, filled
     struct rmig_qemu_reader check; // reads what is written: a stream that it would refuse is not finished
     uint64_t end; // of the stream
-    uint32_t at_block; // end_round: blocks before it have nothing dirty
+    uint32_t at_block; // end_round: the next page. What is before it is not dirty
+    uint64_t at_page;
     struct rmig__mapped_holes holes;
     uint64_t round_began, round_before;
     struct rmig_stats stats;
@@ -1213,20 +1218,24 @@ static bool rmig__writer_detects(const struct rmig_mapped_writer *w, const struc
 static bool rmig__writer_take(struct rmig_mapped_writer *w, struct rmig__mapped_extent *e) {
     uint64_t page = w->opt.page_size, most = rmig__max(RMIG__MAPPED_UNIT / page, 1);
     while (w->at_block < w->blocks.count &&
-           !rmig_merge_next(&w->place[w->at_block].dirty, 0, w->place[w->at_block].dirty.pages, most, &e->first, &e->n))
+           !rmig_merge_next(&w->place[w->at_block].dirty, w->at_page, w->place[w->at_block].dirty.pages, most,
+                            &e->first, &e->n)) {
         w->at_block++;
+        w->at_page = 0;
+    }
     if (w->at_block == w->blocks.count)
         return false;
     const struct rmig_block *b = &w->blocks.block[w->at_block];
     e->block = w->at_block;
     e->hole = false;
     if (rmig__writer_detects(w, b)) {
-        uint64_t data = rmig__mapped_data_at(&w->holes, b, e->block, e->first * page);
+        uint64_t data = rmig__mapped_data_at(&w->holes, b, e->block, e->first * page, page);
         e->hole = data >= (e->first + 1) * page;
         uint64_t stop = e->hole ? data / page : (w->holes.end - 1) / page + 1;
         e->n = rmig__min(e->n, stop - e->first);
     }
     rmig_merge_take(&w->place[e->block].dirty, e->first, e->n);
+    w->at_page = e->first + e->n;
     return true;
 }
 
@@ -1329,6 +1338,7 @@ RMIG__DEF int rmig_mapped_writer_end_round(struct rmig_mapped_writer *w) {
     if (status != RMIG_OK)
         return status;
     w->at_block = 0;
+    w->at_page = 0;
     rmig__mapped_forget(&w->holes);
     memset(&crew, 0, sizeof crew);
     crew.step = rmig__writer_step;
@@ -2090,7 +2100,7 @@ static void rmig__reader_zero(struct rmig__mapped_crew *c, uint32_t target, uint
     const struct rmig_block *b = &r->targets.block[target];
     while (from < to) {
         pthread_mutex_lock(&c->lock);
-        from = rmig__min(rmig__mapped_data_at(&r->holes, b, target, from), to);
+        from = rmig__min(rmig__mapped_data_at(&r->holes, b, target, from, page), to);
         uint64_t stop = rmig__min(r->holes.end, to);
         pthread_mutex_unlock(&c->lock);
         for (uint64_t n; from < stop; from += n) {
@@ -2546,11 +2556,13 @@ static int rmig__lazy_allocate(struct rmig__lazy *l, struct rmig_error *err) {
     return RMIG_OK;
 }
 
-static int rmig__lazy_cannot(const struct rmig_block *b, const char *why, int code, struct rmig_error *err) {
-    return rmig_fail(err, RMIG_ERR_SETUP, code, "block \"%s\": its memory cannot be loaded lazily: %s",
+static int rmig__lazy_cannot(const struct rmig_block *b, int status, const char *why, int code,
+                             struct rmig_error *err) {
+    return rmig_fail(err, status, code, "block \"%s\": its memory cannot be loaded lazily: %s",
                      rmig__mapped_name(b->name).s, why);
 }
 
+/* Nothing is lost yet: what does not suit is refused, and may be loaded otherwise. */
 static int rmig__lazy_register(struct rmig__lazy *l, struct rmig_error *err) {
     for (uint32_t i = 0; i < l->r->targets.count; i++) {
         const struct rmig_block *b = &l->r->targets.block[i];
@@ -2560,19 +2572,50 @@ static int rmig__lazy_register(struct rmig__lazy *l, struct rmig_error *err) {
         wanted.range.len = b->length;
         wanted.mode = UFFDIO_REGISTER_MODE_MISSING;
         if (ioctl(l->uffd, UFFDIO_REGISTER, &wanted) < 0)
-            return rmig__lazy_cannot(b, strerror(errno), errno, err);
+            return rmig__lazy_cannot(b, RMIG_ERR_ARGUMENT, strerror(errno), errno, err);
         l->registered++;
         if ((wanted.ioctls & (uint64_t)1 << _UFFDIO_ZEROPAGE) == 0)
-            return rmig__lazy_cannot(b, "it is of huge pages of hugetlbfs", 0, err);
-        // Shared memory is emptied by the first, private memory by the second, which says no more than that to the
-        // first.
-        if (madvise(b->host, (size_t)b->length, MADV_REMOVE) < 0 &&
-            madvise(b->host, (size_t)b->length, MADV_DONTNEED) < 0)
-            return rmig__lazy_cannot(
-                b, errno == EINVAL ? "it cannot be emptied: is it locked (mlock, mlockall)?" : strerror(errno), errno,
-                err);
+            return rmig__lazy_cannot(b, RMIG_ERR_ARGUMENT, "it is of huge pages of hugetlbfs", 0, err);
     }
     return RMIG_OK;
+}
+
+/* MADV_REMOVE takes away what shared memory holds, whatever the block is said to be. It says EINVAL where no file is
+   behind the mapping: then, and only then, MADV_DONTNEED does that; of shared memory it only forgets that it was mapped.
+   Both say EINVAL of locked memory. */
+static int rmig__lazy_empty_mapping(const struct rmig_block *b, uint8_t *at, uint64_t n, struct rmig_error *err) {
+    if (madvise(at, (size_t)n, MADV_REMOVE) == 0)
+        return RMIG_OK;
+    bool shared = b->backing == RMIG_BACKING_SHARED_FD;
+    if (errno == EINVAL && !shared && madvise(at, (size_t)n, MADV_DONTNEED) == 0)
+        return RMIG_OK;
+    int code = errno;
+    const char *why = strerror(code);
+    if (code == EINVAL)
+        why = shared ? "it cannot be emptied: is it locked (mlock, mlockall), or no mapping of its file?"
+                     : "it cannot be emptied: is it locked (mlock, mlockall)?";
+    else if (code == EPERM)
+        why = "it cannot be emptied: its file is sealed against writing (F_SEAL_WRITE, F_SEAL_FUTURE_WRITE)";
+    else if (code == EACCES)
+        why = "it cannot be emptied: neither private anonymous memory nor a shared mapping that may be written";
+    return rmig__lazy_cannot(b, RMIG_ERR_SETUP, why, code, err);
+}
+
+/* Each mapping by itself, where the kernel tells of them (Linux 6.11), since the kinds may be mixed. */
+static int rmig__lazy_empty(struct rmig__lazy *l, struct rmig_error *err) {
+    int status = RMIG_OK;
+    for (uint32_t i = 0; i < l->r->targets.count; i++) {
+        const struct rmig_block *b = &l->r->targets.block[i];
+        for (uint64_t at = 0, n; at < b->length && status == RMIG_OK; at += n) {
+            struct rmig__mapping m;
+            uint64_t address = (uint64_t)(uintptr_t)b->host + at;
+            n = b->length - at;
+            if (rmig__mapping_at(&l->r->holes.holes, address, &m))
+                n = rmig__min(n, m.end - address);
+            status = rmig__lazy_empty_mapping(b, b->host + at, n, err);
+        }
+    }
+    return status;
 }
 
 static int rmig__lazy_threads(struct rmig__lazy *l, struct rmig_error *err) {
@@ -2627,6 +2670,8 @@ RMIG__DEF int rmig_mapped_reader_load_start(struct rmig_mapped_reader *r) {
         status = rmig__lazy_open(l, &r->error);
     if (status == RMIG_OK)
         status = rmig__lazy_register(l, &r->error);
+    if (status == RMIG_OK)
+        status = rmig__lazy_empty(l, &r->error);
     if (status == RMIG_OK)
         status = rmig__lazy_threads(l, &r->error);
     if (status == RMIG_OK)

@@ -16,6 +16,7 @@
 // The header's own calls: how often it opens what, and a hook at the moment of its question to userfaultfd.
 static struct {
     unsigned opens, opens_of_maps, inherited; // inherited: without O_CLOEXEC
+    unsigned walks; // over all data of a file, to its next hole
     void (*before_register)(void);
 } calls;
 
@@ -32,12 +33,19 @@ static int hooked_ioctl(int fd, unsigned long request, void *argument) {
     return ioctl(fd, request, argument);
 }
 
+static off_t counted_lseek(int fd, off_t offset, int whence) {
+    calls.walks += whence == 4; // SEEK_HOLE
+    return lseek(fd, offset, whence);
+}
+
 #define open counted_open
 #define ioctl hooked_ioctl
+#define lseek counted_lseek
 #define RMIG_IMPLEMENTATION
 #include "../rmig.h"
 #undef open
 #undef ioctl
+#undef lseek
 
 #include <criterion/criterion.h>
 #include <poll.h>
@@ -317,6 +325,27 @@ static void check_given_back(enum rmig_backing backing) {
 
 Test(holes, a_memfd_with_pages_given_back) { check_given_back(RMIG_BACKING_SHARED_FD); }
 Test(holes, anonymous_memory_with_pages_given_back) { check_given_back(RMIG_BACKING_ANONYMOUS); }
+
+// For the next hole a file system walks all data up to it. Asked for piece by piece, that would be work by the square.
+Test(holes, data_of_a_file_is_walked_over_once) {
+    struct memory m;
+    memory_init(&m, RMIG_BACKING_SHARED_FD, PAGE);
+    for (uint64_t i = 0; i < PAGES; i++)
+        if (i != 500)
+            touch(&m, i, 7);
+    for (unsigned round = 1; round < 3; round++) {
+        calls.walks = 0;
+        rmig_holes_forget(&m.holes);
+        for (uint64_t at = 0; at < PAGES; at += 4)
+            cr_expect_eq(check_runs(&m, at * PAGE, (at + 4) * PAGE), at == 500 ? 3 * PAGE : 4 * PAGE);
+        cr_expect_leq(calls.walks, 3, "%u walks", calls.walks);
+    }
+    cr_assert_eq(madvise(m.block.host + 700 * PAGE, 100 * PAGE, MADV_REMOVE), 0);
+    rmig_holes_forget(&m.holes);
+    memset(m.touched + 700, 0, 100 * sizeof(bool));
+    cr_expect_eq(check_runs(&m, 0, SIZE), touched_bytes(&m, 0, SIZE));
+    memory_free(&m);
+}
 
 // Data that this process never mapped in: SEEK_DATA sees it, a look at our own page table would not.
 Test(holes, data_written_to_the_file_by_others_is_found) {
