@@ -970,7 +970,7 @@ slow_file_stopped() { # STATUS WORD OPTION...: by --timeout, or by a signal; the
     local status=$1 word=$2
     shift 2
     echo older >"$snap"
-    mapfile -t sink_env < <(slow_env SLOW_FSYNC=3)
+    mapfile -t sink_env < <(slow_env SLOW_FSYNC=9)
     start_file_sink "$@"
     local rc=$? like
     sink_env=()
@@ -979,7 +979,7 @@ slow_file_stopped() { # STATUS WORD OPTION...: by --timeout, or by a signal; the
     like=$!
     wait_for "[ -s $snap.part ]" && sleep 1
     [ "$status" != 7 ] || kill -INT "$(real_pid "$sink")"
-    ends "$sink" "$status" 6 qemu_sink || return 1
+    ends "$sink" "$status" 30 qemu_sink || return 1
     wait "$like"
     [ $? = 1 ] && says "$tmp/like.out" 'the sink gave up' && says "$tmp/sink.err" "$word" && older_stays
 }
@@ -1048,7 +1048,7 @@ files_of_sources_like_qemu() {
     [ -e "$tmp/slow.so" ] || return
     check 'a disk that takes its time in the last round' slow_file
     check 'interrupted in the last round' slow_file_stopped 7 cancelled
-    check '--timeout in the last round' slow_file_stopped 5 --timeout --timeout 2
+    check '--timeout in the last round' slow_file_stopped 5 --timeout --timeout 6
 }
 
 snapshots() {
