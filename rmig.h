@@ -60,6 +60,8 @@ QUICK START
                 rc = rmig_sink_wait(sink, &ev, RMIG_FOREVER);
                 if (ev.type == RMIG_SINK_BLOCKS)                   // rmig_sink_peer_block() says what the source has
                     rmig_sink_accept_blocks(sink);
+                if (ev.type == RMIG_SINK_FORGOTTEN)                // a source that was none: void is what it has sent
+                    have = 0;
                 size_t got = rmig_sink_get(sink, (char *)state + have, state_max - have);
                 have += got;
                 if (got < ev.stream_bytes)
@@ -1151,7 +1153,8 @@ struct rmig_sink_event {
 
 RMIG_API int rmig_sink_open(struct rmig_fabric *fabric, const struct rmig_config *cfg, struct rmig_sink **out,
                             struct rmig_error *err);
-/* As rmig_source_close. After bytes on a return path it waits up to 1 s until the source, which has them, has left. */
+/* As rmig_source_close. After a handover it waits until the source, which knows that it is over, has left: up to 100 ms,
+   after bytes on a return path up to 1 s. */
 RMIG_API void rmig_sink_close(struct rmig_sink *s);
 /* Listens on "host:port" (port 0: any free one). Requests that are not a migration are rejected, and listening goes
    on. A migration begins when rmig_sink_accept_blocks has returned RMIG_OK; in version 1 with stream bytes or the
@@ -2742,6 +2745,9 @@ static void rmig__post_sends(struct rmig__session *ss) {
             return;
         if (status != RMIG_OK)
             rmig__link_lost(ss, &err);
+        uint32_t type = rmig__get_be32(rmig__control_buffer(ss, RMIG__RECVS + slot) + 4);
+        if (status == RMIG_OK && (type == RMIG_MSG_FINISH_RESULT || type == RMIG_MSG_GOODBYE))
+            ss->handover = "has"; // from here on a failure leaves it open who owns the guest
         ss->unposted_count--;
         memmove(ss->unposted, ss->unposted + 1, ss->unposted_count * sizeof ss->unposted[0]);
     }
@@ -3581,9 +3587,7 @@ static void rmig__source_parameters(struct rmig_source *s) {
         s->window_bytes = s->chunk_size;
 }
 
-RMIG__DEF int rmig_source_connect_start(struct rmig_source *s, const char *address) {
-    if (s == NULL)
-        return RMIG_ERR_ARGUMENT;
+static int rmig__connect_start(struct rmig_source *s, const char *address) {
     struct rmig__session *ss = &s->ss;
     if (s->state != RMIG__SOURCE_NEW || ss->failed)
         return RMIG__NO(ss, RMIG_ERR_STATE, 0,
@@ -3612,6 +3616,13 @@ RMIG__DEF int rmig_source_connect_start(struct rmig_source *s, const char *addre
     s->connect_began = ss->last_progress = rmig__now(ss);
     rmig__trace(ss, "connect %s", address);
     return RMIG_OK;
+}
+
+RMIG__DEF int rmig_source_connect_start(struct rmig_source *s, const char *address) {
+    if (s == NULL)
+        return RMIG_ERR_ARGUMENT;
+    s->refused = rmig__connect_start(s, address);
+    return s->refused;
 }
 
 // --- connecting
@@ -4304,7 +4315,6 @@ static int rmig__control_out(struct rmig_source *s, bool *moved) {
         status = rmig__say_hello(s, payload);
     else if (s->finish == RMIG__FINISH_ANSWERED) {
         s->finish = RMIG__FINISH_SAID;
-        s->ss.handover = "has";
         status = rmig__send(&s->ss, RMIG_MSG_GOODBYE, 1, 0);
     } else if (!s->credit || s->await != 0)
         return RMIG_OK;
@@ -4707,7 +4717,7 @@ RMIG__DEF int rmig_source_process(struct rmig_source *s) {
     if (s == NULL)
         return RMIG_ERR_ARGUMENT;
     int status = rmig__source_progress(s);
-    return status == RMIG_OK && s->state == RMIG__SOURCE_UP ? s->refused : status;
+    return status == RMIG_OK && s->state != RMIG__SOURCE_DONE ? s->refused : status;
 }
 
 RMIG__DEF int rmig_source_fds(struct rmig_source *s, struct rmig_fd *fds, size_t n) {
@@ -4742,9 +4752,16 @@ RMIG__DEF uint64_t rmig_source_next_deadline(struct rmig_source *s) {
     return at;
 }
 
-static int rmig__source_drive(struct rmig_source *s) {
+/* Waits for an operation that was begun with this status. What a waiting call was refused with its caller has; process
+   says no more of it. */
+static int rmig__source_drive(struct rmig_source *s, int status) {
+    if (status != RMIG_OK) {
+        if (s != NULL)
+            s->refused = RMIG_OK;
+        return status;
+    }
     for (;;) {
-        int status = rmig__source_progress(s);
+        status = rmig__source_progress(s);
         if (status != RMIG_PENDING)
             return status;
         s->ss.ready = false;
@@ -4756,8 +4773,7 @@ static int rmig__source_drive(struct rmig_source *s) {
 }
 
 RMIG__DEF int rmig_source_connect(struct rmig_source *s, const char *address) {
-    int status = rmig_source_connect_start(s, address);
-    return status == RMIG_OK ? rmig__source_drive(s) : status;
+    return rmig__source_drive(s, rmig_source_connect_start(s, address));
 }
 
 /* The session is up and no operation is under way. */
@@ -4901,8 +4917,7 @@ RMIG__DEF int rmig_source_end_round_start(struct rmig_source *s) {
 }
 
 RMIG__DEF int rmig_source_end_round(struct rmig_source *s) {
-    int status = rmig_source_end_round_start(s);
-    return status == RMIG_OK ? rmig__source_drive(s) : status;
+    return rmig__source_drive(s, rmig_source_end_round_start(s));
 }
 
 RMIG__DEF int64_t rmig_source_put_some(struct rmig_source *s, const void *data, size_t n) {
@@ -4954,8 +4969,7 @@ RMIG__DEF int rmig_source_flush_start(struct rmig_source *s) {
 }
 
 RMIG__DEF int rmig_source_flush(struct rmig_source *s) {
-    int status = rmig_source_flush_start(s);
-    return status == RMIG_OK ? rmig__source_drive(s) : status;
+    return rmig__source_drive(s, rmig_source_flush_start(s));
 }
 
 static int rmig__may_finish(struct rmig_source *s) {
@@ -4976,8 +4990,7 @@ RMIG__DEF int rmig_source_finish_start(struct rmig_source *s) {
 }
 
 RMIG__DEF int rmig_source_finish(struct rmig_source *s) {
-    int status = rmig_source_finish_start(s);
-    return status == RMIG_OK ? rmig__source_drive(s) : status;
+    return rmig__source_drive(s, rmig_source_finish_start(s));
 }
 
 RMIG__DEF void rmig_source_forgive(struct rmig_source *s) {
@@ -5095,6 +5108,7 @@ struct rmig_sink {
     bool begun; // the migration: from here on a failure of the source is the session's, and nobody else may come
     uint64_t part_until; // PARTING, LEAVING
     bool barred; // the source's right to write is gone
+    bool denied; // accept_blocks or take was refused, for the taint
     struct rmig__return ret;
     bool ready_out; // a READY has gone out and no message has come for it
     bool pin_all;
@@ -5308,17 +5322,19 @@ static int rmig__return_timers(struct rmig_sink *s) {
     return rmig__return_break(s, RMIG_ERR_TIMEOUT, 0, why);
 }
 
-/* The source that has read the last bytes disconnects by itself. If this end came first, the source might take that for
-   a failure. */
-static void rmig__return_linger(struct rmig_sink *s) {
-    if (s->state != RMIG__SINK_OVER || s->ss.failed || s->ret.ep == NULL || !s->ret.spoke)
+/* The source that has read the last bytes, or knows that its last word was delivered, disconnects by itself. If this end
+   came first, the source might take that for a failure. */
+static void rmig__sink_linger(struct rmig_sink *s) {
+    bool returned = s->ret.ep != NULL && s->ret.spoke;
+    if (s->state != RMIG__SINK_OVER || s->ss.failed || (!returned && !s->barred))
         return;
     struct rmig_ep *eps[2];
     size_t n = 0;
-    eps[n++] = s->ret.ep;
+    if (returned)
+        eps[n++] = s->ret.ep;
     if (!s->ss.disconnected && !s->ss.broken)
         eps[n++] = s->ss.ep;
-    uint64_t until = rmig__after(rmig__now(&s->ss), RMIG__LEAVE);
+    uint64_t until = rmig__after(rmig__now(&s->ss), returned ? RMIG__LEAVE : RMIG__LINGER);
     while (rmig__now(&s->ss) < until) {
         size_t left = 0;
         for (size_t i = 0; i < n; i++)
@@ -5371,7 +5387,7 @@ RMIG__DEF int rmig_sink_return_put(struct rmig_sink *s, const void *data, size_t
 RMIG__DEF void rmig_sink_close(struct rmig_sink *s) {
     if (s == NULL)
         return;
-    rmig__return_linger(s);
+    rmig__sink_linger(s);
     rmig__session_leave(&s->ss);
     rmig__sink_release(s, UINT64_MAX);
     rmig__session_close(&s->ss);
@@ -5509,9 +5525,13 @@ static void rmig__sink_part(struct rmig_sink *s, bool *moved) {
     if (rmig__now(&s->ss) < s->part_until && !rmig__ep_ended(s->ss.ep, NULL))
         return;
     rmig__session_drop(&s->ss);
+    *moved = true;
+    if (s->listener == NULL) {
+        RMIG__END(&s->ss, RMIG_ERR_FABRIC, 0, "the listener has failed: no other source can come");
+        return;
+    }
     s->state = RMIG__SINK_LISTENING;
     rmig__trace(&s->ss, "listening again");
-    *moved = true;
 }
 
 static void rmig__sink_accept(struct rmig_sink *s, const struct rmig_fabric_event *e) {
@@ -5616,8 +5636,10 @@ static int rmig__sink_poll_listener(struct rmig_sink *s) {
             break;
         }
         int n = s->ss.fabric->ops->poll(s->listener, &e, 1, &s->ss.error);
-        if (n < 0 && s->ss.ep != NULL) { // the migration under way does not need it
+        if (n < 0 && s->ss.ep != NULL) { // the source that is there does not need it
             rmig__trace(&s->ss, "listener: %s", s->ss.error.text);
+            s->ss.fabric->ops->close(s->listener);
+            s->listener = NULL;
             return RMIG_OK;
         }
         if (n < 0)
@@ -5654,7 +5676,7 @@ static void rmig__sink_bar(struct rmig_sink *s) {
         s->barred = ss->fabric->ops->revoke(ss->ep, NULL) == RMIG_OK;
 }
 
-/* The guest is this end's. Where the source may still write, it is given a moment to leave by itself: if it were cut off
+/* The guest is this end's. Where the source may still write it is given a moment to leave by itself: if it were cut off
    at once, the acknowledgement of its last message might not get out, and it would take that for a failure. */
 static void rmig__sink_leave(struct rmig_sink *s) {
     s->ss.handover = NULL;
@@ -6151,9 +6173,7 @@ static int rmig__sink_on_finish(struct rmig_sink *s) {
 }
 
 static uint64_t rmig__pending_at(const struct rmig_sink *s) {
-    /* A tainted sink cannot take: unless the embedder forgives, the source's patience ends the wait. */
-    bool due = s->state == RMIG__SINK_TAKING && s->ss.taint.status == RMIG_OK &&
-               (s->ss.peer_features & RMIG_FEATURE_FINISH_PENDING) != 0;
+    bool due = s->state == RMIG__SINK_TAKING && (s->ss.peer_features & RMIG_FEATURE_FINISH_PENDING) != 0;
     return due ? rmig__idle_at(&s->ss) : RMIG_FOREVER;
 }
 
@@ -6164,7 +6184,6 @@ static int rmig__sink_answer(struct rmig_sink *s) {
         return RMIG_OK;
     if (s->state == RMIG__SINK_TAKEN) {
         s->state = RMIG__SINK_HANDOVER;
-        ss->handover = "has";
         return rmig__send(ss, RMIG_MSG_FINISH_RESULT, 1, 0);
     }
     return rmig__now(ss) >= rmig__pending_at(s) ? rmig__send(ss, RMIG_MSG_FINISH_PENDING, 1, 0) : RMIG_OK;
@@ -6283,6 +6302,22 @@ RMIG__DEF size_t rmig_sink_get(struct rmig_sink *s, void *buf, size_t n) {
     return n;
 }
 
+/* A tainted sink takes nothing. The embedder may forgive, and call again; if it has not done so when it next calls
+   process, it did not look, and the source is told. */
+static bool rmig__sink_denies(struct rmig_sink *s) {
+    s->denied = rmig__untainted(&s->ss) != RMIG_OK;
+    return s->denied;
+}
+
+static void rmig__sink_deny(struct rmig_sink *s) {
+    bool waits = s->state == RMIG__SINK_ASKING || s->state == RMIG__SINK_TAKING;
+    if (s->denied && waits && s->ss.failed == RMIG_OK && s->ss.taint.status != RMIG_OK) {
+        RMIG__END(&s->ss, RMIG_ERR_SETUP, 0, "refused: a call at the sink failed: %.230s", s->ss.taint.text);
+        rmig__sink_spare(s);
+    }
+    s->denied = false;
+}
+
 // --- the blocks are agreed
 
 /* The source's block i is which of ours? taken: a flag for each of ours. */
@@ -6360,8 +6395,8 @@ RMIG__DEF int rmig_sink_accept_blocks(struct rmig_sink *s) {
     struct rmig__session *ss = &s->ss;
     if (s->state != RMIG__SINK_ASKING)
         return RMIG__NO(ss, RMIG_ERR_STATE, 0, "rmig_sink_accept_blocks: wait for RMIG_SINK_BLOCKS first");
-    if (rmig__untainted(ss) != RMIG_OK)
-        return rmig__untainted(ss);
+    if (rmig__sink_denies(s))
+        return ss->taint.status;
     uint32_t count = ss->extended ? s->peer_count : s->blocks.count;
     if (!ss->extended && (count == 0 || count > RMIG__V1_BLOCKS_MAX))
         return RMIG__NO(ss, RMIG_ERR_STATE, 0, "rmig_sink_accept_blocks: %u blocks; a version 1 source takes 1 to %d",
@@ -6405,7 +6440,7 @@ RMIG__DEF int rmig_sink_take(struct rmig_sink *s) {
         return RMIG_ERR_ARGUMENT;
     if (s->ss.failed == RMIG_OK && s->state != RMIG__SINK_TAKING)
         return RMIG__NO(&s->ss, RMIG_ERR_STATE, 0, "rmig_sink_take: wait for RMIG_SINK_TAKE first, and take once");
-    if (rmig__untainted(&s->ss) != RMIG_OK)
+    if (s->ss.failed != RMIG_OK || rmig__sink_denies(s))
         return rmig__untainted(&s->ss);
     s->state = RMIG__SINK_TAKEN;
     s->ss.again = true;
@@ -6567,6 +6602,7 @@ static int rmig__sink_step(struct rmig_sink *s) {
     bool moved = true;
     s->ss.again = s->ss.ready = false;
     s->requests = 0;
+    rmig__sink_deny(s);
     for (unsigned turns = 0; moved && s->event == RMIG_SINK_NONE && s->ss.failed == RMIG_OK; turns++) {
         if (turns == 16) {
             s->ss.again = true;
@@ -6608,11 +6644,13 @@ RMIG__DEF int rmig_sink_process(struct rmig_sink *s, struct rmig_sink_event *ev)
 /* The endpoints that something may come from: at most 3. */
 static size_t rmig__sink_eps(const struct rmig_sink *s, struct rmig_ep **eps) {
     size_t n = 0;
-    if (s->listener != NULL && s->state != RMIG__SINK_PARTING)
+    bool leaving = s->state == RMIG__SINK_LEAVING;
+    bool ended = s->state >= RMIG__SINK_RETURNING && (s->ss.disconnected || s->ss.broken); // and polled no more
+    if (s->listener != NULL && s->state != RMIG__SINK_PARTING && !leaving)
         eps[n++] = s->listener;
-    if (s->ss.ep != NULL)
+    if (s->ss.ep != NULL && !ended)
         eps[n++] = s->ss.ep;
-    if (s->ret.ep != NULL)
+    if (s->ret.ep != NULL && !leaving)
         eps[n++] = s->ret.ep;
     return n;
 }

@@ -35,7 +35,21 @@ static uint8_t *map(void) {
         exit(9);
     return (uint8_t *)p;
 }
-int main(int argc, char **argv) { /* ADDRESS whole | state | nobody */
+/* Says something before it names a block, and leaves. */
+static void stranger(const char *address) {
+    struct rmig_error err;
+    struct rmig_source *src = NULL;
+    struct rmig_fabric *fabric = rmig_ofi_open(NULL, &err);
+    struct rmig_block_desc ram = {"else", map(), 4096, 0, RMIG_BACKING_UNKNOWN, -1, 0};
+    rmig_source_open(fabric, NULL, &src, &err);
+    rmig_source_add_block(src, &ram, NULL);
+    rmig_source_connect(src, address);
+    rmig_source_put(src, "rubbish", 7);
+    rmig_source_flush(src);
+    rmig_source_close(src);
+    rmig_fabric_close(fabric);
+}
+int main(int argc, char **argv) { /* ADDRESS whole | state | stranger | nobody */
     static uint64_t dirty[SIZE / 4096 / 64];
     static char state[300], big[4096];
     const char *how = argc > 2 ? argv[2] : "";
@@ -61,6 +75,8 @@ int main(int argc, char **argv) { /* ADDRESS whole | state | nobody */
         usleep(100000);
         if (waitpid(sink, &status, WNOHANG) == sink)
             return room == 100 && WIFEXITED(status) ? WEXITSTATUS(status) : 4;
+        if (strcmp(how, "stranger") == 0)
+            stranger(argv[1]);
         rc = migrate_out(argv[1], ram, SIZE, dirty, state, sizeof state);
     }
     int status = 0;
@@ -86,6 +102,7 @@ for as in 'gcc -std=c11' 'g++ -std=c++17 -x c++'; do
 done
 check 'it moves a guest whole' run whole
 check 'a state that does not fit is refused, and the guest stays' run state
+check 'what a stranger sent before is void' run stranger
 check 'nobody there: an error' timeout 60 "$tmp/run" 127.0.0.1:1 nobody
 check 'no provider there: an error' without_providers
 check 'README.md has the same' same_code

@@ -1497,7 +1497,7 @@ Test(session, whatever_call_refuses_blocks_pages_or_bytes_the_end_returns_it) {
                                       : rmig_source_put_some(s, NULL, 1);
         cr_assert_lt(refused, 0, "%u", call);
         if (call < 5) {
-            cr_assert_eq(rmig_source_end_round(s), refused, "%u", call);
+            cr_assert_eq(rmig_source_end_round_start(s), refused, "%u", call);
             cr_assert_eq(rmig_source_process(s), refused, "%u: process says that the round is over", call);
             cr_assert_eq(rmig_source_end_round(s), refused, "%u: only forgive forgives", call);
         } else {
@@ -1527,6 +1527,21 @@ Test(session, a_question_without_an_answer_taints_nothing) {
 }
 
 /* Without a look at finish_start its refusal must not be taken for the handover. */
+Test(session, process_does_not_say_ok_where_connect_was_refused) {
+    struct world w;
+    small_world(&w);
+    open_world(&w);
+    cr_assert_lt(rmig_source_connect_start(w.source, "nonsense:x"), 0);
+    cr_assert_lt(rmig_source_process(w.source), 0);
+    rmig_source_begin_round(w.source);
+    rmig_source_save_range(w.source, 0, 0, PAGE);
+    rmig_source_end_round_start(w.source);
+    cr_assert_lt(rmig_source_process(w.source), 0);
+    rmig_source_finish_start(w.source);
+    cr_assert_lt(rmig_source_process(w.source), 0, "the guest has not moved");
+    close_world(&w);
+}
+
 Test(session, process_does_not_say_ok_for_an_operation_that_was_refused) {
     struct world w;
     small_world(&w);
@@ -1541,6 +1556,28 @@ Test(session, process_does_not_say_ok_for_an_operation_that_was_refused) {
         be_away(&w, SIM_US);
     cr_assert_eq(rmig_source_process(w.source), RMIG_ERR_STATE, "the round is over, the guest is not handed over");
     finish(&w);
+    close_world(&w);
+}
+
+/* The sink's embedder looks at nothing: the source hears at once what was refused there. */
+static void add_nothing_and_do_not_look(struct world *w, const struct rmig_sink_event *ev) {
+    if (ev->type == RMIG_SINK_BLOCKS) {
+        rmig_sink_add_block(w->sink, NULL, NULL);
+        rmig_sink_accept_blocks(w->sink);
+    }
+}
+
+Test(session, a_source_hears_what_was_refused_at_a_sink_that_does_not_look) {
+    struct world w;
+    small_world(&w);
+    w.hold_blocks = w.listens_on = true;
+    w.watch = add_nothing_and_do_not_look;
+    connect_world(&w);
+    SOURCE_OK(&w, rmig_source_begin_round(w.source));
+    SOURCE_OK(&w, save_all(&w));
+    cr_assert_lt(rmig_source_end_round(w.source), RMIG_SESSION_ERRORS);
+    cr_assert(says(rmig_source_error(w.source)->text, "the description is NULL"), "%s",
+              rmig_source_error(w.source)->text);
     close_world(&w);
 }
 
