@@ -63,7 +63,10 @@ KNOWN OF LIBFABRIC
 
     The descriptors of 1.17's provider `net` and of 1.18.0's `tcp` stay readable after the first message (fixed in
     1.18.1): all works, but waiting spins. 1.17's `tcp` is not affected. The deprecated `sockets` loses completions of
-    writes: it is not for use.
+    writes and ends the process when a `tcp` peer connects: it is refused.
+
+    A TCP connection on which no request comes is libfabric's alone: it costs a descriptor until the client closes it,
+    after the listener and the fabric are closed too. A process that listens to strangers bounds them from outside.
 
 LICENCE
 
@@ -125,8 +128,10 @@ RMIG_API const char *rmig_ofi_provider(const struct rmig_fabric *f);
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <strings.h>
 #include <sys/mman.h>
 #include <sys/random.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/uio.h>
 #include <time.h>
@@ -166,6 +171,9 @@ extern "C" {
 #define RMIG__OFI_WAIT_MAX_NS 1000000000ULL // a provider's lost wake-up costs this, not a hang
 #define RMIG__OFI_IDLE_NS 50000 // sleep where a provider has no descriptors
 #define RMIG__OFI_POLLFDS 64
+#define RMIG__OFI_REQUESTS 64 // at a listener, neither opened nor rejected; what comes beyond is rejected
+#define RMIG__OFI_DESCRIPTORS 16 // that an endpoint takes, at most: its queues, and libfabric's own for each
+#define RMIG__OFI_STARVED_NS 1000000000ULL // how often a listener says that it can accept nobody
 #define RMIG__OFI_SOFT_WRITE                                                                                           \
     1048576 // longer writes fall out of the caches of a provider in software: measured, a quarter slower
 
@@ -217,6 +225,9 @@ struct rmig__ofi_listener {
     struct rmig__ofi_ep head;
     struct fid_pep *pep;
     struct rmig__ofi_request *requests;
+    char text[512]; // what went wrong with a request; empty: nothing that was not told
+    int code;
+    uint64_t asked_at; // when it was last looked whether descriptors are left
     uint32_t users; // the caller, and connections neither accepted nor closed: rejecting them takes the listener
 };
 
@@ -271,6 +282,7 @@ struct rmig__ofi_conn {
 
 union rmig__ofi_cm_event {
     struct fi_eq_entry entry;
+    struct fi_eq_cm_entry cm;
     uint64_t align;
     char bytes[sizeof(struct fi_eq_cm_entry) + RMIG__OFI_CM_DATA];
 };
@@ -303,6 +315,33 @@ static uint64_t rmig__ofi_now(struct rmig_fabric *f) {
     (void)f;
     clock_gettime(CLOCK_MONOTONIC, &t);
     return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+}
+
+// >>ofi: descriptors
+
+static bool rmig__ofi_starved(void) {
+    int fd[4], n = 0, code = 0;
+    while (n < 4 && code == 0) {
+        fd[n] = open("/dev/null", O_RDONLY | O_CLOEXEC);
+        code = fd[n] < 0 ? errno : 0;
+        n += code == 0;
+    }
+    while (n > 0)
+        close(fd[--n]);
+    return code == EMFILE || code == ENFILE;
+}
+
+/* libfabric says "no memory", or nothing, when it has no descriptors. Returns err's status. */
+static int rmig__ofi_blame_descriptors(const struct rmig__ofi *f, struct rmig_error *err) {
+    struct rlimit limit;
+    if (err->provider_code != EMFILE && err->provider_code != ENFILE && !rmig__ofi_starved())
+        return err->status;
+    memset(&limit, 0, sizeof limit);
+    getrlimit(RLIMIT_NOFILE, &limit);
+    return rmig_fail(err, RMIG_ERR_FABRIC, EMFILE,
+                     "libfabric provider '%s': out of file descriptors: a listener or a connection takes up to %d, and "
+                     "this process may have %llu: raise RLIMIT_NOFILE (ulimit -n), or close some (%.200s)",
+                     f->provider, RMIG__OFI_DESCRIPTORS, (unsigned long long)limit.rlim_cur, err->text);
 }
 
 // >>ofi: populating
@@ -511,16 +550,28 @@ static bool rmig__ofi_negotiate(struct rmig__ofi *f) {
     return false;
 }
 
+static bool rmig__ofi_is_deprecated(const char *name) { return strncasecmp(name, "sockets", 7) == 0; }
+
+static int rmig__ofi_refuse_deprecated(struct rmig_error *err) {
+    return rmig_fail(err, RMIG_ERR_FABRIC, 0,
+                     "libfabric's provider 'sockets' is deprecated, loses completions of writes and ends the process "
+                     "when a peer uses another provider: use 'tcp' at both ends");
+}
+
 static int rmig__ofi_choose(struct rmig__ofi *f, const char *wanted, struct rmig_error *err) {
+    if (wanted != NULL && rmig__ofi_is_deprecated(wanted))
+        return rmig__ofi_refuse_deprecated(err);
     struct fi_info *list = NULL, *h = rmig__ofi_hints(wanted, false, 0, false);
-    bool found = false;
+    bool found = false, deprecated = false;
     if (h == NULL)
         return rmig_fail(err, RMIG_ERR_NO_MEMORY, 0, "out of memory for libfabric's hints");
     int ret = fi_getinfo(RMIG__OFI_VERSION, NULL, NULL, 0, h, &list);
     fi_freeinfo(h);
     for (struct fi_info *i = list; ret == 0 && i != NULL && !found; i = i->next) {
         const char *name = rmig__ofi_name(i->fabric_attr->prov_name);
-        if (!rmig__ofi_usable(i) || strcmp(name, f->provider) == 0 || strlen(name) >= sizeof f->provider)
+        deprecated = deprecated || rmig__ofi_is_deprecated(name);
+        if (!rmig__ofi_usable(i) || rmig__ofi_is_deprecated(name) || strcmp(name, f->provider) == 0 ||
+            strlen(name) >= sizeof f->provider)
             continue;
         memcpy(f->provider, name, strlen(name) + 1);
         found = rmig__ofi_negotiate(f);
@@ -529,6 +580,8 @@ static int rmig__ofi_choose(struct rmig__ofi *f, const char *wanted, struct rmig
         fi_freeinfo(list);
     if (found)
         return RMIG_OK;
+    if (deprecated)
+        return rmig__ofi_refuse_deprecated(err);
     if (ret == 0)
         ret = -FI_ENODATA;
     if (wanted != NULL)
@@ -614,6 +667,9 @@ static int rmig__ofi_open_eq(struct rmig__ofi_ep *ep, bool poll_only, struct rmi
 
 // >>ofi: listeners
 
+/* Private data of a rejection that has none: by its data the peer tells one from a port where nobody listens. */
+static const uint8_t rmig__ofi_no[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+
 static void rmig__ofi_drop_request(struct rmig__ofi_listener *l, struct rmig__ofi_request *r, const void *data,
                                    size_t n) {
     if (r->info != NULL) {
@@ -653,45 +709,81 @@ static void rmig__ofi_unframe(const struct rmig__ofi_listener *l, struct rmig__o
     r->length = sizeof version_1;
 }
 
-/* Takes the listener's events; returns the status of the event queue. Out of memory: the request is refused. */
+static void rmig__ofi_add_request(struct rmig__ofi_listener *l, const struct fi_eq_cm_entry *cm, size_t data_length) {
+    struct rmig__ofi_request **tail = &l->requests;
+    size_t count = 0;
+    for (; *tail != NULL; tail = &(*tail)->next)
+        count++;
+    struct rmig__ofi_request *r = NULL;
+    if (count < RMIG__OFI_REQUESTS && data_length <= sizeof r->data)
+        r = (struct rmig__ofi_request *)rmig__ofi_alloc(1, sizeof *r);
+    if (r == NULL) {
+        fi_reject(l->pep, cm->info->handle, rmig__ofi_no, sizeof rmig__ofi_no);
+        fi_freeinfo(cm->info);
+        return;
+    }
+    r->info = cm->info;
+    r->length = data_length;
+    memcpy(r->data, cm->data, data_length);
+    rmig__ofi_unframe(l, r);
+    *tail = r;
+}
+
+/* What is wrong with one that asks ends nothing but its request. Returns the listener's own status. */
+static int rmig__ofi_read_listener_error(struct rmig__ofi_listener *l, struct rmig_error *err) {
+    struct fi_eq_err_entry e;
+    memset(&e, 0, sizeof e);
+    ssize_t n = fi_eq_readerr(l->head.eq, &e, 0);
+    if (n == -FI_EAGAIN)
+        return RMIG_OK;
+    int code = n < 0 ? (int)-n : e.err < 0 ? -e.err : e.err;
+    if (n < 0 || code == FI_ENODEV) // the adapter is gone
+        return rmig__ofi_fail(err, RMIG_ERR_FABRIC, -code, "listening");
+    l->code = code;
+    snprintf(l->text, sizeof l->text, "a request to connect failed: %s", fi_strerror(code));
+    return RMIG_OK;
+}
+
+/* Takes some of the listener's events, up to the first error; returns its status. */
 static int rmig__ofi_read_requests(struct rmig__ofi_listener *l, struct rmig_error *err) {
-    for (;;) {
+    for (int i = 0; i < RMIG__OFI_REQUESTS && l->text[0] == '\0'; i++) {
         union rmig__ofi_cm_event buf;
         uint32_t event = 0;
         ssize_t n = fi_eq_read(l->head.eq, &event, &buf, sizeof buf, 0);
         if (n == -FI_EAGAIN)
             return RMIG_OK;
         if (n == -FI_EAVAIL) {
-            struct fi_eq_err_entry e;
-            memset(&e, 0, sizeof e);
-            n = fi_eq_readerr(l->head.eq, &e, 0);
-            return rmig__ofi_fail(err, RMIG_ERR_FABRIC, n < 0 ? n : -e.err, "listening");
-        }
-        if (n < 0)
+            int status = rmig__ofi_read_listener_error(l, err);
+            if (status != RMIG_OK)
+                return status;
+        } else if (n < 0) {
             return rmig__ofi_fail(err, RMIG_ERR_FABRIC, n, "fi_eq_read");
-        if (event != FI_CONNREQ || (size_t)n < sizeof(struct fi_eq_cm_entry))
-            continue;
-        const struct fi_eq_cm_entry *cm = (const struct fi_eq_cm_entry *)(const void *)&buf;
-        struct rmig__ofi_request *r = (struct rmig__ofi_request *)rmig__ofi_alloc(1, sizeof *r);
-        if (r == NULL) {
-            fi_reject(l->pep, cm->info->handle, NULL, 0);
-            fi_freeinfo(cm->info);
-            continue;
+        } else if (event == FI_CONNREQ && (size_t)n >= sizeof(struct fi_eq_cm_entry)) {
+            rmig__ofi_add_request(l, &buf.cm, (size_t)n - sizeof buf.cm);
         }
-        r->info = cm->info;
-        r->length = (size_t)n - sizeof *cm;
-        memcpy(r->data, buf.bytes + sizeof *cm, r->length);
-        rmig__ofi_unframe(l, r);
-        struct rmig__ofi_request **tail = &l->requests;
-        while (*tail != NULL)
-            tail = &(*tail)->next;
-        *tail = r;
     }
+    return RMIG_OK;
+}
+
+/* A provider in software accepts by itself, and where it has no descriptor for that it says nothing. */
+static void rmig__ofi_check_starved(struct rmig__ofi_listener *l) {
+    uint64_t now = rmig__ofi_now(l->head.base.fabric);
+    if (rmig__ofi_pins(l->head.info) || now - l->asked_at < RMIG__OFI_STARVED_NS)
+        return;
+    l->asked_at = now;
+    struct rmig_error err;
+    rmig_fail(&err, RMIG_OK, 0, "nobody can connect");
+    rmig__ofi_blame_descriptors((struct rmig__ofi *)(void *)l->head.base.fabric, &err);
+    if (err.status == RMIG_OK)
+        return;
+    l->code = err.provider_code;
+    snprintf(l->text, sizeof l->text, "%s", err.text);
 }
 
 static int rmig__ofi_poll_listener(struct rmig__ofi_listener *l, struct rmig_fabric_event *events, size_t n,
                                    struct rmig_error *err) {
     size_t count = 0;
+    l->text[0] = '\0'; // was told
     int status = rmig__ofi_read_requests(l, err);
     for (struct rmig__ofi_request *r = l->requests; r != NULL && count < n; r = r->next) {
         if (r->told)
@@ -704,12 +796,23 @@ static int rmig__ofi_poll_listener(struct rmig__ofi_listener *l, struct rmig_fab
         e->private_data = r->data;
         e->private_data_length = r->length;
     }
+    if (count == 0 && l->text[0] == '\0')
+        rmig__ofi_check_starved(l);
+    if (count < n && l->text[0] != '\0') {
+        struct rmig_fabric_event *e = &events[count++];
+        memset(e, 0, sizeof *e);
+        e->type = RMIG_FEV_ERROR;
+        e->provider_code = l->code;
+        e->text = l->text;
+    }
     return count > 0 || status == RMIG_OK ? (int)count : status;
 }
 
 static void rmig__ofi_close_listener(struct rmig__ofi_listener *l) {
     if (l->pep != NULL && l->head.eq != NULL) {
-        rmig__ofi_read_requests(l, NULL); // a request that nobody saw holds memory too
+        /* Requests that nobody saw hold memory and descriptors too; fresh ones may come all the time. */
+        for (int i = 0; i < RMIG__OFI_REQUESTS && rmig__ofi_read_requests(l, NULL) == RMIG_OK; i++)
+            l->text[0] = '\0';
         while (l->requests != NULL) {
             struct rmig__ofi_request *r = l->requests;
             l->requests = r->next;
@@ -747,8 +850,11 @@ static int rmig__ofi_listen(struct rmig_fabric *base, const char *address, struc
     l->head.base.fabric = base;
     l->head.listener = true;
     l->users = 1;
+    struct rmig_error why;
+    err = err == NULL ? &why : err;
     int status = rmig__ofi_start_listener((struct rmig__ofi *)(void *)base, l, address, err);
     if (status != RMIG_OK) {
+        status = rmig__ofi_blame_descriptors((struct rmig__ofi *)(void *)base, err);
         rmig__ofi_close_listener(l);
         return status;
     }
@@ -805,7 +911,6 @@ static size_t rmig__ofi_cm_data_max(struct fid *fid) {
 }
 
 static int rmig__ofi_reject(struct rmig_ep *ep, void *request, const uint8_t *data, size_t n, struct rmig_error *err) {
-    static const uint8_t none[8] = {0, 0, 0, 0, 0, 0, 0, 0};
     struct rmig__ofi_listener *l = rmig__ofi_listener_of(ep);
     if (l == NULL)
         return rmig_fail(err, RMIG_ERR_STATE, 0, "reject: the endpoint is not a listener");
@@ -815,9 +920,9 @@ static int rmig__ofi_reject(struct rmig_ep *ep, void *request, const uint8_t *da
     struct rmig__ofi_request *r = rmig__ofi_take_request(l, request);
     if (r == NULL)
         return rmig_fail(err, RMIG_ERR_STATE, 0, "reject: the request was used up already");
-    if (n == 0) { // by its data the peer tells a rejection from a port where nobody listens
-        data = none;
-        n = sizeof none;
+    if (n == 0) {
+        data = rmig__ofi_no;
+        n = sizeof rmig__ofi_no;
     }
     rmig__ofi_drop_request(l, r, data, n);
     return RMIG_OK;
@@ -1078,11 +1183,14 @@ static int rmig__ofi_open_active(struct rmig_fabric *base, const char *address, 
     struct rmig__ofi_conn *c = rmig__ofi_new_conn(base, RMIG__OFI_RESOLVED, address);
     if (c == NULL)
         return rmig_fail(err, RMIG_ERR_NO_MEMORY, 0, "out of memory for a connection");
+    struct rmig_error why;
+    err = err == NULL ? &why : err;
     int status = rmig__ofi_resolve(f, address, false, (size_t)cfg->send_depth + cfg->write_depth, cfg->recv_depth,
                                    &c->head.info, err);
     if (status == RMIG_OK)
         status = rmig__ofi_build_conn(f, c, cfg, err);
     if (status != RMIG_OK) {
+        status = rmig__ofi_blame_descriptors(f, err);
         rmig__ofi_free_conn(c);
         return status;
     }
@@ -1113,12 +1221,15 @@ static int rmig__ofi_open_request(struct rmig_ep *ep, void *request, const struc
     c->bare = r->bare;
     c->from = l;
     l->users++;
-    int status = rmig__ofi_build_conn((struct rmig__ofi *)(void *)ep->fabric, c, cfg, err);
+    struct rmig_error why;
+    err = err == NULL ? &why : err;
+    int status = rmig__ofi_build_conn(rmig__ofi_of(ep), c, cfg, err);
     if (status == RMIG_OK) {
         rmig__ofi_free(r);
         *out = &c->head.base;
         return RMIG_OK;
     }
+    status = rmig__ofi_blame_descriptors(rmig__ofi_of(ep), err);
     if (c->ep == NULL) // the request is untouched
         c->head.info = NULL;
     else
@@ -1726,7 +1837,8 @@ static int rmig__ofi_write(struct rmig_ep *ep, const struct rmig_write *writes, 
 /* Something that no descriptor would tell. */
 static bool rmig__ofi_pending(struct rmig__ofi_ep *head) {
     if (head->listener) {
-        struct rmig__ofi_request *r = ((struct rmig__ofi_listener *)(void *)head)->requests;
+        struct rmig__ofi_listener *l = (struct rmig__ofi_listener *)(void *)head;
+        struct rmig__ofi_request *r = l->requests;
         while (r != NULL && r->told)
             r = r->next;
         return r != NULL;

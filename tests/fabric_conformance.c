@@ -9,13 +9,16 @@
 #include "../rmig_fabric_ofi.h"
 #include "../rmig_fabric_verbs.h"
 #include "half_write.h"
+#include "raw_tcp.h"
 #include "sim_fabric.h"
 
 #include <criterion/criterion.h>
 #include <criterion/parameterized.h>
+#include <dirent.h>
 #include <poll.h>
 #include <signal.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -1631,6 +1634,192 @@ OVER_TCP(cut_is_safe_in_every_state) {
 OVER_TCP(cut_ends_a_write_that_has_half_arrived) { cut_half_way(w, CUT); }
 OVER_TCP(cut_and_dereg_end_a_write_that_has_half_arrived) { cut_half_way(w, CUT_AND_DEREGISTER); }
 OVER_TCP(cut_and_close_end_a_write_that_has_half_arrived) { cut_half_way(w, CUT_AND_CLOSE); }
+
+// >>a listener among strangers, over TCP
+
+static uint16_t port_of(const struct world *w) { return (uint16_t)atoi(strrchr(w->address, ':') + 1); }
+
+static size_t open_descriptors(void) {
+    size_t n = 0;
+    DIR *d = opendir("/proc/self/fd");
+    cr_assert_not_null(d);
+    while (readdir(d) != NULL)
+        n++;
+    closedir(d);
+    return n - 3; // ".", ".." and the folder's own
+}
+
+/* Leaves this process so many descriptors more; SIZE_MAX: as many as it may have. */
+static void allow_descriptors(size_t more) {
+    struct rlimit limit;
+    cr_assert_eq(getrlimit(RLIMIT_NOFILE, &limit), 0);
+    limit.rlim_cur = more == SIZE_MAX ? limit.rlim_max : open_descriptors() + more;
+    cr_assert_eq(setrlimit(RLIMIT_NOFILE, &limit), 0);
+}
+
+static void cr_expect_descriptors_named(const struct rmig_error *err) {
+    cr_assert_eq(err->provider_code, EMFILE, "%d: %s", err->provider_code, err->text);
+    cr_assert_not_null(strstr(err->text, "descriptors"), "%s", err->text);
+    cr_assert_not_null(strstr(err->text, "RLIMIT_NOFILE"), "%s", err->text);
+    cr_assert_not_null(strstr(err->text, "ulimit -n"), "%s", err->text);
+}
+
+OVER_TCP(without_descriptors_every_way_to_an_endpoint_says_so) {
+    struct end a, p;
+    struct rmig_ep_config cfg = wanted();
+    struct rmig_ep *ep = NULL;
+    struct rmig_error err = {0};
+    listen_on(w, any_port(false));
+    open_active(w, &a, w->address);
+    start_connect(w, &a, "request.", 8);
+    void *request = expect(w, &w->listener, RMIG_FEV_REQUEST)->e.request;
+    for (size_t more = 0; more < 6; more += 5) { // not even one, and not enough
+        allow_descriptors(more);
+        memset(&err, 0, sizeof err);
+        cr_assert_lt(w->passive->ops->open_request(w->listener.ep, request, &cfg, &ep, &err), 0, "%s: %zu", w->name,
+                     more);
+        cr_expect_descriptors_named(&err);
+        memset(&err, 0, sizeof err);
+        cr_assert_lt(w->active->ops->open(w->active, w->address, &cfg, &ep, &err), 0, "%s: %zu", w->name, more);
+        cr_expect_descriptors_named(&err);
+        allow_descriptors(SIZE_MAX);
+    }
+    allow_descriptors(0);
+    cr_assert_lt(w->passive->ops->listen(w->passive, any_port(false), &ep, &err), 0, "%s", w->name);
+    cr_expect_descriptors_named(&err);
+    allow_descriptors(SIZE_MAX);
+    open_passive(w, &p, request);
+    finish_connect(w, &a, &p);
+    send_message(w, &a, &p);
+    leave_pair(w, &a, &p);
+}
+
+OVER_TCP(a_listener_that_can_accept_nobody_says_so_and_lives) {
+    struct end a, p;
+    listen_on(w, any_port(false));
+    int s = raw_connect(port_of(w)); // taken by the kernel; whether by the provider depends on when it is polled
+    allow_descriptors(0);
+    struct seen *e = await(w, &w->listener, RMIG_FEV_ERROR, 0, true);
+    cr_assert_eq(e->e.provider_code, EMFILE);
+    cr_assert_not_null(strstr(e->text, "ulimit -n"), "%s", e->text);
+    allow_descriptors(SIZE_MAX);
+    close(s);
+    w->listener.count = 0;
+    connect_pair(w, &a, &p);
+    send_message(w, &a, &p);
+    leave_pair(w, &a, &p);
+}
+
+OVER_TCP(what_strangers_say_to_a_listener_does_not_end_it) {
+    struct end a, p;
+    uint8_t request[RAW_REQUEST_MAX], junk[RAW_REQUEST_MAX];
+    int held[8];
+    size_t n = raw_capture_request(w->active, (const uint8_t *)"request.", 8, request);
+    listen_on(w, any_port(false));
+    for (int i = 0; i < 120; i++) {
+        int s = raw_connect(port_of(w));
+        cr_assert_geq(s, 0);
+        fill(junk, sizeof junk);
+        if (i % 4 == 0)
+            raw_write(s, junk, 1 + below(sizeof junk));
+        else if (i % 4 == 1)
+            raw_write(s, request, below(n));
+        else if (i % 4 == 2)
+            raw_write(s, request, n);
+        if (i < 8)
+            held[i] = s;
+        else if (i % 3 == 0)
+            raw_reset(s);
+        else
+            close(s);
+        pump(w);
+    }
+    for (size_t i = 0; i < w->listener.count; i++) { // poll_end holds that poll never failed
+        struct rmig_error err = {0};
+        if (w->listener.seen[i].e.type == RMIG_FEV_REQUEST)
+            w->passive->ops->reject(w->listener.ep, w->listener.seen[i].e.request, NULL, 0, &err);
+        w->listener.seen[i].used = true;
+    }
+    w->listener.count = 0;
+    connect_pair(w, &a, &p);
+    send_message(w, &a, &p);
+    for (int i = 0; i < 8; i++)
+        close(held[i]);
+    leave_pair(w, &a, &p);
+}
+
+/* libfabric's own flag for fi_eq_write, by which its providers report errors. */
+#define EQ_WRITE_ERROR (1ULL << 60)
+
+OVER_TCP(the_error_of_a_request_is_an_event_of_the_listener) {
+    struct end a, p;
+    listen_on(w, any_port(false));
+    struct rmig__ofi_listener *l = (struct rmig__ofi_listener *)(void *)w->listener.ep;
+    for (int i = 0; i < 3; i++) {
+        struct fi_eq_err_entry e = {.fid = &l->pep->fid,
+                                    .err = i == 0   ? FI_ECONNABORTED
+                                           : i == 1 ? FI_ETIMEDOUT
+                                                    : EPIPE};
+        if (fi_eq_write(l->head.eq, FI_NOTIFY, &e, sizeof e, EQ_WRITE_ERROR) < 0)
+            cr_skip_test("this libfabric takes no errors from outside");
+    }
+    for (int i = 0; i < 3; i++)
+        await(w, &w->listener, RMIG_FEV_ERROR, 0, true);
+    w->listener.count = 0;
+    connect_pair(w, &a, &p);
+    send_message(w, &a, &p);
+    leave_pair(w, &a, &p);
+}
+
+OVER_TCP(requests_nobody_opens_are_bounded_and_cost_nothing_afterwards) {
+    enum { COUNT = 150 };
+    struct end a, p;
+    uint8_t request[RAW_REQUEST_MAX], answer[64];
+    int s[COUNT];
+    size_t n = raw_capture_request(w->active, (const uint8_t *)"request.", 8, request), refused = 0;
+    size_t before = open_descriptors();
+    listen_on(w, any_port(false));
+    for (int i = 0; i < COUNT; i++) {
+        s[i] = raw_connect(port_of(w));
+        cr_assert(s[i] >= 0 && raw_write(s[i], request, n));
+    }
+    uint64_t deadline = world_now(w) + 2 * LIMIT;
+    while (count_events(&w->listener, RMIG_FEV_REQUEST) + refused < COUNT) {
+        cr_assert_lt(world_now(w), deadline, "%s: %zu requests and %zu refusals of %d", w->name,
+                     count_events(&w->listener, RMIG_FEV_REQUEST), refused, COUNT);
+        pump(w);
+        for (int i = 0; i < COUNT; i++)
+            if (s[i] >= 0 && raw_read(s[i], answer, sizeof answer, 0) > 0) {
+                close(s[i]);
+                s[i] = -1;
+                refused++;
+            }
+    }
+    cr_assert_eq(refused, (size_t)COUNT - 64, "%s: %zu are refused", w->name, refused);
+    for (size_t i = 0; i < 40; i++) {
+        struct rmig_error err = {0};
+        cr_assert_eq(w->passive->ops->reject(w->listener.ep, w->listener.seen[i].e.request, NULL, 0, &err), RMIG_OK);
+    }
+    w->listener.count = 0;
+    connect_pair(w, &a, &p);
+    send_message(w, &a, &p);
+    leave_pair(w, &a, &p); // with 24 that nobody opened
+    for (int i = 0; i < COUNT; i++)
+        if (s[i] >= 0)
+            close(s[i]);
+    cr_assert_eq(open_descriptors(), before, "%s: %zu descriptors became %zu", w->name, before, open_descriptors());
+}
+
+Test(ofi, the_provider_sockets_is_refused_by_name) {
+    static const char *const names[] = {"sockets", "SOCKETS", "sockets;ofi_rxd"};
+    for (size_t i = 0; i < sizeof names / sizeof names[0]; i++) {
+        struct rmig_ofi_options options = {.provider = names[i]};
+        struct rmig_error err = {0};
+        cr_assert_null(rmig_ofi_open(&options, &err));
+        cr_assert_eq(err.status, RMIG_ERR_FABRIC);
+        cr_assert_not_null(strstr(err.text, "use 'tcp'"), "%s", err.text);
+    }
+}
 
 // >>closing in every state
 
