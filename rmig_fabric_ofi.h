@@ -39,6 +39,17 @@ could still write to it. rmig_ofi_open therefore puts FI_MR_CACHE_MAX_COUNT=0 in
 already (call it before other threads use the environment), which has its effect if libfabric was not used before in
 the process; where the cache is on all the same, no connection is made.
 
+STRANGERS
+
+    libfabric's providers over TCP trust their peer. What could be done about that is done here: nothing is shared
+between connections, keys are drawn at random, each endpoint has a receive context of its own, and FI_NET_MAX_SAVED=0
+and FI_TCP_MAX_SAVED=0 go into the environment as above, so that no tagged message is kept for nobody. What is left, seen
+with 1.17's `tcp` and `net`: whoever can connect can end the process, with an acknowledgement of 16 bytes that nobody
+waits for; and a peer that was given a key and guesses where its region lies in memory can write beyond the region's end,
+since the length it names is added without a look at the carry. Only peers that are trusted may reach a listener over
+TCP: keep it on a network of its own, or behind a tunnel that knows who they are. Adapters check in hardware, and have
+neither fault.
+
 POPULATING
 
     An adapter pins what is registered, so the memory is there when the data comes. A provider in software (tcp) does
@@ -1975,7 +1986,9 @@ RMIG__DEF struct rmig_fabric *rmig_ofi_open(const struct rmig_ofi_options *optio
     f->base.ops = &rmig__ofi_ops;
     f->poll = options != NULL && options->poll;
     f->no_populate = options != NULL && options->no_populate;
-    setenv("FI_MR_CACHE_MAX_COUNT", "0", 0); // read by libfabric when it is used first; see REGISTRATION
+    setenv("FI_MR_CACHE_MAX_COUNT", "0", 0); // all read by libfabric when it is used first; see REGISTRATION
+    setenv("FI_NET_MAX_SAVED", "0", 0); // and STRANGERS
+    setenv("FI_TCP_MAX_SAVED", "0", 0);
     if (rmig__ofi_choose(f, options == NULL ? NULL : options->provider, err) != RMIG_OK) {
         rmig__ofi_free(f);
         return NULL;
