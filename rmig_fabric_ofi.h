@@ -43,12 +43,12 @@ STRANGERS
 
     libfabric's providers over TCP trust their peer. What could be done about that is done here: nothing is shared
 between connections, keys are drawn at random, each endpoint has a receive context of its own, and FI_NET_MAX_SAVED=0
-and FI_TCP_MAX_SAVED=0 go into the environment as above, so that no tagged message is kept for nobody. What is left, seen
-with 1.17's `tcp` and `net`: whoever can connect can end the process, with an acknowledgement of 16 bytes that nobody
-waits for; and a peer that was given a key and guesses where its region lies in memory can write beyond the region's end,
-since the length it names is added without a look at the carry. Only peers that are trusted may reach a listener over
-TCP: keep it on a network of its own, or behind a tunnel that knows who they are. Adapters check in hardware, and have
-neither fault.
+and FI_TCP_MAX_SAVED=0 go into the environment as above, so that no tagged message is kept for nobody. What is left,
+seen with 1.17's `tcp` and `net`: whoever can connect can end the process, with an acknowledgement of 16 bytes that
+nobody waits for; and a peer that was given a key and guesses where its region lies in memory can write beyond the
+region's end, since the length it names is added without a look at the carry. Only peers that are trusted may reach a
+listener over TCP: keep it on a network of its own, or behind a tunnel that knows who they are. Adapters check in
+hardware, and have neither fault.
 
 POPULATING
 
@@ -641,11 +641,12 @@ static int rmig__ofi_resolve(const struct rmig__ofi *f, const char *address, boo
    connections that have not asked yet point to the listener that took them, even when it is closed: what comes on them
    is never read if nothing of its fabric is left. */
 static int rmig__ofi_open_fabric(struct rmig__ofi_ep *ep, struct fi_info *info, struct rmig_error *err) {
-    int ret = fi_fabric(info->fabric_attr, &ep->fabric, NULL);
+    int ret = info == NULL ? -FI_EINVAL : fi_fabric(info->fabric_attr, &ep->fabric, NULL);
     if (ret == 0)
         return RMIG_OK;
     ep->fabric = NULL;
-    return rmig__ofi_fail(err, RMIG_ERR_FABRIC, ret, "fi_fabric");
+    int status = rmig__ofi_fail(err, RMIG_ERR_FABRIC, ret, "fi_fabric");
+    return status < 0 ? status : RMIG_ERR_FABRIC; // static analysis does not see through the variadic rmig_fail
 }
 
 static void rmig__ofi_close_fabric(struct rmig_fabric *base) {
@@ -783,6 +784,7 @@ static void rmig__ofi_check_starved(struct rmig__ofi_listener *l) {
         return;
     l->asked_at = now;
     struct rmig_error err;
+    memset(&err, 0, sizeof err);
     rmig_fail(&err, RMIG_OK, 0, "nobody can connect");
     rmig__ofi_blame_descriptors((struct rmig__ofi *)(void *)l->head.base.fabric, &err);
     if (err.status == RMIG_OK)
@@ -862,6 +864,7 @@ static int rmig__ofi_listen(struct rmig_fabric *base, const char *address, struc
     l->head.listener = true;
     l->users = 1;
     struct rmig_error why;
+    memset(&why, 0, sizeof why);
     err = err == NULL ? &why : err;
     int status = rmig__ofi_start_listener((struct rmig__ofi *)(void *)base, l, address, err);
     if (status != RMIG_OK) {
@@ -1195,6 +1198,7 @@ static int rmig__ofi_open_active(struct rmig_fabric *base, const char *address, 
     if (c == NULL)
         return rmig_fail(err, RMIG_ERR_NO_MEMORY, 0, "out of memory for a connection");
     struct rmig_error why;
+    memset(&why, 0, sizeof why);
     err = err == NULL ? &why : err;
     int status = rmig__ofi_resolve(f, address, false, (size_t)cfg->send_depth + cfg->write_depth, cfg->recv_depth,
                                    &c->head.info, err);
@@ -1233,6 +1237,7 @@ static int rmig__ofi_open_request(struct rmig_ep *ep, void *request, const struc
     c->from = l;
     l->users++;
     struct rmig_error why;
+    memset(&why, 0, sizeof why);
     err = err == NULL ? &why : err;
     int status = rmig__ofi_build_conn(rmig__ofi_of(ep), c, cfg, err);
     if (status == RMIG_OK) {
