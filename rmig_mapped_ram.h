@@ -80,10 +80,18 @@ it loads lazily, one bit a host page.
 
 ERRORS
 
-    As in rmig.h. A file that cannot be read or written is RMIG_ERR_FILE with errno in provider_code, what a file
-holds and must not hold is RMIG_ERR_WIRE. After these, RMIG_ERR_CANCELLED, RMIG_ERR_SETUP of a lazy loading, and after
-RMIG_ERR_NO_MEMORY of start, end_round and load only close is of use. Statuses of refused calls change nothing. A limit
-of the file size (RLIMIT_FSIZE) kills by SIGXFSZ unless that is ignored: ignore it, and it is an error like any other.
+    As in rmig.h, and by the same rule: a status above RMIG_SESSION_ERRORS (-1 ... -99) says that this call was
+refused and left the writer or the reader as it was; one below it (RMIG_ERR_FILE, RMIG_ERR_CANCELLED, RMIG_ERR_SETUP)
+has ended it: every later call returns it again, and only close is of use. A file that cannot be read or written is
+RMIG_ERR_FILE with errno in provider_code, what a file holds and must not hold is RMIG_ERR_WIRE.
+
+    A caller that checks nothing until the end still learns there that something is missing: when add_block, a save
+function or put of a writer was refused, end_round and finish return that refusal, with its text, and do nothing; when
+add_block of a reader was, load and load_start do. Until rmig_mapped_writer_forgive or rmig_mapped_reader_forgive: then
+they go on without what was refused. Every function takes NULL for its writer or reader.
+
+    A limit of the file size (RLIMIT_FSIZE) kills by SIGXFSZ unless that is ignored: ignore it, and it is an error
+like any other.
 
 LICENCE
 
@@ -112,6 +120,7 @@ LICENCE
 #define rmig_mapped_writer_end_round RMIG__NAME(rmig_mapped_writer_end_round)
 #define rmig_mapped_writer_put RMIG__NAME(rmig_mapped_writer_put)
 #define rmig_mapped_writer_finish RMIG__NAME(rmig_mapped_writer_finish)
+#define rmig_mapped_writer_forgive RMIG__NAME(rmig_mapped_writer_forgive)
 #define rmig_mapped_writer_error RMIG__NAME(rmig_mapped_writer_error)
 #define rmig_mapped_writer_stats RMIG__NAME(rmig_mapped_writer_stats)
 #define rmig_mapped_reader_open RMIG__NAME(rmig_mapped_reader_open)
@@ -122,6 +131,7 @@ LICENCE
 #define rmig_mapped_reader_bitmap RMIG__NAME(rmig_mapped_reader_bitmap)
 #define rmig_mapped_reader_read RMIG__NAME(rmig_mapped_reader_read)
 #define rmig_mapped_reader_add_block RMIG__NAME(rmig_mapped_reader_add_block)
+#define rmig_mapped_reader_forgive RMIG__NAME(rmig_mapped_reader_forgive)
 #define rmig_mapped_reader_load RMIG__NAME(rmig_mapped_reader_load)
 #define rmig_mapped_reader_load_start RMIG__NAME(rmig_mapped_reader_load_start)
 #define rmig_mapped_reader_load_wait RMIG__NAME(rmig_mapped_reader_load_wait)
@@ -186,8 +196,8 @@ RMIG_API int rmig_mapped_writer_add_block(struct rmig_mapped_writer *w, const st
 /* Lays the file out: cuts it off at options.offset, allocates the bitmaps. RMIG_ERR_ARGUMENT: the machine has no name,
    or one too long, or another page size, or has x-ignore-shared, which QEMU cannot load before 11.0; a block's length
    is no multiple of the page size, or more than a file can have. RMIG_ERR_STATE: called before, or no block.
-   RMIG_ERR_FILE: it cannot be cut off there, or cannot get its length (a limit of that may show in end_round only);
-   RMIG_ERR_NO_MEMORY. */
+   RMIG_ERR_NO_MEMORY: call again when there is more. RMIG_ERR_FILE: it cannot be cut off there, or cannot get its
+   length (a limit of that may show in end_round only). */
 RMIG_API int rmig_mapped_writer_start(struct rmig_mapped_writer *w, const struct rmig_mapped_machine *machine);
 
 /* Rounds, as rmig_source_begin_round, rmig_source_save_page ... of rmig.h: what is saved is noted, and end_round writes
@@ -201,17 +211,20 @@ RMIG_API int rmig_mapped_writer_save_range(struct rmig_mapped_writer *w, uint32_
                                            uint64_t length);
 RMIG_API int rmig_mapped_writer_save_bitmap(struct rmig_mapped_writer *w, uint32_t block, const uint64_t *bitmap,
                                             uint64_t first_page, uint64_t pages);
-/* Blocks while it writes. RMIG_ERR_FILE, RMIG_ERR_NO_MEMORY, RMIG_ERR_CANCELLED (by options.progress). */
+/* Blocks while it writes. RMIG_ERR_FILE (also: out of memory for a buffer), RMIG_ERR_CANCELLED (by options.progress);
+   RMIG_ERR_STATE: no round is open; or the status of a call that was refused before, and the round stays open. */
 RMIG_API int rmig_mapped_writer_end_round(struct rmig_mapped_writer *w);
 
 /* n bytes of device state, from start on, in a round too, in any number of pieces: what QEMU sends behind the END of
    ram. Blocks while it writes. RMIG_ERR_FILE; RMIG_ERR_STATE: before start, after finish. */
 RMIG_API int rmig_mapped_writer_put(struct rmig_mapped_writer *w, const void *data, size_t n);
 /* Makes the file whole: bitmaps, stream, and last the magic. Blocks. RMIG_ERR_STATE, and nothing is changed, if a round
-   is open or the device state does not end in a description, which readers look for: rmig_qemu_encode_end.
-   RMIG_ERR_FILE: it could not be written, or not be brought to the disk. */
+   is open or the device state does not end in a description, which readers look for: rmig_qemu_encode_end; or the
+   status of a call that was refused before. RMIG_ERR_FILE: it could not be written, or not be brought to the disk. */
 RMIG_API int rmig_mapped_writer_finish(struct rmig_mapped_writer *w);
-/* The last error, also of a refused call. */
+/* What was refused so far shall be missing from the file: end_round and finish no longer return it. Nothing else. */
+RMIG_API void rmig_mapped_writer_forgive(struct rmig_mapped_writer *w);
+/* The last error, also of a refused call; never NULL. */
 RMIG_API const struct rmig_error *rmig_mapped_writer_error(const struct rmig_mapped_writer *w);
 /* Counters as of a source in rmig.h; writes_posted counts writes of pages. Between calls, not during them. */
 RMIG_API void rmig_mapped_writer_stats(const struct rmig_mapped_writer *w, struct rmig_stats *out);
@@ -254,10 +267,13 @@ RMIG_API int rmig_mapped_reader_read(struct rmig_mapped_reader *r, uint32_t bloc
 /* Where load puts a block: it must be in the file, by name, and of the same length (bytes), else RMIG_ERR_ARGUMENT.
    Other errors as rmig_blocks_add. The memory must stay mapped until close. */
 RMIG_API int rmig_mapped_reader_add_block(struct rmig_mapped_reader *r, const struct rmig_block_desc *desc);
+/* Blocks that were refused so far need not be loaded: load and load_start no longer return it. Nothing else. */
+RMIG_API void rmig_mapped_reader_forgive(struct rmig_mapped_reader *r);
 /* Fills the memory of all blocks; each block of the file must have been added. What is not in the file becomes zero.
-   Blocks. After an error the memory's content is undefined: RMIG_ERR_FILE (also: the file was changed since it was
-   opened), RMIG_ERR_NO_MEMORY, RMIG_ERR_CANCELLED. RMIG_ERR_STATE (a block is missing, or lazy loading was started) and
-   RMIG_ERR_WIRE (the file is not whole) change nothing. */
+   Blocks. After RMIG_ERR_FILE (also: the file was changed since it was opened, or out of memory for a buffer) and
+   RMIG_ERR_CANCELLED the memory's content is undefined. RMIG_ERR_STATE (a block is missing, or lazy loading was
+   started), RMIG_ERR_WIRE (the file is not whole) and the status of an add_block that was refused before change nothing.
+ */
 RMIG_API int rmig_mapped_reader_load(struct rmig_mapped_reader *r);
 /* Lazy loading: load_start returns at once, and from then on the memory of the blocks may be used: a page that is
    touched before it was loaded is fetched from the file by one thread, while another loads all of them in order. What
@@ -268,9 +284,10 @@ RMIG_API int rmig_mapped_reader_load(struct rmig_mapped_reader *r);
    is noticed, and ends the loading with an error
    - the guest must not discard pages (balloon).
    It may be saved and migrated meanwhile, by this mapping, which fetches all of it.
-   Needs userfaultfd, also for faults in the kernel: root, or the sysctl vm.unprivileged_userfaultfd. Errors as load;
-   RMIG_ERR_ARGUMENT: no such memory; RMIG_ERR_SETUP with errno: userfaultfd cannot do it. Device state can be had
-   meanwhile. */
+   Needs userfaultfd, also for faults in the kernel: root, or the sysctl vm.unprivileged_userfaultfd. Device state can
+   be had meanwhile. RMIG_ERR_STATE and RMIG_ERR_WIRE as load; RMIG_ERR_ARGUMENT: no such memory, which is as it was and
+   may be loaded by load; RMIG_ERR_NO_MEMORY. RMIG_ERR_SETUP with errno: no userfaultfd, or memory cannot be emptied; part
+   of it may be empty then. */
 RMIG_API int rmig_mapped_reader_load_start(struct rmig_mapped_reader *r);
 /* Waits until all is loaded, at most timeout_ns: RMIG_OK; RMIG_PENDING; RMIG_ERR_STATE: load_start was not called; or
    why it failed: then the memory of all blocks cannot be accessed any more (SIGSEGV), since zeros where the file has
@@ -278,7 +295,7 @@ RMIG_API int rmig_mapped_reader_load_start(struct rmig_mapped_reader *r);
 RMIG_API int rmig_mapped_reader_load_wait(struct rmig_mapped_reader *r, uint64_t timeout_ns);
 RMIG_API uint64_t rmig_mapped_reader_state_size(const struct rmig_mapped_reader *r); // bytes of device state
 /* The next bytes of the device state, at most n: how many (0: there are no more), or RMIG_ERR_FILE, RMIG_ERR_WIRE (the
-   file is not whole). */
+   file is not whole), RMIG_ERR_ARGUMENT (out is NULL). */
 RMIG_API int64_t rmig_mapped_reader_get(struct rmig_mapped_reader *r, void *out, size_t n);
 RMIG_API const struct rmig_error *rmig_mapped_reader_error(const struct rmig_mapped_reader *r);
 /* bytes_written, pages_written: loaded into memory; bytes_zero, pages_zero: not in the file, or, when it is loaded
@@ -687,6 +704,14 @@ static int rmig__mapped_open_direct(int fd, bool out, int *direct_fd, struct rmi
     return RMIG_OK;
 }
 
+/* What fails half-way ends its writer or reader, whatever it is. */
+static int rmig__mapped_final(int status, int end) { return status > RMIG_SESSION_ERRORS ? end : status; }
+
+static const struct rmig_error *rmig__mapped_null(void) {
+    static const struct rmig_error error = {RMIG_ERR_ARGUMENT, 0, "NULL is no writer and no reader"};
+    return &error;
+}
+
 // >>mapped: threads
 
 /* For threads that are started next: signals are for the caller's own, but for those of what a thread does itself. */
@@ -766,7 +791,7 @@ static int rmig__mapped_run(struct rmig__mapped_crew *c, uint64_t bytes, struct 
     uint64_t wanted = rmig__min(c->options->threads, 1 + bytes / RMIG__MAPPED_THREAD_BYTES), started = 1;
     memset(&c->error, 0, sizeof c->error);
     if (pthread_mutex_init(&c->lock, NULL) != 0)
-        return rmig_fail(err, RMIG_ERR_NO_MEMORY, 0, "out of memory for a mutex");
+        return rmig_fail(err, RMIG_ERR_FILE, 0, "out of memory for a mutex");
     rmig__mapped_block_signals(&before);
     while (started < wanted && pthread_create(&thread[started], NULL, rmig__mapped_thread, c) == 0)
         started++;
@@ -775,9 +800,10 @@ static int rmig__mapped_run(struct rmig__mapped_crew *c, uint64_t bytes, struct 
     while (--started > 0)
         pthread_join(thread[started], NULL);
     pthread_mutex_destroy(&c->lock);
-    if (c->error.status != RMIG_OK)
-        *err = c->error;
-    return c->error.status;
+    if (c->error.status == RMIG_OK)
+        return RMIG_OK;
+    *err = c->error;
+    return err->status = rmig__mapped_final(err->status, RMIG_ERR_FILE);
 }
 
 /* Where a block holds data, as last asked for; with the lock. */
@@ -841,6 +867,7 @@ struct rmig_mapped_writer {
     uint64_t round_began, round_before;
     struct rmig_stats stats;
     struct rmig_error error;
+    struct rmig_error refused; // the first call that left something out of the file, until it is forgiven
     int failed; // the file is of no use any more
 };
 
@@ -852,6 +879,8 @@ RMIG__DEF int rmig_mapped_writer_open(int fd, const struct rmig_mapped_options *
     memset(&opt, 0, sizeof opt);
     if (options != NULL)
         opt = *options;
+    if (out == NULL)
+        return rmig_fail(err, RMIG_ERR_ARGUMENT, 0, "rmig_mapped_writer_open: out is NULL");
     *out = NULL;
     int status = rmig__mapped_check_options(&opt, err);
     if (status == RMIG_OK)
@@ -889,9 +918,29 @@ RMIG__DEF void rmig_mapped_writer_close(struct rmig_mapped_writer *w) {
     RMIG_FREE(w);
 }
 
-RMIG__DEF const struct rmig_error *rmig_mapped_writer_error(const struct rmig_mapped_writer *w) { return &w->error; }
+RMIG__DEF const struct rmig_error *rmig_mapped_writer_error(const struct rmig_mapped_writer *w) {
+    return w == NULL ? rmig__mapped_null() : &w->error;
+}
 
-RMIG__DEF void rmig_mapped_writer_stats(const struct rmig_mapped_writer *w, struct rmig_stats *out) { *out = w->stats; }
+RMIG__DEF void rmig_mapped_writer_stats(const struct rmig_mapped_writer *w, struct rmig_stats *out) {
+    if (out == NULL)
+        return;
+    memset(out, 0, sizeof *out);
+    if (w != NULL)
+        *out = w->stats;
+}
+
+/* The status of a call without which the file would lack something. */
+static int rmig__writer_note(struct rmig_mapped_writer *w, int status) {
+    if (status < 0 && status > RMIG_SESSION_ERRORS && w->refused.status == RMIG_OK)
+        w->refused = w->error;
+    return status;
+}
+
+RMIG__DEF void rmig_mapped_writer_forgive(struct rmig_mapped_writer *w) {
+    if (w != NULL)
+        memset(&w->refused, 0, sizeof w->refused);
+}
 
 /* Is the writer in this state? Else the error of a call at the wrong time. */
 static int rmig__writer_in(struct rmig_mapped_writer *w, enum rmig__mapped_state wanted, const char *call) {
@@ -904,14 +953,25 @@ static int rmig__writer_in(struct rmig_mapped_writer *w, enum rmig__mapped_state
                      now[wanted]);
 }
 
-RMIG__DEF int rmig_mapped_writer_add_block(struct rmig_mapped_writer *w, const struct rmig_block_desc *desc,
-                                           uint32_t *index) {
+/* For calls that would say that nothing is missing. */
+static int rmig__writer_complete(struct rmig_mapped_writer *w) {
+    if (w->failed == RMIG_OK && w->refused.status != RMIG_OK)
+        w->error = w->refused;
+    return w->failed != RMIG_OK ? w->failed : w->refused.status;
+}
+
+static int rmig__writer_add(struct rmig_mapped_writer *w, const struct rmig_block_desc *desc, uint32_t *index) {
     int status = rmig__writer_in(w, RMIG__MAPPED_ADDING, "rmig_mapped_writer_add_block");
     if (status != RMIG_OK)
         return status;
     if (w->blocks.count == RMIG_QEMU_BLOCKS_MAX)
         return rmig_fail(&w->error, RMIG_ERR_ARGUMENT, 0, "more than %d blocks", RMIG_QEMU_BLOCKS_MAX);
     return rmig_blocks_add(&w->blocks, desc, index, &w->error);
+}
+
+RMIG__DEF int rmig_mapped_writer_add_block(struct rmig_mapped_writer *w, const struct rmig_block_desc *desc,
+                                           uint32_t *index) {
+    return w == NULL ? RMIG_ERR_ARGUMENT : rmig__writer_note(w, rmig__writer_add(w, desc, index));
 }
 
 /* Where the walk over the stream stands, and what it does with the bytes: writes them, or lays out and checks. */
@@ -1107,30 +1167,53 @@ static int rmig__writer_cut(struct rmig_mapped_writer *w, uint64_t end) {
     return status;
 }
 
-RMIG__DEF int rmig_mapped_writer_start(struct rmig_mapped_writer *w, const struct rmig_mapped_machine *machine) {
-    uint64_t page_size = w->opt.page_size;
-    int status = rmig__writer_in(w, RMIG__MAPPED_ADDING, "rmig_mapped_writer_start");
-    if (status == RMIG_OK)
-        status = rmig__writer_check_machine(w, machine);
+/* Where all lies in the file, and *end of it. */
+static int rmig__writer_lay_out(struct rmig_mapped_writer *w, const struct rmig_mapped_machine *machine,
+                                uint64_t *end) {
+    int status = rmig__writer_check_machine(w, machine);
     if (status == RMIG_OK)
         status = rmig__writer_check_blocks(w);
-    if (status != RMIG_OK) {
-        w->opt.page_size = page_size;
+    if (status != RMIG_OK)
         return status;
-    }
     w->opt.file_align = rmig__max(w->opt.file_align == 0 ? RMIG_MIB : w->opt.file_align, w->opt.page_size);
     if (!rmig__writer_allocate(w))
-        return w->failed = rmig_fail(&w->error, RMIG_ERR_NO_MEMORY, 0, "out of memory for the bitmaps of %u blocks",
-                                     w->blocks.count);
+        return rmig_fail(&w->error, RMIG_ERR_NO_MEMORY, 0, "out of memory for the bitmaps of %u blocks",
+                         w->blocks.count);
     w->machine = *machine;
     w->machine.configuration.capabilities |= RMIG_QEMU_CAPABILITY_MAPPED_RAM;
     struct rmig__mapped_walk walk = {w, w->opt.offset, false};
     rmig_qemu_reader_jump(&w->check, w->opt.offset);
     status = rmig__walk(&walk);
+    *end = walk.at;
+    return status;
+}
+
+static void rmig__writer_not_laid_out(struct rmig_mapped_writer *w, const struct rmig_mapped_options *before) {
+    w->opt = *before;
+    rmig__release(w->place);
+    rmig__release(w->bits);
+    w->place = NULL;
+    w->bits = NULL;
+    rmig_qemu_reader_init(&w->check, RMIG_QEMU_MAPPED_RAM);
+}
+
+RMIG__DEF int rmig_mapped_writer_start(struct rmig_mapped_writer *w, const struct rmig_mapped_machine *machine) {
+    uint64_t end = 0;
+    if (w == NULL)
+        return RMIG_ERR_ARGUMENT;
+    int status = rmig__writer_in(w, RMIG__MAPPED_ADDING, "rmig_mapped_writer_start");
+    if (status == RMIG_OK && machine == NULL)
+        status = rmig_fail(&w->error, RMIG_ERR_ARGUMENT, 0, "rmig_mapped_writer_start: machine is NULL");
     if (status != RMIG_OK)
-        return w->failed = status;
-    status = rmig__writer_cut(w, walk.at);
-    w->end = walk.at;
+        return status;
+    const struct rmig_mapped_options before = w->opt;
+    status = rmig__writer_lay_out(w, machine, &end);
+    if (status != RMIG_OK) {
+        rmig__writer_not_laid_out(w, &before);
+        return status;
+    }
+    status = rmig__writer_cut(w, end);
+    w->end = end;
     w->state = RMIG__MAPPED_BETWEEN;
     return w->failed = status;
 }
@@ -1138,6 +1221,8 @@ RMIG__DEF int rmig_mapped_writer_start(struct rmig_mapped_writer *w, const struc
 // --- rounds
 
 RMIG__DEF int rmig_mapped_writer_begin_round(struct rmig_mapped_writer *w) {
+    if (w == NULL)
+        return RMIG_ERR_ARGUMENT;
     int status = rmig__writer_in(w, RMIG__MAPPED_BETWEEN, "rmig_mapped_writer_begin_round");
     if (status != RMIG_OK)
         return status;
@@ -1162,8 +1247,7 @@ static int rmig__writer_saved(struct rmig_mapped_writer *w, uint32_t block, uint
     return RMIG_OK;
 }
 
-RMIG__DEF int rmig_mapped_writer_save_range(struct rmig_mapped_writer *w, uint32_t block, uint64_t offset,
-                                            uint64_t length) {
+static int rmig__writer_save_range(struct rmig_mapped_writer *w, uint32_t block, uint64_t offset, uint64_t length) {
     int status = rmig__writer_may_save(w, block, "rmig_mapped_writer_save_range");
     if (status != RMIG_OK || length == 0)
         return status;
@@ -1179,12 +1263,8 @@ RMIG__DEF int rmig_mapped_writer_save_range(struct rmig_mapped_writer *w, uint32
     return rmig__writer_saved(w, block, before);
 }
 
-RMIG__DEF int rmig_mapped_writer_save_page(struct rmig_mapped_writer *w, uint32_t block, uint64_t offset) {
-    return rmig_mapped_writer_save_range(w, block, offset, 1);
-}
-
-RMIG__DEF int rmig_mapped_writer_save_bitmap(struct rmig_mapped_writer *w, uint32_t block, const uint64_t *bitmap,
-                                             uint64_t first_page, uint64_t pages) {
+static int rmig__writer_save_bitmap(struct rmig_mapped_writer *w, uint32_t block, const uint64_t *bitmap,
+                                    uint64_t first_page, uint64_t pages) {
     int status = rmig__writer_may_save(w, block, "rmig_mapped_writer_save_bitmap");
     if (status != RMIG_OK || pages == 0)
         return status;
@@ -1201,6 +1281,22 @@ RMIG__DEF int rmig_mapped_writer_save_bitmap(struct rmig_mapped_writer *w, uint3
     uint64_t before = dirty->pending;
     rmig_merge_add_bitmap(dirty, first_page, bitmap, pages);
     return rmig__writer_saved(w, block, before);
+}
+
+RMIG__DEF int rmig_mapped_writer_save_range(struct rmig_mapped_writer *w, uint32_t block, uint64_t offset,
+                                            uint64_t length) {
+    return w == NULL ? RMIG_ERR_ARGUMENT : rmig__writer_note(w, rmig__writer_save_range(w, block, offset, length));
+}
+
+RMIG__DEF int rmig_mapped_writer_save_page(struct rmig_mapped_writer *w, uint32_t block, uint64_t offset) {
+    return rmig_mapped_writer_save_range(w, block, offset, 1);
+}
+
+RMIG__DEF int rmig_mapped_writer_save_bitmap(struct rmig_mapped_writer *w, uint32_t block, const uint64_t *bitmap,
+                                             uint64_t first_page, uint64_t pages) {
+    if (w == NULL)
+        return RMIG_ERR_ARGUMENT;
+    return rmig__writer_note(w, rmig__writer_save_bitmap(w, block, bitmap, first_page, pages));
 }
 
 /* Pages to be written next. */
@@ -1334,7 +1430,9 @@ static void rmig__writer_round_stats(struct rmig_mapped_writer *w) {
 
 RMIG__DEF int rmig_mapped_writer_end_round(struct rmig_mapped_writer *w) {
     struct rmig__mapped_crew crew;
-    int status = rmig__writer_in(w, RMIG__MAPPED_IN_ROUND, "rmig_mapped_writer_end_round");
+    int status = w == NULL ? RMIG_ERR_ARGUMENT : rmig__writer_complete(w);
+    if (status == RMIG_OK)
+        status = rmig__writer_in(w, RMIG__MAPPED_IN_ROUND, "rmig_mapped_writer_end_round");
     if (status != RMIG_OK)
         return status;
     w->at_block = 0;
@@ -1357,7 +1455,7 @@ RMIG__DEF int rmig_mapped_writer_end_round(struct rmig_mapped_writer *w) {
 
 // --- the end
 
-RMIG__DEF int rmig_mapped_writer_put(struct rmig_mapped_writer *w, const void *data, size_t n) {
+static int rmig__writer_put(struct rmig_mapped_writer *w, const void *data, size_t n) {
     struct rmig__mapped_io io;
     struct rmig_qemu_event ev;
     const uint8_t *p = (const uint8_t *)data;
@@ -1365,6 +1463,8 @@ RMIG__DEF int rmig_mapped_writer_put(struct rmig_mapped_writer *w, const void *d
                                                    : rmig__writer_in(w, RMIG__MAPPED_BETWEEN, "rmig_mapped_writer_put");
     if (status != RMIG_OK || n == 0)
         return status;
+    if (data == NULL)
+        return rmig_fail(&w->error, RMIG_ERR_ARGUMENT, 0, "rmig_mapped_writer_put: data is NULL, of %zu bytes", n);
     rmig__mapped_io_init(&io, w->fd, -1);
     status = rmig__mapped_put(&io, p, n, w->end);
     if (status != RMIG_OK) {
@@ -1379,6 +1479,10 @@ RMIG__DEF int rmig_mapped_writer_put(struct rmig_mapped_writer *w, const void *d
     w->end += n;
     w->stats.stream_bytes += n;
     return RMIG_OK;
+}
+
+RMIG__DEF int rmig_mapped_writer_put(struct rmig_mapped_writer *w, const void *data, size_t n) {
+    return w == NULL ? RMIG_ERR_ARGUMENT : rmig__writer_note(w, rmig__writer_put(w, data, n));
 }
 
 static int rmig__writer_sync(struct rmig_mapped_writer *w) {
@@ -1419,7 +1523,9 @@ static int rmig__writer_magic(struct rmig_mapped_writer *w) {
 
 RMIG__DEF int rmig_mapped_writer_finish(struct rmig_mapped_writer *w) {
     struct rmig_qemu_event ev;
-    int status = rmig__writer_in(w, RMIG__MAPPED_BETWEEN, "rmig_mapped_writer_finish");
+    int status = w == NULL ? RMIG_ERR_ARGUMENT : rmig__writer_complete(w);
+    if (status == RMIG_OK)
+        status = rmig__writer_in(w, RMIG__MAPPED_BETWEEN, "rmig_mapped_writer_finish");
     if (status != RMIG_OK)
         return status;
     rmig_qemu_reader_end_message(&w->check, &ev);
@@ -1468,6 +1574,7 @@ struct rmig_mapped_reader {
     struct stat st; // when it was opened
     struct rmig_mapped_machine machine;
     struct rmig__mapped_source *source;
+    const struct rmig__mapped_source **by_name; // sorted
     struct rmig_mapped_block *info; // of the sources, as handed out
     struct rmig__mapped_region *region;
     uint32_t count, capacity, region_count;
@@ -1478,26 +1585,45 @@ struct rmig_mapped_reader {
     struct rmig__mapped_holes holes;
     struct rmig_stats stats;
     struct rmig_error error, why; // why it is not whole
+    struct rmig_error refused; // the first add_block that was, until it is forgiven
     struct rmig__lazy *lazy; // load_start; NULL: not begun
+    int failed; // the reader is of no use any more
 };
 
 static void rmig__lazy_close(struct rmig__lazy *l);
 
-RMIG__DEF const struct rmig_error *rmig_mapped_reader_error(const struct rmig_mapped_reader *r) { return &r->error; }
-RMIG__DEF bool rmig_mapped_reader_whole(const struct rmig_mapped_reader *r) { return r->why.status == RMIG_OK; }
+RMIG__DEF const struct rmig_error *rmig_mapped_reader_error(const struct rmig_mapped_reader *r) {
+    return r == NULL ? rmig__mapped_null() : &r->error;
+}
+
+RMIG__DEF bool rmig_mapped_reader_whole(const struct rmig_mapped_reader *r) {
+    return r != NULL && r->why.status == RMIG_OK;
+}
 
 RMIG__DEF const struct rmig_mapped_machine *rmig_mapped_reader_machine(const struct rmig_mapped_reader *r) {
-    return &r->machine;
+    return r == NULL ? NULL : &r->machine;
+}
+
+RMIG__DEF void rmig_mapped_reader_forgive(struct rmig_mapped_reader *r) {
+    if (r != NULL)
+        memset(&r->refused, 0, sizeof r->refused);
 }
 
 RMIG__DEF uint32_t rmig_mapped_reader_blocks(const struct rmig_mapped_reader *r,
                                              const struct rmig_mapped_block **blocks) {
     if (blocks != NULL)
-        *blocks = r->info;
-    return r->count;
+        *blocks = r == NULL ? NULL : r->info;
+    return r == NULL ? 0 : r->count;
 }
 
 static uint64_t rmig__reader_size(const struct rmig_mapped_reader *r) { return (uint64_t)r->st.st_size; }
+
+/* The status of a call that may have ended the reader. */
+static int rmig__reader_done(struct rmig_mapped_reader *r, int status) {
+    if (status <= RMIG_SESSION_ERRORS)
+        r->failed = status;
+    return status;
+}
 
 static int rmig__reader_read(struct rmig_mapped_reader *r, void *p, uint64_t n, uint64_t at, const char *block) {
     struct rmig__mapped_io io;
@@ -1689,20 +1815,22 @@ static int rmig__reader_check_overlaps(struct rmig_mapped_reader *r) {
     return RMIG_OK;
 }
 
-static int rmig__reader_check_names(struct rmig_mapped_reader *r) {
-    const struct rmig__mapped_source **sorted =
-        (const struct rmig__mapped_source **)rmig__calloc(r->count, sizeof *sorted);
-    int status = RMIG_OK;
-    if (sorted == NULL)
+static int rmig__reader_sort_names(struct rmig_mapped_reader *r) {
+    r->by_name = (const struct rmig__mapped_source **)rmig__calloc(r->count, sizeof *r->by_name);
+    if (r->by_name == NULL)
         return rmig_fail(&r->error, RMIG_ERR_NO_MEMORY, 0, "out of memory for %u blocks", r->count);
     for (uint32_t i = 0; i < r->count; i++)
-        sorted[i] = &r->source[i];
-    qsort(sorted, r->count, sizeof *sorted, rmig__mapped_by_name);
+        r->by_name[i] = &r->source[i];
+    qsort(r->by_name, r->count, sizeof *r->by_name, rmig__mapped_by_name);
+    return RMIG_OK;
+}
+
+static int rmig__reader_check_names(struct rmig_mapped_reader *r) {
+    int status = rmig__reader_sort_names(r);
     for (uint32_t i = 1; i < r->count && status == RMIG_OK; i++)
-        if (strcmp(sorted[i - 1]->name, sorted[i]->name) == 0)
+        if (strcmp(r->by_name[i - 1]->name, r->by_name[i]->name) == 0)
             status = rmig_fail(&r->error, RMIG_ERR_WIRE, 0, "block \"%s\" comes twice",
-                               rmig__mapped_name(sorted[i]->name).s);
-    RMIG_FREE((void *)(uintptr_t)sorted);
+                               rmig__mapped_name(r->by_name[i]->name).s);
     return status;
 }
 
@@ -1871,7 +1999,7 @@ static int rmig__reader_hand_out(struct rmig_mapped_reader *r) {
         r->source[i].info.name = r->source[i].name;
         r->info[i] = r->source[i].info;
     }
-    return RMIG_OK;
+    return r->by_name != NULL ? RMIG_OK : rmig__reader_sort_names(r); // of a file that is not whole they were not
 }
 
 RMIG__DEF int rmig_mapped_reader_open(int fd, const struct rmig_mapped_options *options,
@@ -1881,6 +2009,8 @@ RMIG__DEF int rmig_mapped_reader_open(int fd, const struct rmig_mapped_options *
     memset(&opt, 0, sizeof opt);
     if (options != NULL)
         opt = *options;
+    if (out == NULL)
+        return rmig_fail(err, RMIG_ERR_ARGUMENT, 0, "rmig_mapped_reader_open: out is NULL");
     *out = NULL;
     int status = rmig__mapped_check_options(&opt, err);
     if (status == RMIG_OK)
@@ -1933,6 +2063,7 @@ RMIG__DEF void rmig_mapped_reader_close(struct rmig_mapped_reader *r) {
     rmig_holes_close(&r->holes.holes);
     rmig_blocks_free(&r->targets);
     rmig__release(r->source);
+    rmig__release((void *)(uintptr_t)r->by_name);
     rmig__release(r->info);
     rmig__release(r->region);
     RMIG_FREE(r);
@@ -1941,6 +2072,8 @@ RMIG__DEF void rmig_mapped_reader_close(struct rmig_mapped_reader *r) {
 // --- pages
 
 static int rmig__reader_refuse_torn(struct rmig_mapped_reader *r) {
+    if (r->failed != RMIG_OK)
+        return r->failed;
     if (r->why.status != RMIG_OK)
         r->error = r->why;
     return r->why.status;
@@ -1948,6 +2081,8 @@ static int rmig__reader_refuse_torn(struct rmig_mapped_reader *r) {
 
 /* A block of the file whose pages can be read, or an error. */
 static int rmig__reader_block(struct rmig_mapped_reader *r, uint32_t block, const char *call) {
+    if (r->failed != RMIG_OK)
+        return r->failed;
     if (block >= r->count)
         return rmig_fail(&r->error, RMIG_ERR_ARGUMENT, 0, "%s: block %u; there are %u", call, block, r->count);
     if (r->source[block].info.ignored)
@@ -1959,9 +2094,13 @@ static int rmig__reader_block(struct rmig_mapped_reader *r, uint32_t block, cons
 
 RMIG__DEF int rmig_mapped_reader_bitmap(struct rmig_mapped_reader *r, uint32_t block, uint64_t first_page,
                                         uint64_t pages, uint64_t *out) {
+    if (r == NULL)
+        return RMIG_ERR_ARGUMENT;
     int status = rmig__reader_block(r, block, "rmig_mapped_reader_bitmap");
     if (status != RMIG_OK || pages == 0)
         return status;
+    if (out == NULL)
+        return rmig_fail(&r->error, RMIG_ERR_ARGUMENT, 0, "rmig_mapped_reader_bitmap: out is NULL");
     const struct rmig__mapped_source *s = &r->source[block];
     uint64_t all = s->info.length / s->info.page_size;
     if (first_page % 64 != 0 || first_page >= all || pages > all - first_page)
@@ -1974,7 +2113,7 @@ RMIG__DEF int rmig_mapped_reader_bitmap(struct rmig_mapped_reader *r, uint32_t b
     status = rmig__reader_read(r, out, rmig__mapped_words(pages) * 8, s->info.bitmap_offset + first_page / 8, s->name);
     if (status == RMIG_OK && pages % 64 != 0)
         out[pages / 64] &= rmig__word_mask(0, pages % 64);
-    return status;
+    return rmig__reader_done(r, status);
 }
 
 /* Pages of a block, at most RMIG__MAPPED_SPAN, and their bits as a set whose first page is a multiple of 64. */
@@ -2039,11 +2178,15 @@ RMIG__DEF int rmig_mapped_reader_read(struct rmig_mapped_reader *r, uint32_t blo
                                       uint64_t length) {
     struct rmig__mapped_span span;
     struct rmig__mapped_io io;
+    if (r == NULL)
+        return RMIG_ERR_ARGUMENT;
     int status = rmig__reader_refuse_torn(r);
     if (status == RMIG_OK)
         status = rmig__reader_block(r, block, "rmig_mapped_reader_read");
     if (status != RMIG_OK || length == 0)
         return status;
+    if (out == NULL)
+        return rmig_fail(&r->error, RMIG_ERR_ARGUMENT, 0, "rmig_mapped_reader_read: out is NULL");
     const struct rmig_mapped_block *b = &r->source[block].info;
     if (offset % b->page_size != 0 || length % b->page_size != 0 || offset >= b->length || length > b->length - offset)
         return rmig_fail(&r->error, RMIG_ERR_ARGUMENT, 0,
@@ -2067,22 +2210,31 @@ RMIG__DEF int rmig_mapped_reader_read(struct rmig_mapped_reader *r, uint32_t blo
     rmig__mapped_io_end(&io);
     if (status != RMIG_OK)
         r->error = io.error;
-    return status;
+    return rmig__reader_done(r, status);
 }
 
 // --- loading
 
-RMIG__DEF int rmig_mapped_reader_add_block(struct rmig_mapped_reader *r, const struct rmig_block_desc *desc) {
-    uint32_t i = 0, index = 0;
-    struct rmig__qemu_text name = rmig__mapped_name(desc->name == NULL ? "" : desc->name);
-    while (desc->name != NULL && i < r->count && strcmp(r->source[i].name, desc->name) != 0)
-        i++;
-    if (desc->name == NULL || i == r->count)
+static int rmig__mapped_is_named(const void *name, const void *source) {
+    return strcmp((const char *)name, (*(const struct rmig__mapped_source *const *)source)->name);
+}
+
+static int rmig__reader_add(struct rmig_mapped_reader *r, const struct rmig_block_desc *desc) {
+    static const char call[] = "rmig_mapped_reader_add_block";
+    uint32_t index = 0;
+    if (desc == NULL || desc->name == NULL)
+        return rmig_fail(&r->error, RMIG_ERR_ARGUMENT, 0, "%s: the %s is NULL", call,
+                         desc == NULL ? "description" : "name");
+    struct rmig__qemu_text name = rmig__mapped_name(desc->name);
+    void *found = r->count == 0
+                      ? NULL
+                      : bsearch(desc->name, r->by_name, r->count, sizeof *r->by_name, rmig__mapped_is_named);
+    if (found == NULL)
         return rmig_fail(&r->error, RMIG_ERR_ARGUMENT, 0, "block \"%s\": there is none in the file", name.s);
-    int status = rmig__reader_block(r, i, "rmig_mapped_reader_add_block");
+    struct rmig__mapped_source *s = &r->source[*(const struct rmig__mapped_source **)found - r->source];
+    int status = rmig__reader_block(r, (uint32_t)(s - r->source), call);
     if (status != RMIG_OK)
         return status;
-    struct rmig__mapped_source *s = &r->source[i];
     if (desc->length != s->info.length)
         return rmig_fail(&r->error, RMIG_ERR_ARGUMENT, 0, "block \"%s\" has %llu bytes here, and %llu in the file",
                          name.s, (unsigned long long)desc->length, (unsigned long long)s->info.length);
@@ -2092,6 +2244,13 @@ RMIG__DEF int rmig_mapped_reader_add_block(struct rmig_mapped_reader *r, const s
     s->added = true;
     s->target = index;
     return RMIG_OK;
+}
+
+RMIG__DEF int rmig_mapped_reader_add_block(struct rmig_mapped_reader *r, const struct rmig_block_desc *desc) {
+    int status = r == NULL ? RMIG_ERR_ARGUMENT : r->failed != RMIG_OK ? r->failed : rmig__reader_add(r, desc);
+    if (r != NULL && status < 0 && status > RMIG_SESSION_ERRORS && r->refused.status == RMIG_OK)
+        r->refused = r->error;
+    return status;
 }
 
 /* Zeros what is not zero; with the lock only to ask for holes. */
@@ -2220,6 +2379,10 @@ static int rmig__reader_check_added(struct rmig_mapped_reader *r) {
         return status;
     if (r->lazy != NULL)
         return rmig_fail(&r->error, RMIG_ERR_STATE, 0, "rmig_mapped_reader_load_start was called before");
+    if (r->refused.status != RMIG_OK) {
+        r->error = r->refused;
+        return r->error.status;
+    }
     r->stats.bytes_pending = 0;
     for (uint32_t i = 0; i < r->count; i++) {
         const struct rmig__mapped_source *s = &r->source[i];
@@ -2235,7 +2398,7 @@ static int rmig__reader_check_added(struct rmig_mapped_reader *r) {
 
 RMIG__DEF int rmig_mapped_reader_load(struct rmig_mapped_reader *r) {
     struct rmig__mapped_crew crew;
-    int status = rmig__reader_check_added(r);
+    int status = r == NULL ? RMIG_ERR_ARGUMENT : rmig__reader_check_added(r);
     if (status != RMIG_OK)
         return status;
     r->at_block = 0;
@@ -2250,17 +2413,18 @@ RMIG__DEF int rmig_mapped_reader_load(struct rmig_mapped_reader *r) {
     crew.stats = &r->stats;
     uint64_t began = rmig__mapped_now();
     status = rmig__mapped_run(&crew, r->stats.bytes_pending, &r->error);
-    if (status != RMIG_OK)
-        return status;
+    if (status == RMIG_OK)
+        status = rmig__mapped_unchanged(r->fd, &r->st, &r->error);
     r->stats.round_bytes = r->stats.bytes_written + r->stats.bytes_zero;
     r->stats.round_ns = rmig__mapped_now() - began;
-    return rmig__mapped_unchanged(r->fd, &r->st, &r->error);
+    return rmig__reader_done(r, status);
 }
 
 // --- lazy loading
 
 struct rmig__lazy {
     struct rmig_mapped_reader *r; // of which only what does not change is used
+    const struct rmig__mapped_source **source; // by target
     int uffd;
     uint64_t page; // of the host
     uint32_t registered; // targets
@@ -2280,8 +2444,10 @@ enum { RMIG__LAZY_POLL_MS = 50 };
 
 static void rmig__lazy_fail(struct rmig__lazy *l, const struct rmig_error *error) {
     pthread_mutex_lock(&l->lock);
-    if (l->error.status == RMIG_OK && !l->finishing)
+    if (l->error.status == RMIG_OK && !l->finishing) {
         l->error = *error;
+        l->error.status = rmig__mapped_final(error->status, RMIG_ERR_SETUP);
+    }
     pthread_mutex_unlock(&l->lock);
 }
 
@@ -2369,13 +2535,6 @@ static int rmig__lazy_place(struct rmig__lazy *l, struct rmig__mapped_io *io, ui
     return status;
 }
 
-static const struct rmig__mapped_source *rmig__lazy_source(const struct rmig_mapped_reader *r, uint32_t target) {
-    uint32_t i = 0;
-    while (!r->source[i].added || r->source[i].target != target)
-        i++;
-    return &r->source[i];
-}
-
 /* The page that somebody waits for. */
 static int rmig__lazy_serve(struct rmig__lazy *l, struct rmig__mapped_io *io, uint64_t address, uint8_t *buf) {
     const struct rmig_mapped_reader *r = l->r;
@@ -2384,8 +2543,7 @@ static int rmig__lazy_serve(struct rmig__lazy *l, struct rmig__mapped_io *io, ui
         uint64_t base = (uint64_t)(uintptr_t)b->host, at = address / l->page * l->page;
         if (at < base || at - base >= b->length)
             continue;
-        const struct rmig__mapped_source *source = rmig__lazy_source(r, i);
-        int status = rmig__lazy_read(io, source, at - base, at - base + l->page, buf);
+        int status = rmig__lazy_read(io, l->source[i], at - base, at - base + l->page, buf);
         return status == RMIG_OK ? rmig__lazy_place(l, io, i, at - base, buf, l->page) : status;
     }
     return RMIG_OK; // of no block: nothing is registered there
@@ -2413,9 +2571,9 @@ static void *rmig__lazy_server(void *user) {
 }
 
 /* Places what is not zero of one piece. */
-static int rmig__lazy_load_piece(struct rmig__lazy *l, struct rmig__mapped_io *io, uint32_t target,
-                                 const struct rmig__mapped_source *source, uint64_t from, uint64_t to, uint8_t *buf) {
-    int status = rmig__lazy_read(io, source, from, to, buf);
+static int rmig__lazy_load_piece(struct rmig__lazy *l, struct rmig__mapped_io *io, uint32_t target, uint64_t from,
+                                 uint64_t to, uint8_t *buf) {
+    int status = rmig__lazy_read(io, l->source[target], from, to, buf);
     uint64_t placed = 0;
     for (uint64_t at = from, n; at < to && status == RMIG_OK; at += n) {
         bool zero = rmig_is_zero(buf + (at - from), (size_t)l->page);
@@ -2437,12 +2595,11 @@ static int rmig__lazy_load_all(struct rmig__lazy *l, struct rmig__mapped_io *io,
     int status = RMIG_OK;
     for (uint32_t i = 0; i < l->r->targets.count; i++) {
         const struct rmig_block *b = &l->r->targets.block[i];
-        const struct rmig__mapped_source *source = rmig__lazy_source(l->r, i);
         for (uint64_t at = 0, to; at < b->length && status == RMIG_OK; at = to) {
             if (!rmig__lazy_goes_on(l))
                 return rmig_fail(&io->error, RMIG_ERR_CANCELLED, 0, "the reader was closed before all was loaded");
             to = rmig__min(b->length, at + RMIG__MAPPED_UNIT);
-            status = rmig__lazy_load_piece(l, io, i, source, at, to, buf);
+            status = rmig__lazy_load_piece(l, io, i, at, to, buf);
         }
     }
     return status;
@@ -2506,6 +2663,7 @@ static void rmig__lazy_close(struct rmig__lazy *l) {
     pthread_mutex_destroy(&l->placing);
     rmig__release(l->placed);
     rmig__release(l->bits);
+    rmig__release((void *)(uintptr_t)l->source);
     RMIG_FREE(l);
 }
 
@@ -2545,8 +2703,12 @@ static int rmig__lazy_allocate(struct rmig__lazy *l, struct rmig_error *err) {
         words += rmig__mapped_words(targets->block[i].length / l->page);
     l->placed = (struct rmig_merge *)rmig__calloc(targets->count, sizeof *l->placed);
     l->bits = (uint64_t *)rmig__calloc(words, sizeof *l->bits);
-    if (l->placed == NULL || l->bits == NULL)
+    l->source = (const struct rmig__mapped_source **)rmig__calloc(targets->count, sizeof *l->source);
+    if (l->placed == NULL || l->bits == NULL || l->source == NULL)
         return rmig_fail(err, RMIG_ERR_NO_MEMORY, 0, "out of memory for the bitmaps of %u blocks", targets->count);
+    for (uint32_t i = 0; i < l->r->count; i++)
+        if (l->r->source[i].added)
+            l->source[l->r->source[i].target] = &l->r->source[i];
     uint64_t *at = l->bits;
     for (uint32_t i = 0; i < targets->count; i++) {
         l->placed[i].pages = targets->block[i].length / l->page;
@@ -2651,7 +2813,7 @@ static bool rmig__lazy_init(struct rmig__lazy *l) {
 }
 
 RMIG__DEF int rmig_mapped_reader_load_start(struct rmig_mapped_reader *r) {
-    int status = rmig__reader_check_added(r);
+    int status = r == NULL ? RMIG_ERR_ARGUMENT : rmig__reader_check_added(r);
     long page = sysconf(_SC_PAGESIZE);
     if (status != RMIG_OK)
         return status;
@@ -2678,12 +2840,16 @@ RMIG__DEF int rmig_mapped_reader_load_start(struct rmig_mapped_reader *r) {
         r->lazy = l;
     else
         rmig__lazy_close(l);
-    return status;
+    return rmig__reader_done(r, status);
 }
 
 RMIG__DEF int rmig_mapped_reader_load_wait(struct rmig_mapped_reader *r, uint64_t timeout_ns) {
+    if (r == NULL)
+        return RMIG_ERR_ARGUMENT;
     struct rmig__lazy *l = r->lazy;
     struct timespec until;
+    if (r->failed != RMIG_OK)
+        return r->failed;
     if (l == NULL)
         return rmig_fail(&r->error, RMIG_ERR_STATE, 0, "rmig_mapped_reader_load_wait: call load_start first");
     uint64_t at = rmig__mapped_now();
@@ -2697,10 +2863,15 @@ RMIG__DEF int rmig_mapped_reader_load_wait(struct rmig_mapped_reader *r, uint64_
     if (status < 0)
         r->error = l->error;
     pthread_mutex_unlock(&l->lock);
-    return status;
+    return rmig__reader_done(r, status);
 }
 
 RMIG__DEF void rmig_mapped_reader_stats(const struct rmig_mapped_reader *r, struct rmig_stats *out) {
+    if (out == NULL)
+        return;
+    memset(out, 0, sizeof *out);
+    if (r == NULL)
+        return;
     struct rmig__lazy *l = r->lazy;
     *out = r->stats;
     if (l == NULL)
@@ -2718,11 +2889,13 @@ RMIG__DEF void rmig_mapped_reader_stats(const struct rmig_mapped_reader *r, stru
 // --- device state
 
 RMIG__DEF uint64_t rmig_mapped_reader_state_size(const struct rmig_mapped_reader *r) {
-    return r->state_offset == 0 ? 0 : rmig__reader_size(r) - r->state_offset;
+    return r == NULL || r->state_offset == 0 ? 0 : rmig__reader_size(r) - r->state_offset;
 }
 
 RMIG__DEF int64_t rmig_mapped_reader_get(struct rmig_mapped_reader *r, void *out, size_t n) {
-    int status = rmig__reader_refuse_torn(r);
+    int status = r == NULL ? RMIG_ERR_ARGUMENT : rmig__reader_refuse_torn(r);
+    if (status == RMIG_OK && out == NULL && n > 0)
+        status = rmig_fail(&r->error, RMIG_ERR_ARGUMENT, 0, "rmig_mapped_reader_get: out is NULL");
     if (status != RMIG_OK)
         return status;
     uint64_t piece = rmig__min(n, rmig_mapped_reader_state_size(r) - r->state_at);
@@ -2730,7 +2903,7 @@ RMIG__DEF int64_t rmig_mapped_reader_get(struct rmig_mapped_reader *r, void *out
     if (status == RMIG_OK && r->state_at + piece == rmig_mapped_reader_state_size(r))
         status = rmig__mapped_unchanged(r->fd, &r->st, &r->error);
     if (status != RMIG_OK)
-        return status;
+        return rmig__reader_done(r, status);
     r->state_at += piece;
     r->stats.stream_bytes += piece;
     return (int64_t)piece;

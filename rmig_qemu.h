@@ -249,7 +249,7 @@ RMIG_API void rmig_qemu_reader_init(struct rmig_qemu_reader *r, unsigned flags);
 /* Reads p[0 ... n-1] up to the next event. Returns how many bytes were used (0 is possible) with *ev filled in, or
    RMIG_ERR_WIRE with r->error: the stream is malformed or holds what cannot be skipped; the text says what and where.
    The same error comes again from every later call. Call it until the event is RMIG_QEV_NONE: then all bytes are used.
- */
+   RMIG_ERR_ARGUMENT: r, ev, or p with n > 0, is NULL; nothing changed. */
 RMIG_API int64_t rmig_qemu_reader_feed(struct rmig_qemu_reader *r, const void *p, size_t n, struct rmig_qemu_event *ev);
 /* The message of which bytes were fed ends here, or the file: RMIG_QEV_END in *ev if all of the stream may be there.
    What is fed later goes on as device state. Returns RMIG_OK or the reader's error. */
@@ -263,7 +263,7 @@ RMIG_API void rmig_qemu_reader_jump(struct rmig_qemu_reader *r, uint64_t offset)
 // >>qemu: writer
 
 /* Encoders write into out[0 ... cap-1] and return the bytes written, RMIG_ERR_FULL if cap is too small, or
-   RMIG_ERR_ARGUMENT for what cannot be written (a name too long, an empty one, a number that is none of its enum).
+   RMIG_ERR_ARGUMENT for what cannot be written (a name too long, an empty one, a number that is none of its enum, NULL).
    *out is left alone then. */
 #define RMIG_QEMU_START_MAX 480 // no encode_start is longer
 #define RMIG_QEMU_BLOCK_MAX 300 // no encode_block is longer
@@ -380,6 +380,8 @@ static void rmig__qemu_tell(const struct rmig_qemu_reader *r, struct rmig_qemu_e
 }
 
 RMIG__DEF void rmig_qemu_reader_init(struct rmig_qemu_reader *r, unsigned flags) {
+    if (r == NULL)
+        return;
     memset(r, 0, sizeof *r);
     r->flags_ = flags;
     memset(r->near_, 0xff, sizeof r->near_); // no zero byte was seen
@@ -387,11 +389,14 @@ RMIG__DEF void rmig_qemu_reader_init(struct rmig_qemu_reader *r, unsigned flags)
     rmig__qemu_expect(r, RMIG__QEMU_MAGIC, RMIG__QEMU_MAGIC_SIZE);
 }
 
-RMIG__DEF uint64_t rmig_qemu_reader_offset(const struct rmig_qemu_reader *r) { return r->offset_; }
+RMIG__DEF uint64_t rmig_qemu_reader_offset(const struct rmig_qemu_reader *r) { return r == NULL ? 0 : r->offset_; }
 
-RMIG__DEF void rmig_qemu_reader_jump(struct rmig_qemu_reader *r, uint64_t offset) { r->offset_ = offset; }
+RMIG__DEF void rmig_qemu_reader_jump(struct rmig_qemu_reader *r, uint64_t offset) {
+    if (r != NULL)
+        r->offset_ = offset;
+}
 
-RMIG__DEF bool rmig_qemu_reader_whole(const struct rmig_qemu_reader *r) { return r->whole_; }
+RMIG__DEF bool rmig_qemu_reader_whole(const struct rmig_qemu_reader *r) { return r != NULL && r->whole_; }
 
 /* The collected field as text for an error: quoted by the caller, unprintable bytes replaced, cut. */
 struct rmig__qemu_text {
@@ -972,6 +977,8 @@ RMIG__DEF int64_t rmig_qemu_reader_feed(struct rmig_qemu_reader *r, const void *
                                         struct rmig_qemu_event *ev) {
     const uint8_t *at = (const uint8_t *)p;
     size_t left = n;
+    if (r == NULL || ev == NULL || (p == NULL && n > 0))
+        return RMIG_ERR_ARGUMENT;
     memset(ev, 0, sizeof *ev);
     if (r->error.status == RMIG_OK && r->hook_ && n > 0) {
         r->element_ = r->offset_;
@@ -983,6 +990,8 @@ RMIG__DEF int64_t rmig_qemu_reader_feed(struct rmig_qemu_reader *r, const void *
 }
 
 RMIG__DEF int rmig_qemu_reader_end_message(struct rmig_qemu_reader *r, struct rmig_qemu_event *ev) {
+    if (r == NULL || ev == NULL)
+        return RMIG_ERR_ARGUMENT;
     memset(ev, 0, sizeof *ev);
     if (r->error.status != RMIG_OK)
         return r->error.status;
@@ -1025,6 +1034,8 @@ static void rmig__qemu_string(struct rmig__qemu_out *o, const char *s) {
 }
 
 static int rmig__qemu_done(uint8_t *out, size_t cap, const struct rmig__qemu_out *o) {
+    if (out == NULL)
+        return RMIG_ERR_ARGUMENT;
     if (o->n > cap)
         return RMIG_ERR_FULL;
     memcpy(out, o->bytes, o->n);
@@ -1056,6 +1067,8 @@ static void rmig__qemu_capabilities(struct rmig__qemu_out *o, uint32_t capabilit
 RMIG__DEF int rmig_qemu_encode_start(uint8_t *out, size_t cap, const struct rmig_qemu_configuration *in) {
     struct rmig__qemu_out o;
     o.n = 0;
+    if (in == NULL)
+        return RMIG_ERR_ARGUMENT;
     rmig__qemu_bytes(&o, rmig__qemu_magic, sizeof rmig__qemu_magic);
     if (in->machine[0] == '\0')
         return rmig__qemu_done(out, cap, &o);
@@ -1105,7 +1118,7 @@ RMIG__DEF int rmig_qemu_encode_block(uint8_t *out, size_t cap, const struct rmig
                                      uint32_t capabilities) {
     struct rmig__qemu_out o;
     o.n = 0;
-    if (!rmig__qemu_name_ok(in->name) || in->length == 0)
+    if (in == NULL || !rmig__qemu_name_ok(in->name) || in->length == 0)
         return RMIG_ERR_ARGUMENT;
     rmig__qemu_string(&o, in->name);
     rmig__qemu_u64(&o, in->length);
@@ -1152,7 +1165,9 @@ RMIG__DEF int rmig_qemu_encode_command(uint8_t *out, size_t cap, enum rmig_qemu_
 }
 
 RMIG__DEF int rmig_qemu_encode_end(uint8_t *out, size_t cap, const char *description, size_t n) {
-    if (n == 0 || n > 0xffffff || description[0] != '{' || memchr(description, 0, n) != NULL) // no reader would find it
+    if (out == NULL || description == NULL || n == 0 || n > 0xffffff)
+        return RMIG_ERR_ARGUMENT;
+    if (description[0] != '{' || memchr(description, 0, n) != NULL) // no reader would find it
         return RMIG_ERR_ARGUMENT;
     if (cap < n + 6)
         return RMIG_ERR_FULL;
@@ -1180,7 +1195,7 @@ static int rmig__qemu_return_length(uint32_t type) {
 
 RMIG__DEF int rmig_qemu_encode_return(uint8_t *out, size_t cap, const struct rmig_qemu_return *in) {
     struct rmig__qemu_out o;
-    int n = rmig__qemu_return_length(in->type);
+    int n = in == NULL ? -1 : rmig__qemu_return_length(in->type);
     o.n = 0;
     if (n < 0)
         return RMIG_ERR_ARGUMENT;
@@ -1191,6 +1206,8 @@ RMIG__DEF int rmig_qemu_encode_return(uint8_t *out, size_t cap, const struct rmi
 }
 
 RMIG__DEF int rmig_qemu_decode_return(const uint8_t *p, size_t n, struct rmig_qemu_return *out) {
+    if (out == NULL || (p == NULL && n > 0))
+        return RMIG_ERR_ARGUMENT;
     if (n < 4)
         return 0;
     uint32_t both = rmig__get_be32(p), type = both >> 16;

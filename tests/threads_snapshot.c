@@ -103,8 +103,14 @@ static void load(int fd, const struct rmig_mapped_options *opt, const uint8_t *r
         die("open", &err);
     if (rmig_mapped_reader_add_block(r, &desc) < 0)
         die("add_block", rmig_mapped_reader_error(r));
-    if (!(lazy && load_lazily(r, copy, ram)) && rmig_mapped_reader_load(r) != RMIG_OK)
-        die("load", rmig_mapped_reader_error(r));
+    if (lazy ? !load_lazily(r, copy, ram) : rmig_mapped_reader_load(r) != RMIG_OK) {
+        if (!lazy)
+            die("load", rmig_mapped_reader_error(r));
+        rmig_mapped_reader_close(r); // no userfaultfd here, which ended it
+        munmap(copy, LENGTH);
+        load(fd, opt, ram, false);
+        return;
+    }
     if (memcmp(copy, ram, LENGTH) != 0)
         die("memory", NULL);
     rmig_mapped_reader_close(r);

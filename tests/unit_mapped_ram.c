@@ -810,6 +810,8 @@ Test(mapped_lazy, locked_memory_is_refused) {
     const struct rmig_error *error = rmig_mapped_reader_error(r);
     if (error->provider_code != EPERM && error->provider_code != ENOSYS)
         cr_assert(strstr(error->text, "is it locked") != NULL, "%s", error->text);
+    cr_assert_eq(rmig_mapped_reader_load_wait(r, 0), RMIG_ERR_SETUP);
+    cr_assert_eq(rmig_mapped_reader_load(r), RMIG_ERR_SETUP);
     rmig_mapped_reader_close(r);
     close(fd);
 }
@@ -855,6 +857,7 @@ Test(mapped_lazy, memory_that_cannot_be_emptied_is_refused_and_never_keeps_what_
             cr_skip("no userfaultfd here");
         cr_expect_eq(status, RMIG_ERR_SETUP, "row %zu: %d", i, status);
         cr_expect(strstr(error->text, row[i].text) != NULL, "row %zu: %s", i, error->text);
+        cr_expect_eq(rmig_mapped_reader_load_wait(r, 0), RMIG_ERR_SETUP);
         rmig_mapped_reader_close(r);
     }
     close(fd);
@@ -1169,6 +1172,7 @@ Test(mapped_refuses, blocks_that_do_not_fit_the_file) {
     desc = describe(&ram, 0);
     cr_assert_eq(rmig_mapped_reader_add_block(r, &desc), RMIG_OK);
     cr_assert_eq(rmig_mapped_reader_add_block(r, &desc), RMIG_ERR_ARGUMENT);
+    rmig_mapped_reader_forgive(r);
     cr_assert_eq(rmig_mapped_reader_load(r), RMIG_ERR_STATE);
     cr_assert(strstr(rmig_mapped_reader_error(r)->text, "block \"rom\" of the file was not added") != NULL);
     rmig_mapped_reader_close(r);
@@ -1200,6 +1204,7 @@ Test(mapped_refuses, calls_out_of_order_and_bad_arguments) {
     OK(w, rmig_mapped_writer_start(w, &machine));
     cr_assert_eq(rmig_mapped_writer_add_block(w, &desc, NULL), RMIG_ERR_STATE);
     cr_assert_eq(rmig_mapped_writer_save_page(w, 0, 0), RMIG_ERR_STATE);
+    rmig_mapped_writer_forgive(w);
     cr_assert_eq(rmig_mapped_writer_end_round(w), RMIG_ERR_STATE);
     cr_assert_eq(rmig_mapped_writer_finish(w), RMIG_ERR_STATE);
     cr_assert(strstr(rmig_mapped_writer_error(w)->text, "does not end in a description") != NULL);
@@ -1209,6 +1214,7 @@ Test(mapped_refuses, calls_out_of_order_and_bad_arguments) {
     cr_assert_eq(rmig_mapped_writer_save_range(w, 0, 4096, UINT64_MAX), RMIG_ERR_ARGUMENT);
     cr_assert_eq(rmig_mapped_writer_save_bitmap(w, 0, bits, 1, 2), RMIG_ERR_ARGUMENT);
     cr_assert_eq(rmig_mapped_writer_save_bitmap(w, 0, NULL, 0, 1), RMIG_ERR_ARGUMENT);
+    rmig_mapped_writer_forgive(w);
     cr_assert_eq(rmig_mapped_writer_finish(w), RMIG_ERR_STATE);
     OK(w, rmig_mapped_writer_end_round(w));
     finish(w);
@@ -1265,6 +1271,189 @@ Test(mapped_refuses, options_out_of_range) {
     expect_open(fd, true, &threads, RMIG_ERR_PARAM, "threads 65: must be 1 to 64");
     expect_open(fd, false, &offset, RMIG_ERR_PARAM, "offset 18446744073709551615: must be at most");
     close(fd);
+}
+
+// A program that looks at the last status alone must not be told that all is well.
+static void writer_refuses(struct rmig_mapped_writer *w, const char *text) {
+    cr_expect_eq(rmig_mapped_writer_finish(w), RMIG_ERR_ARGUMENT);
+    cr_expect(strstr(rmig_mapped_writer_error(w)->text, text) != NULL, "wanted \"%s\" in: %s", text,
+              rmig_mapped_writer_error(w)->text);
+    cr_expect_eq(rmig_mapped_writer_error(w)->status, RMIG_ERR_ARGUMENT);
+}
+
+static void refused_call(unsigned which, const char *text) {
+    struct ram ram = {"ram", new_memory(8192), 8192};
+    struct rmig_mapped_options opt = {.no_sync = true};
+    struct rmig_mapped_machine machine = machine_of("test");
+    struct rmig_block_desc desc = describe(&ram, 0), twice = desc;
+    uint64_t bits[1] = {3};
+    int fd = new_file();
+    struct rmig_mapped_writer *w = open_writer(fd, &opt);
+    rmig_mapped_writer_add_block(w, &desc, NULL);
+    if (which == 0)
+        rmig_mapped_writer_add_block(w, &twice, NULL);
+    rmig_mapped_writer_start(w, &machine);
+    rmig_mapped_writer_begin_round(w);
+    if (which == 1)
+        rmig_mapped_writer_save_page(w, 1, 0);
+    if (which == 2)
+        rmig_mapped_writer_save_range(w, 0, 4096, 8192);
+    if (which == 3)
+        rmig_mapped_writer_save_bitmap(w, 0, bits, 1, 2);
+    if (which == 4)
+        rmig_mapped_writer_put(w, NULL, 7);
+    rmig_mapped_writer_save_range(w, 0, 0, 1);
+    rmig_mapped_writer_save_page(w, 7, 0); // the first refusal is the one that is told
+    cr_expect_eq(rmig_mapped_writer_end_round(w), RMIG_ERR_ARGUMENT);
+    cr_expect(strstr(rmig_mapped_writer_error(w)->text, text) != NULL, "%s", rmig_mapped_writer_error(w)->text);
+    rmig_mapped_writer_put(w, STATE, STATE_SIZE);
+    writer_refuses(w, text);
+    expect_refused(fd, NULL, "the writer of this file did not finish");
+    rmig_mapped_writer_forgive(w);
+    OK(w, rmig_mapped_writer_end_round(w)); // the round was left open
+    OK(w, rmig_mapped_writer_finish(w));
+    rmig_mapped_writer_close(w);
+    rmig_mapped_reader_close(open_reader(fd, NULL));
+    close(fd);
+}
+
+Test(mapped_refuses, to_finish_a_file_that_lacks_what_was_refused) {
+    refused_call(0, "there is a block 0 of that name already");
+    refused_call(1, "block 1; there are 1");
+    refused_call(2, "8192 bytes at 4096 are outside block");
+    refused_call(3, "2 pages from page 1 on are outside");
+    refused_call(4, "data is NULL, of 7 bytes");
+}
+
+Test(mapped_refuses, to_load_when_a_block_was_refused) {
+    struct ram ram[] = {{"ram", new_memory(5 * 4096), 5 * 4096}, {"rom", new_memory(8192), 8192}};
+    struct ram other = {"vga", new_memory(4096), 4096};
+    int fd = small_file();
+    struct rmig_mapped_reader *r = open_reader(fd, NULL);
+    for (uint32_t i = 0; i < 2; i++) {
+        struct rmig_block_desc desc = describe(&ram[i], i);
+        cr_assert_eq(rmig_mapped_reader_add_block(r, &desc), RMIG_OK);
+    }
+    struct rmig_block_desc desc = describe(&other, 2);
+    cr_assert_eq(rmig_mapped_reader_add_block(r, &desc), RMIG_ERR_ARGUMENT);
+    for (unsigned i = 0; i < 2; i++) {
+        cr_expect_eq(i == 0 ? rmig_mapped_reader_load(r) : rmig_mapped_reader_load_start(r), RMIG_ERR_ARGUMENT);
+        cr_expect_str_eq(rmig_mapped_reader_error(r)->text, "block \"vga\": there is none in the file");
+    }
+    rmig_mapped_reader_forgive(r);
+    cr_expect_eq(rmig_mapped_reader_load(r), RMIG_OK);
+    rmig_mapped_reader_close(r);
+    close(fd);
+}
+
+Test(mapped_refuses, null_in_place_of_an_object) {
+    static const struct rmig_block_desc desc = {.name = "ram", .length = 4096};
+    struct rmig_mapped_machine machine = machine_of("test");
+    const struct rmig_mapped_block *blocks = (const struct rmig_mapped_block *)&desc;
+    struct rmig_stats stats = {.rounds = 7};
+    struct rmig_error err;
+    uint64_t word = 0;
+    uint32_t index;
+    uint8_t byte = 0;
+    int fd = small_file();
+    cr_expect_eq(rmig_mapped_writer_open(fd, NULL, NULL, &err), RMIG_ERR_ARGUMENT);
+    cr_expect_eq(rmig_mapped_reader_open(fd, NULL, NULL, NULL), RMIG_ERR_ARGUMENT);
+    rmig_mapped_writer_close(NULL);
+    rmig_mapped_writer_forgive(NULL);
+    cr_expect_eq(rmig_mapped_writer_add_block(NULL, &desc, &index), RMIG_ERR_ARGUMENT);
+    cr_expect_eq(rmig_mapped_writer_start(NULL, &machine), RMIG_ERR_ARGUMENT);
+    cr_expect_eq(rmig_mapped_writer_begin_round(NULL), RMIG_ERR_ARGUMENT);
+    cr_expect_eq(rmig_mapped_writer_save_page(NULL, 0, 0), RMIG_ERR_ARGUMENT);
+    cr_expect_eq(rmig_mapped_writer_save_range(NULL, 0, 0, 1), RMIG_ERR_ARGUMENT);
+    cr_expect_eq(rmig_mapped_writer_save_bitmap(NULL, 0, &word, 0, 1), RMIG_ERR_ARGUMENT);
+    cr_expect_eq(rmig_mapped_writer_end_round(NULL), RMIG_ERR_ARGUMENT);
+    cr_expect_eq(rmig_mapped_writer_put(NULL, &byte, 1), RMIG_ERR_ARGUMENT);
+    cr_expect_eq(rmig_mapped_writer_finish(NULL), RMIG_ERR_ARGUMENT);
+    cr_expect_str_neq(rmig_mapped_writer_error(NULL)->text, "");
+    rmig_mapped_writer_stats(NULL, &stats);
+    cr_expect_eq(stats.rounds, 0);
+    rmig_mapped_reader_close(NULL);
+    rmig_mapped_reader_forgive(NULL);
+    cr_expect_null(rmig_mapped_reader_machine(NULL));
+    cr_expect_eq(rmig_mapped_reader_blocks(NULL, &blocks), 0);
+    cr_expect_null(blocks);
+    cr_expect_not(rmig_mapped_reader_whole(NULL));
+    cr_expect_eq(rmig_mapped_reader_bitmap(NULL, 0, 0, 1, &word), RMIG_ERR_ARGUMENT);
+    cr_expect_eq(rmig_mapped_reader_read(NULL, 0, 0, &byte, 1), RMIG_ERR_ARGUMENT);
+    cr_expect_eq(rmig_mapped_reader_add_block(NULL, &desc), RMIG_ERR_ARGUMENT);
+    cr_expect_eq(rmig_mapped_reader_load(NULL), RMIG_ERR_ARGUMENT);
+    cr_expect_eq(rmig_mapped_reader_load_start(NULL), RMIG_ERR_ARGUMENT);
+    cr_expect_eq(rmig_mapped_reader_load_wait(NULL, 0), RMIG_ERR_ARGUMENT);
+    cr_expect_eq(rmig_mapped_reader_state_size(NULL), 0);
+    cr_expect_eq(rmig_mapped_reader_get(NULL, &byte, 1), RMIG_ERR_ARGUMENT);
+    cr_expect_str_neq(rmig_mapped_reader_error(NULL)->text, "");
+    rmig_mapped_reader_stats(NULL, &stats);
+    rmig_mapped_reader_stats(NULL, NULL);
+    close(fd);
+}
+
+Test(mapped_refuses, null_in_place_of_what_an_object_is_given) {
+    struct ram ram = {"ram", new_memory(8192), 8192};
+    uint8_t state[100];
+    int fd = new_file();
+    struct rmig_mapped_writer *w = open_writer(fd, &small_opt);
+    struct rmig_mapped_machine machine = machine_of("test");
+    struct rmig_block_desc desc = describe(&ram, 0);
+    cr_expect_eq(rmig_mapped_writer_add_block(w, NULL, NULL), RMIG_ERR_ARGUMENT);
+    rmig_mapped_writer_forgive(w);
+    OK(w, rmig_mapped_writer_add_block(w, &desc, NULL));
+    cr_expect_eq(rmig_mapped_writer_start(w, NULL), RMIG_ERR_ARGUMENT);
+    OK(w, rmig_mapped_writer_start(w, &machine));
+    OK(w, rmig_mapped_writer_put(w, NULL, 0));
+    rmig_mapped_writer_stats(w, NULL);
+    save_all(w, &ram, 1);
+    finish(w);
+    struct rmig_mapped_reader *r = open_reader(fd, NULL);
+    cr_expect_eq(rmig_mapped_reader_blocks(r, NULL), 1);
+    cr_expect_eq(rmig_mapped_reader_bitmap(r, 0, 0, 1, NULL), RMIG_ERR_ARGUMENT);
+    cr_expect_eq(rmig_mapped_reader_read(r, 0, 0, NULL, 4096), RMIG_ERR_ARGUMENT);
+    cr_expect_eq(rmig_mapped_reader_add_block(r, NULL), RMIG_ERR_ARGUMENT);
+    cr_expect_eq(rmig_mapped_reader_get(r, NULL, 10), RMIG_ERR_ARGUMENT);
+    cr_expect_eq(rmig_mapped_reader_get(r, state, sizeof state), STATE_SIZE);
+    rmig_mapped_reader_stats(r, NULL);
+    rmig_mapped_reader_close(r);
+    close(fd);
+}
+
+// Of the framing, which has the same rule.
+Test(mapped_refuses, null_in_place_of_a_stream) {
+    struct rmig_qemu_reader r;
+    struct rmig_qemu_event ev;
+    struct rmig_qemu_configuration configuration = {.machine = "test"};
+    struct rmig_qemu_block block = {.name = "ram", .length = 4096};
+    struct rmig_qemu_return answer = {.type = RMIG_QEMU_RETURN_SHUT};
+    uint8_t out[RMIG_QEMU_START_MAX];
+    rmig_qemu_reader_init(NULL, 0);
+    rmig_qemu_reader_init(&r, 0);
+    cr_expect_eq(rmig_qemu_reader_feed(NULL, "x", 1, &ev), RMIG_ERR_ARGUMENT);
+    cr_expect_eq(rmig_qemu_reader_feed(&r, NULL, 1, &ev), RMIG_ERR_ARGUMENT);
+    cr_expect_eq(rmig_qemu_reader_feed(&r, "x", 1, NULL), RMIG_ERR_ARGUMENT);
+    cr_expect_eq(rmig_qemu_reader_feed(&r, NULL, 0, &ev), 0);
+    cr_expect_eq(rmig_qemu_reader_end_message(NULL, &ev), RMIG_ERR_ARGUMENT);
+    cr_expect_eq(rmig_qemu_reader_end_message(&r, NULL), RMIG_ERR_ARGUMENT);
+    cr_expect_not(rmig_qemu_reader_whole(NULL));
+    cr_expect_eq(rmig_qemu_reader_offset(NULL), 0);
+    rmig_qemu_reader_jump(NULL, 7);
+    cr_expect_eq(rmig_qemu_encode_start(out, sizeof out, NULL), RMIG_ERR_ARGUMENT);
+    cr_expect_eq(rmig_qemu_encode_start(NULL, sizeof out, &configuration), RMIG_ERR_ARGUMENT);
+    cr_expect_eq(rmig_qemu_encode_section(NULL, 20, RMIG_QEMU_SECTION_START, 1), RMIG_ERR_ARGUMENT);
+    cr_expect_eq(rmig_qemu_encode_mem_size(NULL, 20, 4096), RMIG_ERR_ARGUMENT);
+    cr_expect_eq(rmig_qemu_encode_block(NULL, 300, &block, 0), RMIG_ERR_ARGUMENT);
+    cr_expect_eq(rmig_qemu_encode_block(out, sizeof out, NULL, 0), RMIG_ERR_ARGUMENT);
+    cr_expect_eq(rmig_qemu_encode_word(NULL, 20, RMIG_QEMU_WORD_EOS), RMIG_ERR_ARGUMENT);
+    cr_expect_eq(rmig_qemu_encode_footer(NULL, 20, 1), RMIG_ERR_ARGUMENT);
+    cr_expect_eq(rmig_qemu_encode_command(NULL, 20, RMIG_QEMU_COMMAND_PING, 1), RMIG_ERR_ARGUMENT);
+    cr_expect_eq(rmig_qemu_encode_end(NULL, 20, "{}", 2), RMIG_ERR_ARGUMENT);
+    cr_expect_eq(rmig_qemu_encode_end(out, sizeof out, NULL, 2), RMIG_ERR_ARGUMENT);
+    cr_expect_eq(rmig_qemu_encode_return(NULL, 8, &answer), RMIG_ERR_ARGUMENT);
+    cr_expect_eq(rmig_qemu_encode_return(out, sizeof out, NULL), RMIG_ERR_ARGUMENT);
+    cr_expect_eq(rmig_qemu_decode_return(NULL, 8, &answer), RMIG_ERR_ARGUMENT);
+    cr_expect_eq(rmig_qemu_decode_return(out, 8, NULL), RMIG_ERR_ARGUMENT);
 }
 
 // >>work
@@ -1373,6 +1562,10 @@ Test(mapped_fails, a_limit_of_the_file_size_is_an_error_with_its_reason) {
         cr_assert(strstr(error->text, "block \"ram\": cannot write") != NULL, "%s", error->text);
         cr_assert(strstr(error->text, strerror(EFBIG)) != NULL, "%s", error->text);
         cr_assert_eq(rmig_mapped_writer_put(w, "x", 1), RMIG_ERR_FILE);
+        cr_assert_eq(rmig_mapped_writer_save_page(w, 9, 0), RMIG_ERR_FILE);
+        cr_assert_eq(rmig_mapped_writer_end_round(w), RMIG_ERR_FILE);
+        cr_assert_eq(rmig_mapped_writer_finish(w), RMIG_ERR_FILE);
+        cr_assert(strstr(error->text, strerror(EFBIG)) != NULL, "%s", error->text);
         rmig_mapped_writer_close(w);
         cr_assert_eq(setrlimit(RLIMIT_FSIZE, &none), 0);
         expect_refused(fd, NULL, "did not finish");
@@ -1433,6 +1626,15 @@ static void load_meddled(bool cuts, const char *text) {
     struct rmig_block_desc desc = describe(&ram, 0);
     cr_assert_eq(rmig_mapped_reader_add_block(r, &desc), RMIG_OK);
     cr_assert_eq(rmig_mapped_reader_load(r), RMIG_ERR_FILE);
+    uint64_t word;
+    uint8_t page[4096];
+    cr_expect_eq(rmig_mapped_reader_load(r), RMIG_ERR_FILE); // the reader has ended
+    cr_expect_eq(rmig_mapped_reader_load_start(r), RMIG_ERR_FILE);
+    cr_expect_eq(rmig_mapped_reader_load_wait(r, 0), RMIG_ERR_FILE);
+    cr_expect_eq(rmig_mapped_reader_add_block(r, NULL), RMIG_ERR_FILE);
+    cr_expect_eq(rmig_mapped_reader_bitmap(r, 9, 0, 1, &word), RMIG_ERR_FILE);
+    cr_expect_eq(rmig_mapped_reader_read(r, 9, 0, page, 4096), RMIG_ERR_FILE);
+    cr_expect_eq(rmig_mapped_reader_get(r, page, 1), RMIG_ERR_FILE);
     cr_assert(strstr(rmig_mapped_reader_error(r)->text, text) != NULL, "%s", rmig_mapped_reader_error(r)->text);
     rmig_mapped_reader_close(r);
     close(fd);
@@ -1462,6 +1664,37 @@ static bool whole_run(int fd) {
     rmig_mapped_reader_close(r);
     munmap(ram.mem - 8, 5 * 4096);
     return ok;
+}
+
+// A status above RMIG_SESSION_ERRORS leaves the writer as it was; what ends it has one below.
+Test(mapped_fails, a_start_without_memory_can_be_tried_again_and_a_round_without_ends_the_writer) {
+    static const struct rmig_mapped_options opt = {.direct = true, .no_sync = true};
+    struct ram ram = {"ram", new_memory(5 * 4096) + 8, 4 * 4096};
+    struct rmig_block_desc desc = describe(&ram, 0);
+    struct rmig_mapped_machine machine = machine_of("test-1.0");
+    int fd = new_file();
+    ram.mem[0] = 1;
+    struct rmig_mapped_writer *w = open_writer(fd, &opt);
+    OK(w, rmig_mapped_writer_add_block(w, &desc, NULL));
+    for (size_t i = 1; i <= 2; i++) {
+        heap.count = 0;
+        heap.fail_at = i;
+        cr_assert_eq(rmig_mapped_writer_start(w, &machine), RMIG_ERR_NO_MEMORY);
+        heap.fail_at = 0;
+    }
+    OK(w, rmig_mapped_writer_start(w, &machine));
+    OK(w, rmig_mapped_writer_begin_round(w));
+    OK(w, rmig_mapped_writer_save_range(w, 0, 0, ram.length));
+    heap.count = 0;
+    heap.fail_at = 1; // the buffer for memory that is not aligned
+    cr_assert_eq(rmig_mapped_writer_end_round(w), RMIG_ERR_FILE);
+    heap.fail_at = 0;
+    const char *text = rmig_mapped_writer_error(w)->text;
+    cr_assert(strstr(text, "out of memory for a buffer") != NULL, "%s", text);
+    cr_assert_eq(rmig_mapped_writer_begin_round(w), RMIG_ERR_FILE);
+    cr_assert_eq(rmig_mapped_writer_finish(w), RMIG_ERR_FILE);
+    rmig_mapped_writer_close(w);
+    close(fd);
 }
 
 Test(mapped_fails, every_allocation_that_fails_is_survived_and_nothing_leaks) {
