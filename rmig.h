@@ -264,6 +264,7 @@ RMIG__STATIC_ASSERT(sizeof(size_t) >= 8, "rmig needs a 64-bit host");
 #define rmig_sink_listen RMIG__NAME(rmig_sink_listen)
 #define rmig_sink_address RMIG__NAME(rmig_sink_address)
 #define rmig_sink_add_block RMIG__NAME(rmig_sink_add_block)
+#define rmig_sink_clear_blocks RMIG__NAME(rmig_sink_clear_blocks)
 #define rmig_sink_peer_block RMIG__NAME(rmig_sink_peer_block)
 #define rmig_sink_accept_blocks RMIG__NAME(rmig_sink_accept_blocks)
 #define rmig_sink_refuse RMIG__NAME(rmig_sink_refuse)
@@ -1168,6 +1169,9 @@ RMIG_API int rmig_sink_address(struct rmig_sink *s, char *buf, size_t n); // as 
 /* Any time before accept_blocks. With an extended source blocks are matched by name; with a plain version 1 source by
    order of addition. */
 RMIG_API int rmig_sink_add_block(struct rmig_sink *s, const struct rmig_block_desc *desc, uint32_t *index);
+/* Takes back all blocks that were added, where each source gets blocks of its own: for the next one, after
+   RMIG_SINK_FORGOTTEN. RMIG_ERR_STATE once they are agreed with a source. */
+RMIG_API int rmig_sink_clear_blocks(struct rmig_sink *s);
 /* What the source said of its block i < block_count. Until close, or until the source is forgotten. */
 RMIG_API int rmig_sink_peer_block(struct rmig_sink *s, uint32_t i, struct rmig_block_entry *out);
 /* After RMIG_SINK_BLOCKS, which may come again with another source: blocks are added once. RMIG_ERR_FORGOTTEN if a
@@ -4396,7 +4400,8 @@ static uint64_t rmig__bytes_in(uint64_t rate, uint64_t ns) { return (uint64_t)((
 /* Bytes that may be outstanding. */
 static uint64_t rmig__flight_limit(const struct rmig_source *s) {
     const struct rmig__flight *f = &s->flight;
-    uint64_t idle = s->ss.peer_idle_max != 0 ? s->ss.peer_idle_max : rmig_get(&s->ss.cfg, RMIG_PARAM_IO_TIMEOUT);
+    uint64_t own = rmig_get(&s->ss.cfg, RMIG_PARAM_IO_TIMEOUT); // completions are what this end waits for
+    uint64_t idle = s->ss.peer_idle_max != 0 ? rmig__min(s->ss.peer_idle_max, own) : own;
     uint64_t patience = idle / 4, slow = rmig__bytes_in(RMIG__SLOW_LINK, patience);
     if (f->rate == 0)
         return slow / 2;
@@ -5360,7 +5365,7 @@ RMIG__DEF int rmig_sink_return_put(struct rmig_sink *s, const void *data, size_t
                             "rmig_sink_return_put: only for a version 1 source, after its first message and before "
                             "rmig_sink_complete");
     if (n > RMIG__RETURN_MAX || (data == NULL && n > 0))
-        return RMIG__NO(ss, RMIG_ERR_ARGUMENT, 0,
+        return RMIG__REFUSE(ss, RMIG_ERR_ARGUMENT, 0,
                             "rmig_sink_return_put: %zu bytes at %p: must be at most %d, not at NULL", n, data,
                             RMIG__RETURN_MAX);
     if (r->ep == NULL && r->broken.status == RMIG_OK)
@@ -5442,6 +5447,15 @@ RMIG__DEF int rmig_sink_add_block(struct rmig_sink *s, const struct rmig_block_d
     if (s->block != NULL || s->ss.failed)
         return RMIG__NO(&s->ss, RMIG_ERR_STATE, 0, "rmig_sink_add_block: must come before rmig_sink_accept_blocks");
     return rmig__taint(&s->ss, rmig_blocks_add(&s->blocks, desc, index, &s->ss.error));
+}
+
+RMIG__DEF int rmig_sink_clear_blocks(struct rmig_sink *s) {
+    if (s == NULL)
+        return RMIG_ERR_ARGUMENT;
+    if (s->block != NULL || s->ss.failed)
+        return RMIG__NO(&s->ss, RMIG_ERR_STATE, 0, "rmig_sink_clear_blocks: the blocks are agreed with a source");
+    rmig_blocks_free(&s->blocks);
+    return RMIG_OK;
 }
 
 RMIG__DEF int rmig_sink_peer_block(struct rmig_sink *s, uint32_t i, struct rmig_block_entry *out) {

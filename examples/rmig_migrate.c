@@ -94,6 +94,7 @@ struct run {
     uint64_t total; // bytes of all images
     uint64_t state_bytes, started_ns, ended_ns, drawn_ns, accept_deadline;
     bool tty, connected, draws;
+    bool too_large; // what the source announced: for --max-size
     struct program p; // json and quiet are in opt
 };
 
@@ -491,7 +492,8 @@ static int read_block_record(struct run *r, const uint8_t *p, size_t n) {
     uint64_t length = get_be(p, 8);
     if (r->images.count == BLOCKS_MAX)
         return fail(&r->p, EXIT_MIGRATION, "the source announced more than %d blocks", BLOCKS_MAX);
-    if (length == 0 || length > r->opt.max_size - r->total)
+    r->too_large = length > r->opt.max_size - r->total;
+    if (length == 0 || r->too_large)
         return fail(&r->p, EXIT_MIGRATION,
                     "the source announced a block of %llu bytes; 1 to %llu are left of --max-size",
                     (unsigned long long)length, (unsigned long long)(r->opt.max_size - r->total));
@@ -610,7 +612,8 @@ static int accept_blocks(struct run *r) {
         return fail(&r->p, EXIT_MIGRATION, "the source is not " PROGRAM " send: it did not announce its blocks");
     if (open_outputs(r) < 0)
         return -1;
-    return rmig_sink_accept_blocks(r->sink) < 0 ? fail_sink(r) : 0;
+    int status = rmig_sink_accept_blocks(r->sink);
+    return status < 0 && status != RMIG_ERR_FORGOTTEN ? fail_sink(r) : 0; // RMIG_SINK_FORGOTTEN follows
 }
 
 /* The files that are written: an array to be freed, of *n. */
@@ -672,10 +675,15 @@ static int answer(struct run *r) {
     return rmig_sink_take(r->sink) < 0 ? fail_sink(r) : 0;
 }
 
-/* What the source has said goes with it. One that was refused here ends the receiver: the next would meet the same. */
+/* What the source has said goes with it, and what was made for it. Where something is wrong here, or --max-size is less
+   than what is to be moved, the receiver ends: its operator has to look. */
 static int forget(struct run *r) {
-    if (r->p.code != EXIT_OK)
+    if ((r->p.code != EXIT_OK && r->p.code != EXIT_MIGRATION) || r->too_large)
         return -1;
+    r->p.code = EXIT_OK;
+    r->p.status = RMIG_OK;
+    if (rmig_sink_clear_blocks(r->sink) < 0)
+        return fail_sink(r);
     end_progress(r);
     tell_forgotten(r->opt.json, rmig_sink_error(r->sink)->text);
     remove_parts(r);

@@ -209,6 +209,16 @@ chunk_sizes_differ() { # SOURCE SINK SOURCE-BYTES SINK-BYTES
         wait "$receiver" && same "$tmp/odd" ram && json "$tmp/recv.out" '$j->{ok} && @{$j->{blocks}} == 1'
 }
 
+# A source that is another program is refused, and the next one served.
+a_stranger_comes_first() {
+    start_recv 127.0.0.1 --json || return 1
+    "$(dirname "$program")/kvm_live" source --connect "$address" --guest=thread --ram=16M >"$tmp/stranger" 2>&1 &&
+        { echo 'the stranger got through'; cat "$tmp/stranger"; return 1; }
+    wait_for "grep -q 'let go.*did not announce' $tmp/recv.err" || { cat "$tmp/recv.err" "$tmp/stranger"; return 1; }
+    rmig send --connect "$address" --block "ram=$tmp/odd" >"$tmp/send.out" 2>"$tmp/send.err" && wait "$receiver" &&
+        same "$tmp/odd" ram
+}
+
 # Whatever of the fabric does not get its descriptor, the receiver says so.
 few_descriptors() {
     local n seen=0
@@ -810,6 +820,7 @@ for chunk in 1M 64M 1G; do
 done
 check 'the source chooses the chunk size' the_source_chunk_size_holds 256M
 check 'a larger chunk size than the sink is told' chunk_sizes_differ 64M 1M 67108864 1048576
+check 'a stranger comes first' a_stranger_comes_first
 check 'a smaller chunk size than the sink is told' chunk_sizes_differ 1M 64M 1048576 67108864
 set_of_each
 usage_errors

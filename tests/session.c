@@ -1642,6 +1642,7 @@ Test(session, every_call_takes_null_for_its_object) {
     cr_expect_eq(rmig_sink_address(NULL, text, sizeof text), RMIG_ERR_ARGUMENT);
     cr_expect_eq(rmig_sink_add_block(NULL, NULL, &block), RMIG_ERR_ARGUMENT);
     cr_expect_eq(rmig_sink_peer_block(NULL, 0, &entry), RMIG_ERR_ARGUMENT);
+    cr_expect_eq(rmig_sink_clear_blocks(NULL), RMIG_ERR_ARGUMENT);
     cr_expect_eq(rmig_sink_accept_blocks(NULL), RMIG_ERR_ARGUMENT);
     cr_expect_eq(rmig_sink_take(NULL), RMIG_ERR_ARGUMENT);
     cr_expect_eq(rmig_sink_refuse(NULL, "no"), RMIG_ERR_ARGUMENT);
