@@ -3375,7 +3375,7 @@ enum rmig__finish { RMIG__FINISH_NONE, RMIG__FINISH_ASKED, RMIG__FINISH_ANSWERED
 #define RMIG__FLIGHT_MIN ((uint64_t)4 << 20) // nearly half a second at 10 MB/s, 0.3 ms at 100 Gb/s
 #define RMIG__STRIDES 32 // a write, and from one completion to the next: such a part of what may be outstanding,
 #define RMIG__STRIDE_MIN ((uint64_t)1 << 20) // if it is that much: longer writes are no faster
-#define RMIG__MARKS (2 * RMIG__STRIDES)
+#define RMIG__MARKS 64 // two for each stride, while the limit falls or grows
 #define RMIG__PIECE_MAX (64 * RMIG_MIB) // registered in one call at this end: 5 ms at 80 us/MiB
 
 struct rmig__mark {
