@@ -461,12 +461,12 @@ static inline uint64_t rmig_chunk_further(uint64_t bytes, uint64_t chunk) {
 // >>block
 
 /* What a block's memory is backed with: decides how holes are found. Reading a never-touched page of a shared memory
-   file allocates it, so rmig looks for holes before it looks for zeros. Where this mapping is still being filled in from
-   elsewhere (userfaultfd), holes are none: that is noticed, and all of it is read. Where memory is filled in by way of
-   another mapping of it, it is not: UNKNOWN. */
+   file allocates it, so rmig looks for holes before it looks for zeros. Where this mapping is still being filled in
+   from elsewhere (userfaultfd), holes are none: that is noticed, and all of it is read. Where memory is filled in by
+   way of another mapping of it, it is not: UNKNOWN. */
 enum rmig_backing {
     RMIG_BACKING_UNKNOWN, // read everything
-    RMIG_BACKING_ANONYMOUS, // private anonymous mapping: holes by /proc/self/pagemap, but not on huge pages of hugetlbfs
+    RMIG_BACKING_ANONYMOUS, // private anonymous mapping: holes by /proc/self/pagemap, not on huge pages of hugetlbfs
     RMIG_BACKING_SHARED_FD, // MAP_SHARED mapping of fd (memfd, tmpfs, hugetlbfs, file): holes by SEEK_DATA
     RMIG_BACKING_DMABUF // MAP_SHARED mapping of fd, a dma-buf of device memory: registered through it, and never looked
                         // at for zeros. The fabric must be able to (verbs, where the device can)
@@ -493,8 +493,8 @@ struct rmig_block {
     uint64_t fd_offset;
 };
 
-/* A block's place in two search trees, the first by guest offset, the second by name: in each what hangs below it, lower
-   and higher. A block is its index + 1 there, 0 is none. */
+/* A block's place in two search trees, the first by guest offset, the second by name: in each what hangs below it,
+   lower and higher. A block is its index + 1 there, 0 is none. */
 struct rmig_blocks_node {
     uint32_t below[2][2];
 };
@@ -1090,12 +1090,13 @@ RMIG_API int rmig_source_put(struct rmig_source *s, const void *data, size_t n);
 RMIG_API int rmig_source_flush_start(struct rmig_source *s);
 RMIG_API int rmig_source_flush(struct rmig_source *s);
 
-/* The handover: RMIG_OK means that the sink has everything and that its embedder has taken the guest. Any other result: the
-   guest is still this side's, except RMIG_ERR_HANDOVER (the link broke in the last microseconds: nobody can know). A sink
-   that needs time to decide says so again and again; handover-timeout (10 s) without its word ends the session, and the
-   guest stays. RMIG_ERR_REFUSED: the sink's embedder did not take it; the text has its reason. With a plain version 1 sink there is no answer: RMIG_OK means that everything was delivered, and a failure
-   after the last bytes have left is RMIG_ERR_HANDOVER. There, leave the last bytes of device state to finish, or a
-   failure of flush leaves the same doubt. */
+/* The handover: RMIG_OK means that the sink has everything and that its embedder has taken the guest. Any other result:
+   the guest is still this side's, except RMIG_ERR_HANDOVER (the link broke in the last microseconds: nobody can know).
+   A sink that needs time to decide says so again and again; handover-timeout (10 s) without its word ends the session,
+   and the guest stays. RMIG_ERR_REFUSED: the sink's embedder did not take it; the text has its reason. With a plain
+   version 1 sink there is no answer: RMIG_OK means that everything was delivered, and a failure after the last bytes
+   have left is RMIG_ERR_HANDOVER. There, leave the last bytes of device state to finish, or a failure of flush leaves
+   the same doubt. */
 RMIG_API int rmig_source_finish_start(struct rmig_source *s);
 RMIG_API int rmig_source_finish(struct rmig_source *s);
 
@@ -1154,8 +1155,8 @@ struct rmig_sink_event {
 
 RMIG_API int rmig_sink_open(struct rmig_fabric *fabric, const struct rmig_config *cfg, struct rmig_sink **out,
                             struct rmig_error *err);
-/* As rmig_source_close. After a handover it waits until the source, which knows that it is over, has left: up to 100 ms,
-   after bytes on a return path up to 1 s. */
+/* As rmig_source_close. After a handover it waits until the source, which knows that it is over, has left: up to 100
+   ms, after bytes on a return path up to 1 s. */
 RMIG_API void rmig_sink_close(struct rmig_sink *s);
 /* Listens on "host:port" (port 0: any free one). Requests that are not a migration are rejected, and listening goes
    on. A migration begins when rmig_sink_accept_blocks has returned RMIG_OK; in version 1 with stream bytes or the
@@ -1179,19 +1180,20 @@ RMIG_API int rmig_sink_peer_block(struct rmig_sink *s, uint32_t i, struct rmig_b
    why, and RMIG_SINK_FORGOTTEN follows. From a version 1 source, whose migration has begun, that ends the session. */
 RMIG_API int rmig_sink_accept_blocks(struct rmig_sink *s);
 
-/* After RMIG_SINK_TAKE, which a source of the extension brings about by finish: the guest becomes this end's. The source
-   hears so; RMIG_SINK_FINISHED follows when it has confirmed that it lets go. Before the call do all that can fail: bring
-   files to the disk, make devices of the state. That may take as long as it needs if rmig_sink_process is called
-   meanwhile, at least four times in the source's handover-timeout (10 s): the source then hears that it must wait. Until
-   the call the guest is the source's, and any failure leaves it there; from the call on a broken link leaves
-   RMIG_ERR_HANDOVER. Where the fabric cannot revoke (struct rmig_fabric_caps: libfabric, iWARP) the source can write until
-   RMIG_SINK_FINISHED: parse and run nothing that stands in guest memory before. With the parameter auto-take the sink
-   takes by itself, and there is no RMIG_SINK_TAKE. RMIG_ERR_STATE at any other time. Does not block. */
+/* After RMIG_SINK_TAKE, which a source of the extension brings about by finish: the guest becomes this end's. The
+   source hears so; RMIG_SINK_FINISHED follows when it has confirmed that it lets go. Before the call do all that can
+   fail: bring files to the disk, make devices of the state. That may take as long as it needs if rmig_sink_process is
+   called meanwhile, at least four times in the source's handover-timeout (10 s): the source then hears that it must
+   wait. Until the call the guest is the source's, and any failure leaves it there; from the call on a broken link
+   leaves RMIG_ERR_HANDOVER. Where the connection cannot revoke (struct rmig_fabric_caps: libfabric, iWARP) the source
+   can write until RMIG_SINK_FINISHED: parse and run nothing that stands in guest memory before. With the parameter
+   auto-take the sink takes by itself, and there is no RMIG_SINK_TAKE. RMIG_ERR_STATE at any other time. Does not
+   block. */
 RMIG_API int rmig_sink_take(struct rmig_sink *s);
 /* Refuses the source, from its connection until rmig_sink_take: the guest stays there, and its calls return
    RMIG_ERR_REFUSED with the reason (up to 250 bytes; NULL: none). Before its migration has begun RMIG_SINK_FORGOTTEN
-   follows and the sink listens on; afterwards the session is over, and process returns RMIG_ERR_SETUP. RMIG_ERR_STATE when
-   there is no source, or the guest is taken. */
+   follows and the sink listens on; afterwards the session is over, and process returns RMIG_ERR_SETUP. RMIG_ERR_STATE
+   when there is no source, or the guest is taken. */
 RMIG_API int rmig_sink_refuse(struct rmig_sink *s, const char *reason);
 
 /* Copies up to n stream bytes that have arrived; returns how many, 0: none now. */
@@ -1207,18 +1209,18 @@ RMIG_API bool rmig_sink_has_return_path(const struct rmig_sink *s);
    broke, or stood still for io-timeout) end the session; without bytes a broken return path ends nothing. */
 RMIG_API int rmig_sink_return_put(struct rmig_sink *s, const void *data, size_t n);
 
-/* With a plain version 1 source only the reader of the stream knows its end: it says so here. RMIG_SINK_FINISHED follows
-   when the bytes put on the return path are delivered and the source cannot write any more: at once where the fabric
-   revokes, elsewhere when the source has left, 1 s later at the latest. If that fails, the guest is the
+/* With a plain version 1 source only the reader of the stream knows its end: it says so here. RMIG_SINK_FINISHED
+   follows when the bytes put on the return path are delivered and the source cannot write any more: at once where the
+   fabric revokes, elsewhere when the source has left, 1 s later at the latest. If that fails, the guest is the
    source's, or nobody can know (RMIG_ERR_HANDOVER): when bytes had gone out on the return path, or when the source has
    left, for a source without a return path does so as soon as its last byte is delivered. What fails in the embedder's
    own hands from that byte on (a disk that is full) leaves the same doubt: keep what there is. */
 RMIG_API int rmig_sink_complete(struct rmig_sink *s);
 
 /* Makes progress without waiting and delivers at most one event: RMIG_OK with ev->type (RMIG_SINK_NONE: nothing now),
-   or the session's error. After RMIG_SINK_FINISHED each call deregisters some of the guest's memory; rmig_sink_close does
-   what is left. Waiting for a source has no deadline; from its request on, silence of io-timeout is an error
-   (a plain version 1 source, which is silent while it writes, is granted the time that all of RAM takes at 16 MB/s on
+   or the session's error. After RMIG_SINK_FINISHED each call deregisters some of the guest's memory; rmig_sink_close
+   does what is left. Waiting for a source has no deadline; from its request on, silence of io-timeout is an error (a
+   plain version 1 source, which is silent while it writes, is granted the time that all of RAM takes at 16 MB/s on
    top). */
 RMIG_API int rmig_sink_process(struct rmig_sink *s, struct rmig_sink_event *ev);
 /* The same, waiting up to timeout_ns (RMIG_FOREVER allowed) for an event; RMIG_SINK_NONE if none came. */
@@ -1961,8 +1963,8 @@ RMIG__DEF bool rmig_is_zero(const void *p, size_t n) {
     return rmig_is_zero_portable(p, n);
 }
 
-/* Linux's numbers, and what else libc shows only to who asked for it before the first header, which is the includer's to
-   decide. C++ always does. */
+/* Linux's numbers, and what else libc shows only to who asked for it before the first header, which is the includer's
+   to decide. C++ always does. */
 #define RMIG__SEEK_DATA 3
 #define RMIG__SEEK_HOLE 4
 #ifdef O_CLOEXEC
@@ -2191,9 +2193,9 @@ RMIG__DEF void rmig_holes_close(struct rmig_holes *h) {
     rmig__close(&h->uffd);
 }
 
-/* tmpfs and file systems answer for pages that no process has mapped, too, which mincore and pagemap cannot. To find the
-   next hole they may walk all data up to it, so it is noted how far there was none: what is data need not be asked for
-   again, and if it has become a hole since, it is only read. */
+/* tmpfs and file systems answer for pages that no process has mapped, too, which mincore and pagemap cannot. To find
+   the next hole they may walk all data up to it, so it is noted how far there was none: what is data need not be asked
+   for again, and if it has become a hole since, it is only read. */
 static void rmig__holes_file(struct rmig_holes *h, const struct rmig_block *b, uint64_t from, uint64_t to,
                              uint64_t *data, uint64_t *end) {
     uint64_t host = (uint64_t)(uintptr_t)b->host;
@@ -2805,10 +2807,10 @@ static int rmig__session_end(struct rmig__session *ss) {
 
 #define RMIG__END(ss, ...) (rmig_fail(&(ss)->error, __VA_ARGS__), rmig__session_end(ss))
 
-/* Refused calls. RMIG__NO: nothing changes but the error text, and after a failure the failure is what counts. RMIG__REFUSE
-   is for calls that bring something: a block, pages, bytes. What was to be brought is missing then, and a caller that does
-   not look would go on to a finish that succeeds. So the first such refusal taints the session: what ends a round, hands
-   over or takes over returns it, until the embedder has said that it knows (forgive). */
+/* Refused calls. RMIG__NO: nothing changes but the error text, and after a failure the failure is what counts.
+   RMIG__REFUSE is for calls that bring something: a block, pages, bytes. What was to be brought is missing then, and a
+   caller that does not look would go on to a finish that succeeds. So the first such refusal taints the session: what
+   ends a round, hands over or takes over returns it, until the embedder has said that it knows (forgive). */
 #define RMIG__NO(ss, status, ...)                                                                                      \
     ((ss)->failed != RMIG_OK ? (ss)->failed : (rmig_fail(&(ss)->error, status, __VA_ARGS__), (int)(status)))
 #define RMIG__REFUSE(ss, ...) rmig__taint(ss, RMIG__NO(ss, __VA_ARGS__))
@@ -3109,7 +3111,8 @@ static int rmig__session_fds(struct rmig__session *ss, struct rmig_ep *ep, struc
     return got;
 }
 
-/* A private mapping on huge pages of hugetlbfs has a name in the list of mappings, which is read once for all blocks. */
+/* A private mapping on huge pages of hugetlbfs has a name in the list of mappings, which is read once for all
+   blocks. */
 struct rmig__span {
     uint64_t from, to; // addresses
 };
@@ -4897,8 +4900,8 @@ RMIG__DEF int rmig_source_save_bitmap(struct rmig_source *s, uint32_t block, con
     return rmig__saved(s, block, first_page, pages, dirty->pending - before);
 }
 
-/* Begins an operation, if status lets it. A refusal stands until another operation has begun: who does not look at it must
-   not take what process says of the operation before for the success of this one. */
+/* Begins an operation, if status lets it. A refusal stands until another operation has begun: who does not look at it
+   must not take what process says of the operation before for the success of this one. */
 static int rmig__begin_op(struct rmig_source *s, int status, enum rmig__source_op op) {
     if (s == NULL)
         return status;
@@ -5327,8 +5330,8 @@ static int rmig__return_timers(struct rmig_sink *s) {
     return rmig__return_break(s, RMIG_ERR_TIMEOUT, 0, why);
 }
 
-/* The source that has read the last bytes, or knows that its last word was delivered, disconnects by itself. If this end
-   came first, the source might take that for a failure. */
+/* The source that has read the last bytes, or knows that its last word was delivered, disconnects by itself. If this
+   end came first, the source might take that for a failure. */
 static void rmig__sink_linger(struct rmig_sink *s) {
     bool returned = s->ret.ep != NULL && s->ret.spoke;
     if (s->state != RMIG__SINK_OVER || s->ss.failed || (!returned && !s->barred))

@@ -272,22 +272,20 @@ RMIG_API void rmig_mapped_reader_forgive(struct rmig_mapped_reader *r);
 /* Fills the memory of all blocks; each block of the file must have been added. What is not in the file becomes zero.
    Blocks. After RMIG_ERR_FILE (also: the file was changed since it was opened, or out of memory for a buffer) and
    RMIG_ERR_CANCELLED the memory's content is undefined. RMIG_ERR_STATE (a block is missing, or lazy loading was
-   started), RMIG_ERR_WIRE (the file is not whole) and the status of an add_block that was refused before change nothing.
- */
+   started), RMIG_ERR_WIRE (the file is not whole) and the status of an add_block that was refused before change
+   nothing. */
 RMIG_API int rmig_mapped_reader_load(struct rmig_mapped_reader *r);
 /* Lazy loading: load_start returns at once, and from then on the memory of the blocks may be used: a page that is
    touched before it was loaded is fetched from the file by one thread, while another loads all of them in order. What
    the memory held before is given up, so each block must be on whole host pages, private anonymous memory
    (RMIG_BACKING_ANONYMOUS) or a shared mapping of tmpfs or a memfd (RMIG_BACKING_SHARED_FD), and neither locked nor
-   pinned (mlock, VFIO, registered for RDMA), nor sealed against writing. Until load_wait says RMIG_OK
-   - only this mapping may be used: a read by another one (vhost-user, a second mapping) puts zeros there for good. That
-   is noticed, and ends the loading with an error
-   - the guest must not discard pages (balloon).
-   It may be saved and migrated meanwhile, by this mapping, which fetches all of it.
-   Needs userfaultfd, also for faults in the kernel: root, or the sysctl vm.unprivileged_userfaultfd. Device state can
-   be had meanwhile. RMIG_ERR_STATE and RMIG_ERR_WIRE as load; RMIG_ERR_ARGUMENT: no such memory, which is as it was and
-   may be loaded by load; RMIG_ERR_NO_MEMORY. RMIG_ERR_SETUP with errno: no userfaultfd, or memory cannot be emptied; part
-   of it may be empty then. */
+   pinned (mlock, VFIO, registered for RDMA), nor sealed against writing. Until load_wait says RMIG_OK - only this
+   mapping may be used: a read by another one (vhost-user, a second mapping) puts zeros there for good. That is noticed,
+   and ends the loading with an error - the guest must not discard pages (balloon). It may be saved and migrated
+   meanwhile, by this mapping, which fetches all of it. Needs userfaultfd, also for faults in the kernel: root, or the
+   sysctl vm.unprivileged_userfaultfd. Device state can be had meanwhile. RMIG_ERR_STATE and RMIG_ERR_WIRE as load;
+   RMIG_ERR_ARGUMENT: no such memory, which is as it was and may be loaded by load; RMIG_ERR_NO_MEMORY. RMIG_ERR_SETUP
+   with errno: no userfaultfd, or memory cannot be emptied; part of it may be empty then. */
 RMIG_API int rmig_mapped_reader_load_start(struct rmig_mapped_reader *r);
 /* Waits until all is loaded, at most timeout_ns: RMIG_OK; RMIG_PENDING; RMIG_ERR_STATE: load_start was not called; or
    why it failed: then the memory of all blocks cannot be accessed any more (SIGSEGV), since zeros where the file has
@@ -820,8 +818,8 @@ static void rmig__mapped_forget(struct rmig__mapped_holes *h) {
 }
 
 /* The first byte at or behind `at` that may be something other than zero. Asked for in steps that grow as long as one
-   follows the other, so that little is asked for what lies alone, and few questions are asked for what does not. `least`:
-   what the caller wants to know at once, in bytes. */
+   follows the other, so that little is asked for what lies alone, and few questions are asked for what does not.
+   `least`: what the caller wants to know at once, in bytes. */
 static uint64_t rmig__mapped_data_at(struct rmig__mapped_holes *h, const struct rmig_block *b, uint32_t index,
                                      uint64_t at, uint64_t least) {
     if (h->block != index || at < h->from || at >= h->end) {
@@ -2743,8 +2741,8 @@ static int rmig__lazy_register(struct rmig__lazy *l, struct rmig_error *err) {
 }
 
 /* MADV_REMOVE takes away what shared memory holds, whatever the block is said to be. It says EINVAL where no file is
-   behind the mapping: then, and only then, MADV_DONTNEED does that; of shared memory it only forgets that it was mapped.
-   Both say EINVAL of locked memory. */
+   behind the mapping: then, and only then, MADV_DONTNEED does that; of shared memory it only forgets that it was
+   mapped. Both say EINVAL of locked memory. */
 static int rmig__lazy_empty_mapping(const struct rmig_block *b, uint8_t *at, uint64_t n, struct rmig_error *err) {
     if (madvise(at, (size_t)n, MADV_REMOVE) == 0)
         return RMIG_OK;

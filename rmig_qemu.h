@@ -263,8 +263,8 @@ RMIG_API void rmig_qemu_reader_jump(struct rmig_qemu_reader *r, uint64_t offset)
 // >>qemu: writer
 
 /* Encoders write into out[0 ... cap-1] and return the bytes written, RMIG_ERR_FULL if cap is too small, or
-   RMIG_ERR_ARGUMENT for what cannot be written (a name too long, an empty one, a number that is none of its enum, NULL).
-   *out is left alone then. */
+   RMIG_ERR_ARGUMENT for what cannot be written (a name too long, an empty one, a number that is none of its enum,
+   NULL). *out is left alone then. */
 #define RMIG_QEMU_START_MAX 480 // no encode_start is longer
 #define RMIG_QEMU_BLOCK_MAX 300 // no encode_block is longer
 #define RMIG_QEMU_SMALL_MAX 20 // no other is longer, but for encode_end
