@@ -280,7 +280,7 @@ static bool rmig__verbs_iwarp(const struct rmig__verbs_conn *c) {
 static uint64_t rmig__verbs_read_number(const char *path, const char *label, int base) {
     char line[512];
     uint64_t value = UINT64_MAX;
-    FILE *file = fopen(path, "r");
+    FILE *file = fopen(path, "re");
     while (file != NULL && value == UINT64_MAX && fgets(line, sizeof line, file) != NULL) {
         char *end, *at = label == NULL ? line : strncmp(line, label, strlen(label)) == 0 ? line + strlen(label) : NULL;
         if (at == NULL)
@@ -322,7 +322,7 @@ static uint64_t rmig__verbs_lock_limit(const struct rmig__verbs_conn *c) { // by
 static uint64_t rmig__verbs_group_limit(void) {
     char line[512], path[600];
     uint64_t least = UINT64_MAX;
-    FILE *file = fopen("/proc/self/cgroup", "r");
+    FILE *file = fopen("/proc/self/cgroup", "re");
     bool found = false;
     while (file != NULL && !found && fgets(line, sizeof line, file) != NULL)
         found = strncmp(line, "0::/", 4) == 0;

@@ -75,6 +75,8 @@ static uint64_t sink_step(void *user, uint64_t now) {
     cr_assert_eq(rmig_sink_process(w->sink, &ev), RMIG_OK, "%s", rmig_sink_error(w->sink)->text);
     if (ev.type == RMIG_SINK_BLOCKS)
         cr_assert_eq(rmig_sink_accept_blocks(w->sink), RMIG_OK, "%s", rmig_sink_error(w->sink)->text);
+    if (ev.type == RMIG_SINK_TAKE)
+        cr_assert_eq(rmig_sink_take(w->sink), RMIG_OK);
     w->finished = w->finished || ev.type == RMIG_SINK_FINISHED;
     return w->finished ? SIM_DONE : rmig_sink_next_deadline(w->sink);
 }
