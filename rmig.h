@@ -5548,7 +5548,7 @@ static void rmig__sink_part(struct rmig_sink *s, bool *moved) {
         return;
     }
     s->state = RMIG__SINK_LISTENING;
-    rmig__trace(&s->ss, "listening again");
+    rmig__trace(&s->ss, "forgot a source, listening again");
 }
 
 static void rmig__sink_accept(struct rmig_sink *s, const struct rmig_fabric_event *e) {
