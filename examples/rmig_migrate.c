@@ -94,7 +94,7 @@ struct run {
     uint64_t total; // bytes of all images
     uint64_t state_bytes, started_ns, ended_ns, drawn_ns, accept_deadline;
     bool tty, connected, draws;
-    bool too_large; // what the source announced: for --max-size
+    bool ours; // what failed is this end's, and the next source would meet the same
     struct program p; // json and quiet are in opt
 };
 
@@ -492,8 +492,8 @@ static int read_block_record(struct run *r, const uint8_t *p, size_t n) {
     uint64_t length = get_be(p, 8);
     if (r->images.count == BLOCKS_MAX)
         return fail(&r->p, EXIT_MIGRATION, "the source announced more than %d blocks", BLOCKS_MAX);
-    r->too_large = length > r->opt.max_size - r->total;
-    if (length == 0 || r->too_large)
+    r->ours = length > r->opt.max_size - r->total;
+    if (length == 0 || r->ours)
         return fail(&r->p, EXIT_MIGRATION,
                     "the source announced a block of %llu bytes; 1 to %llu are left of --max-size",
                     (unsigned long long)length, (unsigned long long)(r->opt.max_size - r->total));
@@ -607,13 +607,27 @@ static int open_outputs(struct run *r) {
     return 0;
 }
 
-static int accept_blocks(struct run *r) {
+/* What the source asks for is what it has announced. A version 1 source names nothing here: count is 0. */
+static int check_announced(struct run *r, uint32_t count) {
+    for (uint32_t i = 0; i < count; i++) {
+        struct rmig_block_entry entry;
+        if (rmig_sink_peer_block(r->sink, i, &entry) < 0)
+            return fail_sink(r);
+        const struct image *image = images_find(&r->images, entry.name);
+        if (image == NULL || image->length != entry.length)
+            return fail(&r->p, EXIT_MIGRATION, "the source asks for a block of %llu bytes that it did not announce",
+                        (unsigned long long)entry.length);
+    }
+    return 0;
+}
+
+static int accept_blocks(struct run *r, uint32_t count) {
     if (r->images.count == 0)
         return fail(&r->p, EXIT_MIGRATION, "the source is not " PROGRAM " send: it did not announce its blocks");
-    if (open_outputs(r) < 0)
+    if (check_announced(r, count) < 0 || open_outputs(r) < 0)
         return -1;
-    int status = rmig_sink_accept_blocks(r->sink);
-    return status < 0 && status != RMIG_ERR_FORGOTTEN ? fail_sink(r) : 0; // RMIG_SINK_FORGOTTEN follows
+    r->ours = rmig_sink_accept_blocks(r->sink) < 0;
+    return r->ours ? fail_sink(r) : 0;
 }
 
 /* The files that are written: an array to be freed, of *n. */
@@ -675,15 +689,16 @@ static int answer(struct run *r) {
     return rmig_sink_take(r->sink) < 0 ? fail_sink(r) : 0;
 }
 
-/* What the source has said goes with it, and what was made for it. Where something is wrong here, or --max-size is less
-   than what is to be moved, the receiver ends: its operator has to look. */
+/* What the source has said goes with it, and what was made for it. Where something is wrong here (a file, too little
+   memory that may be locked, a --max-size below what is to be moved) the receiver ends: its operator has to look. */
 static int forget(struct run *r) {
-    if ((r->p.code != EXIT_OK && r->p.code != EXIT_MIGRATION) || r->too_large)
+    if ((r->p.code != EXIT_OK && r->p.code != EXIT_MIGRATION) || r->ours)
         return -1;
     r->p.code = EXIT_OK;
     r->p.status = RMIG_OK;
     if (rmig_sink_clear_blocks(r->sink) < 0)
         return fail_sink(r);
+    rmig_sink_forgive(r->sink); // blocks of that source that were refused
     end_progress(r);
     tell_forgotten(r->opt.json, rmig_sink_error(r->sink)->text);
     remove_parts(r);
@@ -707,7 +722,7 @@ static int on_event(struct run *r, const struct rmig_sink_event *ev) {
         return forget(r);
     case RMIG_SINK_BLOCKS:
         begin(r);
-        return accept_blocks(r);
+        return accept_blocks(r, ev->block_count);
     case RMIG_SINK_STREAM:
         begin(r);
         return read_stream(r);
