@@ -1200,10 +1200,10 @@ RMIG__DEF int rmig_mapped_writer_start(struct rmig_mapped_writer *w, const struc
     if (w == NULL)
         return RMIG_ERR_ARGUMENT;
     int status = rmig__writer_in(w, RMIG__MAPPED_ADDING, "rmig_mapped_writer_start");
-    if (status == RMIG_OK && machine == NULL)
-        status = rmig_fail(&w->error, RMIG_ERR_ARGUMENT, 0, "rmig_mapped_writer_start: machine is NULL");
     if (status != RMIG_OK)
         return status;
+    if (machine == NULL)
+        return rmig_fail(&w->error, RMIG_ERR_ARGUMENT, 0, "rmig_mapped_writer_start: machine is NULL");
     const struct rmig_mapped_options before = w->opt;
     status = rmig__writer_lay_out(w, machine, &end);
     if (status != RMIG_OK) {

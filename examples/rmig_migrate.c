@@ -610,7 +610,7 @@ static int open_outputs(struct run *r) {
 /* What the source asks for is what it has announced. A version 1 source names nothing here: count is 0. */
 static int check_announced(struct run *r, uint32_t count) {
     for (uint32_t i = 0; i < count; i++) {
-        struct rmig_block_entry entry;
+        struct rmig_block_entry entry = {.length = 0};
         if (rmig_sink_peer_block(r->sink, i, &entry) < 0)
             return fail_sink(r);
         const struct image *image = images_find(&r->images, entry.name);
