@@ -2553,7 +2553,7 @@ static void *rmig__lazy_server(void *user) {
     rmig__mapped_io_init(&io, l->r->fd, l->r->direct_fd);
     uint8_t *buf = (uint8_t *)rmig__calloc(l->page, 1);
     int status = buf != NULL ? RMIG_OK : rmig_fail(&io.error, RMIG_ERR_NO_MEMORY, 0, "out of memory for a page");
-    while (status == RMIG_OK && rmig__lazy_goes_on(l)) {
+    while (buf != NULL && status == RMIG_OK && rmig__lazy_goes_on(l)) {
         struct pollfd ready = {l->uffd, POLLIN, 0};
         struct uffd_msg message;
         if (poll(&ready, 1, RMIG__LAZY_POLL_MS) <= 0 || read(l->uffd, &message, sizeof message) != sizeof message)
