@@ -4936,10 +4936,10 @@ RMIG__DEF int64_t rmig_source_put_some(struct rmig_source *s, const void *data, 
         status = RMIG__REFUSE(
             &s->ss, RMIG_ERR_STATE, 0,
             "rmig_source_put: a version 1 sink takes stream bytes only between rounds; end the round first");
-    if (status == RMIG_OK && data == NULL && n > 0)
-        status = RMIG__REFUSE(&s->ss, RMIG_ERR_ARGUMENT, 0, "rmig_source_put: data is NULL");
     if (status != RMIG_OK)
         return status;
+    if (data == NULL && n > 0)
+        return RMIG__REFUSE(&s->ss, RMIG_ERR_ARGUMENT, 0, "rmig_source_put: data is NULL");
     size_t room = s->stream_limit > s->stream_fill ? s->stream_limit - s->stream_fill : 0;
     n = n < room ? n : room;
     if (n > 0)
