@@ -1,5 +1,6 @@
-/* The end of a migration over libfabric's socket providers, where deregistering alone does not stop a write that has half
-   arrived: honest ends always agree, and no write lands once the sink has said that the guest is its own, or is closed. */
+/* The end of a migration over libfabric's socket providers, where deregistering alone does not stop a write that has
+   half arrived: honest ends always agree, and no write lands once the sink has said that the guest is its own, or is
+   closed. */
 #define _GNU_SOURCE
 #define RMIG_IMPLEMENTATION
 #include "../rmig.h"
@@ -25,7 +26,16 @@
 static const char *const providers[] = {"tcp", "net"};
 
 /* How a session can end. */
-enum way { WAY_EXTENDED, WAY_VERSION_1, WAY_RETURN_PATH, WAY_CANCEL, WAY_CLOSE, WAY_FAILURE, WAYS };
+enum way { WAY_EXTENDED, WAY_VERSION_1, WAY_RETURN_PATH, WAY_BROKEN_RETURN_PATH, WAY_CANCEL, WAY_CLOSE, WAY_FAILURE };
+
+/* A version 1 source's second connection. It says READY once, and takes what comes. */
+struct return_path {
+    struct rmig_fabric *fabric;
+    struct rmig_ep *ep;
+    struct rmig_mr mr;
+    uint8_t buf[2][64]; // in, out
+    uint64_t heard; // bytes of the message that came
+};
 
 struct scene {
     enum way way;
@@ -35,14 +45,16 @@ struct scene {
     uint8_t *from_ram, *to_ram;
     char address[64];
     struct half_write proxy;
+    struct return_path back;
+    const struct rmig_ep *cut; // the sink's, the last that was cut
     bool hostile, late; // late: the write is posted
     bool taken, finished;
     size_t got;
 };
 
-static struct { // the source's fabric, with ears
-    const struct rmig_fabric_ops *below;
-    struct rmig_fabric_ops ops;
+static struct { // the source's fabric and the sink's, with ears
+    const struct rmig_fabric_ops *below, *below_sink;
+    struct rmig_fabric_ops ops, sink_ops;
     struct scene *scene;
 } spy;
 
@@ -81,6 +93,11 @@ static void spy_disconnect(struct rmig_ep *ep) {
         spy.below->disconnect(ep);
 }
 
+static void spy_cut(struct rmig_ep *ep) {
+    spy.scene->cut = ep;
+    spy.below_sink->cut(ep);
+}
+
 static uint8_t *map_ram(void) {
     uint8_t *ram = mmap(NULL, RAM, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     cr_assert_neq(ram, MAP_FAILED);
@@ -116,6 +133,10 @@ static void open_fabrics(struct scene *s, const char *provider) {
     spy.ops.disconnect = spy_disconnect;
     spy.scene = s;
     s->from->ops = &spy.ops;
+    spy.below_sink = s->to->ops;
+    spy.sink_ops = *spy.below_sink;
+    spy.sink_ops.cut = spy_cut;
+    s->to->ops = &spy.sink_ops;
 }
 
 static void open_ends(struct scene *s) {
@@ -153,7 +174,8 @@ static int sink_turn(struct scene *s) {
     }
     if (ev.type == RMIG_SINK_STREAM)
         s->got += rmig_sink_get(s->sink, state, sizeof state);
-    bool whole = s->got == 5 && !rmig_sink_extended(s->sink) && !s->taken && (!s->hostile || half_write_held(&s->proxy, 0));
+    bool whole =
+        s->got == 5 && !rmig_sink_extended(s->sink) && !s->taken && (!s->hostile || half_write_held(&s->proxy, 0));
     if (status == RMIG_OK && whole) {
         s->taken = true;
         if (rmig_sink_has_return_path(s->sink))
@@ -230,23 +252,54 @@ static void honest(const char *provider, enum way way) {
 
 // --- a write that comes late
 
-/* Opens what a sink takes for the return path of a version 1 source, and answers nothing on it. */
-static struct rmig_ep *open_return_path(struct scene *s, struct rmig_fabric *f) {
+static void return_path_event(struct return_path *b, const struct rmig_fabric_event *ev) {
+    static const uint8_t ask[RMIG_PRIVATE_DATA_SIZE] = {0, 0, 0, RMIG_PROTOCOL_VERSION};
+    struct rmig_error err = {0};
+    struct rmig_header ready = {.type = RMIG_MSG_READY, .repeat = 1};
+    if (ev->type == RMIG_FEV_RESOLVED) {
+        cr_assert_eq(b->fabric->ops->reg(b->ep, b->buf, sizeof b->buf, RMIG_ACCESS_LOCAL_READ | RMIG_ACCESS_LOCAL_WRITE,
+                                         &b->mr, &err),
+                     RMIG_OK, "%s", err.text);
+        cr_assert_eq(b->fabric->ops->recv(b->ep, b->buf[0], sizeof b->buf[0], &b->mr, 1, &err), RMIG_OK, "%s",
+                     err.text);
+        cr_assert_eq(b->fabric->ops->connect(b->ep, ask, sizeof ask, &err), RMIG_OK, "%s", err.text);
+    } else if (ev->type == RMIG_FEV_ESTABLISHED) {
+        rmig_encode_header(b->buf[1], sizeof b->buf[1], &ready);
+        cr_assert_eq(b->fabric->ops->send(b->ep, b->buf[1], RMIG_HEADER_SIZE, &b->mr, 2, &err), RMIG_OK, "%s",
+                     err.text);
+    } else if (ev->type == RMIG_FEV_RECV) {
+        b->heard = ev->length;
+    }
+}
+
+static void return_path_turn(struct scene *s) {
+    struct rmig_error err = {0};
+    struct rmig_fabric_event ev;
+    if (s->back.ep != NULL && s->back.fabric->ops->poll(s->back.ep, &ev, 1, &err) == 1)
+        return_path_event(&s->back, &ev);
+}
+
+/* Opens what a sink takes for the return path of a version 1 source. */
+static void return_path_open(struct scene *s, const char *provider) {
     struct rmig_error err = {0};
     struct rmig_ep_config cfg = {16, 4, 4, 5 * SECOND};
-    struct rmig_ep *ep;
-    struct rmig_fabric_event ev;
-    uint8_t data[RMIG_PRIVATE_DATA_SIZE];
-    struct rmig_private_data ask = {RMIG_PROTOCOL_VERSION, 0};
-    rmig_encode_private_data(data, sizeof data, &ask);
-    cr_assert_eq(f->ops->open(f, s->address, &cfg, &ep, &err), RMIG_OK, "%s", err.text);
+    s->back.fabric = open_fabric(provider);
+    cr_assert_eq(s->back.fabric->ops->open(s->back.fabric, s->address, &cfg, &s->back.ep, &err), RMIG_OK, "%s",
+                 err.text);
     for (uint64_t until = now(s) + PATIENCE; !rmig_sink_has_return_path(s->sink) && now(s) < until;) {
-        if (f->ops->poll(ep, &ev, 1, &err) == 1 && ev.type == RMIG_FEV_RESOLVED)
-            cr_assert_eq(f->ops->connect(ep, data, sizeof data, &err), RMIG_OK, "%s", err.text);
+        return_path_turn(s);
         cr_assert_eq(sink_turn(s), RMIG_OK, "%s", rmig_sink_error(s->sink)->text);
     }
     cr_assert(rmig_sink_has_return_path(s->sink));
-    return ep;
+}
+
+static void return_path_close(struct return_path *b) {
+    if (b->ep == NULL)
+        return;
+    b->fabric->ops->cut(b->ep);
+    b->fabric->ops->dereg(b->ep, &b->mr, NULL);
+    b->fabric->ops->close(b->ep);
+    rmig_fabric_close(b->fabric);
 }
 
 /* Until the late write stands half-way. */
@@ -259,14 +312,30 @@ static void until_held(struct scene *s) {
     }
 }
 
+/* Before the sink's bytes are delivered it breaks, and the session fails with the write under way. */
+static void return_path_breaks(struct scene *s) {
+    until_held(s);
+    return_path_close(&s->back);
+    s->back.ep = NULL;
+    int status = RMIG_OK;
+    for (uint64_t until = now(s) + PATIENCE; status == RMIG_OK && now(s) < until;)
+        status = sink_turn(s);
+    cr_assert_neq(status, RMIG_OK);
+    rmig_sink_close(s->sink);
+    s->sink = NULL;
+}
+
 static void ends_well(struct scene *s) {
     until_held(s);
     for (uint64_t until = now(s) + PATIENCE; !s->finished;) {
         cr_assert_lt(now(s), until, "the sink does not finish");
         rmig_source_process(s->source);
+        return_path_turn(s);
         cr_assert_eq(sink_turn(s), RMIG_OK, "%s", rmig_sink_error(s->sink)->text);
         rest(s);
     }
+    if (s->way == WAY_RETURN_PATH)
+        cr_assert_eq(s->back.heard, RMIG_HEADER_SIZE + 4, "%llu", (unsigned long long)s->back.heard);
 }
 
 /* In the midst of a round's write. */
@@ -282,10 +351,21 @@ static void breaks_off(struct scene *s) {
         rmig_sink_cancel(s->sink);
     for (uint64_t until = now(s) + PATIENCE; s->way != WAY_CLOSE && status == RMIG_OK && now(s) < until;)
         status = sink_turn(s);
-    cr_assert_eq(status, s->way == WAY_CANCEL ? RMIG_ERR_CANCELLED : s->way == WAY_FAILURE ? RMIG_ERR_TIMEOUT : RMIG_OK,
+    cr_assert_eq(status,
+                 s->way == WAY_CANCEL    ? RMIG_ERR_CANCELLED
+                 : s->way == WAY_FAILURE ? RMIG_ERR_TIMEOUT
+                                         : RMIG_OK,
                  "%s", rmig_sink_error(s->sink)->text);
     rmig_sink_close(s->sink);
     s->sink = NULL;
+}
+
+/* The sink's connection, unless it was cut, as by an embedder who waits for several. */
+static void still_polled(struct scene *s) {
+    struct rmig_fabric_event ev;
+    struct rmig_ep *ep = s->sink == NULL ? NULL : s->sink->ss.ep;
+    if (ep != NULL && ep != s->cut)
+        s->to->ops->poll(ep, &ev, 1, NULL);
 }
 
 /* The rest of the write comes; whatever still runs in this process is run. */
@@ -297,6 +377,7 @@ static void nothing_lands(struct scene *s, const uint8_t *before) {
         rmig_sink_wait(s->other, &ev, SECOND / 1000);
         rmig_sink_process(s->sink, &ev);
         rmig_source_process(s->source);
+        still_polled(s);
     }
     cr_assert_eq(memcmp(before, s->to_ram, RAM), 0, "the guest's memory has changed");
     rmig_sink_close(s->sink);
@@ -307,18 +388,14 @@ static void nothing_lands(struct scene *s, const uint8_t *before) {
 
 static void late(const char *provider, enum way way) {
     struct scene s = {.way = way, .hostile = true};
-    struct rmig_fabric *second = NULL;
-    struct rmig_ep *return_path = NULL;
     char other[64];
     open_fabrics(&s, provider);
     open_ends(&s);
     s.other = listen_on(&s, NULL, other, sizeof other);
     half_write_open(&s.proxy, s.address);
     SOURCE(&s, rmig_source_connect_start(s.source, s.proxy.address));
-    if (way == WAY_RETURN_PATH) {
-        second = open_fabric(provider);
-        return_path = open_return_path(&s, second);
-    }
+    if (way == WAY_RETURN_PATH || way == WAY_BROKEN_RETURN_PATH)
+        return_path_open(&s, provider);
     if (way >= WAY_CANCEL) {
         one_round(&s, 4096);
         breaks_off(&s);
@@ -326,18 +403,10 @@ static void late(const char *provider, enum way way) {
         one_round(&s, RAM);
         cr_assert_eq(rmig_source_put(s.source, "state", 5), RMIG_OK);
         cr_assert_eq(rmig_source_finish_start(s.source), RMIG_OK);
-        if (way == WAY_RETURN_PATH) {
-            until_held(&s);
-            second->ops->cut(return_path); // its bytes cannot be delivered: the session fails with the write under way
-            int status = RMIG_OK;
-            for (uint64_t until = now(&s) + PATIENCE; status == RMIG_OK && now(&s) < until;)
-                status = sink_turn(&s);
-            cr_assert_neq(status, RMIG_OK);
-            rmig_sink_close(s.sink);
-            s.sink = NULL;
-        } else {
+        if (way == WAY_BROKEN_RETURN_PATH)
+            return_path_breaks(&s);
+        else
             ends_well(&s);
-        }
     }
     uint8_t *before = malloc(RAM);
     memcpy(before, s.to_ram, RAM);
@@ -345,9 +414,7 @@ static void late(const char *provider, enum way way) {
     free(before);
     rmig_source_close(s.source);
     rmig_sink_close(s.other);
-    if (return_path != NULL)
-        second->ops->close(return_path);
-    rmig_fabric_close(second);
+    return_path_close(&s.back);
     half_write_close(&s.proxy);
     close_fabrics(&s);
 }
@@ -367,8 +434,11 @@ TestSuite(handover, .timeout = 300);
     Test(handover, no_late_write_over_##provider##_behind_complete) {                                                  \
         late(providers[provider_index], WAY_VERSION_1);                                                                \
     }                                                                                                                  \
-    Test(handover, no_late_write_over_##provider##_behind_a_broken_return_path) {                                      \
+    Test(handover, no_late_write_over_##provider##_behind_a_return_path) {                                             \
         late(providers[provider_index], WAY_RETURN_PATH);                                                              \
+    }                                                                                                                  \
+    Test(handover, no_late_write_over_##provider##_behind_a_broken_return_path) {                                      \
+        late(providers[provider_index], WAY_BROKEN_RETURN_PATH);                                                       \
     }                                                                                                                  \
     Test(handover, no_late_write_over_##provider##_behind_cancel) { late(providers[provider_index], WAY_CANCEL); }     \
     Test(handover, no_late_write_over_##provider##_behind_close) { late(providers[provider_index], WAY_CLOSE); }       \
