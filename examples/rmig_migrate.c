@@ -492,11 +492,12 @@ static int read_block_record(struct run *r, const uint8_t *p, size_t n) {
     uint64_t length = get_be(p, 8);
     if (r->images.count == BLOCKS_MAX)
         return fail(&r->p, EXIT_MIGRATION, "the source announced more than %d blocks", BLOCKS_MAX);
-    r->ours = length > r->opt.max_size - r->total;
+    uint64_t left = r->opt.max_size - r->total - r->state_bytes;
+    r->ours = length > left;
     if (length == 0 || r->ours)
         return fail(&r->p, EXIT_MIGRATION,
                     "the source announced a block of %llu bytes; 1 to %llu are left of --max-size",
-                    (unsigned long long)length, (unsigned long long)(r->opt.max_size - r->total));
+                    (unsigned long long)length, (unsigned long long)left);
     struct image *image = images_add(&r->images);
     image->name = checked(strndup((const char *)p + 8, n - 8));
     image->length = length;
@@ -505,6 +506,10 @@ static int read_block_record(struct run *r, const uint8_t *p, size_t n) {
 }
 
 static int read_state_record(struct run *r, const uint8_t *p, size_t n) {
+    uint64_t left = r->opt.max_size - r->total - r->state_bytes;
+    if (n > left)
+        return fail(&r->p, EXIT_MIGRATION, "the source sent %zu bytes of state; %llu are left of --max-size", n,
+                    (unsigned long long)left);
     if (r->state.file.fd < 0 && open_part(r, &r->state, "the state") < 0)
         return -1;
     while (n > 0) {
@@ -1034,7 +1039,7 @@ static const struct argp_option option_table[] = {
     {"out", KEY_OUT, "DIR", 0, "where blocks go that --block does not name, and the state", 0},
     {"force", KEY_FORCE, NULL, 0, "replace files that exist", 0},
     {"sparse", KEY_SPARSE, NULL, 0, "do not reserve disk space, leave holes where the memory is zero", 0},
-    {"max-size", KEY_MAX_SIZE, "SIZE", 0, "refuse images of more bytes in all (default 1T)", 0},
+    {"max-size", KEY_MAX_SIZE, "SIZE", 0, "refuse images and state of more bytes in all (default 1T)", 0},
     {"wait", KEY_WAIT, "SECONDS", 0, "give up when no source came (default: never)", 0},
     {"disk-timeout", KEY_DISK_TIMEOUT, "SECONDS", 0,
      "refuse when the disk has not taken all so long after the last byte (default 3600)", 0},

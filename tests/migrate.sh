@@ -324,6 +324,7 @@ file_errors() {
     check 'one file for two blocks is refused' one_file_twice
     check 'a block that the source has not is refused' unknown_block
     check 'more than --max-size is refused' too_large
+    check 'more state than --max-size leaves is refused' too_much_state
     if [ "$(id -u)" = 0 ]; then
         skip 'an unreadable image' 'root reads everything'
         skip 'a read-only folder' 'root writes everywhere'
@@ -379,6 +380,12 @@ too_large() {
     send=(--block "ram=$tmp/odd")
     recv=(--max-size 11M)
     ! both 0 0 >"$tmp/both.out" && grep -q 'recv with 5' "$tmp/both.out" && says "$tmp/recv.err" --max-size && nothing_left
+}
+
+too_much_state() {
+    send=(--block "ram=$tmp/odd" --state "$tmp/big")
+    recv=(--max-size 13M --wait 10)
+    ! both 0 0 >"$tmp/both.out" && says "$tmp/recv.err" --max-size && says "$tmp/send.err" 'of state' && nothing_left
 }
 
 # The receiver runs in a namespace of its own with 4 MiB for files; the sender wants to send 32 MiB.
