@@ -4697,7 +4697,7 @@ static int rmig__source_step(struct rmig_source *s) {
         return s->ss.failed;
     bool moved = true;
     s->ss.again = false;
-    for (unsigned turns = 0; moved; turns++) {
+    for (unsigned turns = 0; moved && !s->ss.again; turns++) {
         if (turns == 16) {
             s->ss.again = true;
             break;

@@ -2105,6 +2105,28 @@ Test(session, all_zero_memory_is_neither_registered_nor_written) {
     close_world(&w);
 }
 
+static uint64_t source_step_that_finds_little(void *user, uint64_t now) {
+    const struct world *w = user;
+    uint64_t before = source_stats(w).bytes_zero;
+    uint64_t next = source_step(user, now);
+    uint64_t found = source_stats(w).bytes_zero - before;
+    cr_assert_leq(found, 64 * RMIG_MIB, "%llu bytes tested in one call", (unsigned long long)found);
+    return next;
+}
+
+Test(session, no_call_tests_more_than_64_mib_for_zeros) {
+    struct world w;
+    struct rmig_error err = {0};
+    plan_world(&w, SIM_ORDERED);
+    add_ram(&w, 192 * RMIG_MIB, RMIG_BACKING_UNKNOWN);
+    open_world(&w);
+    sim_actor(w.sim, 0, source_step_that_finds_little, &w);
+    cr_assert_eq(sim_run(w.sim, w.horizon, &err), RMIG_OK, "%s", err.text);
+    cr_assert_eq(w.from.status, RMIG_OK, "%s", w.from.text);
+    cr_assert_eq(source_stats(&w).bytes_zero, 288 * RMIG_MIB);
+    close_world(&w);
+}
+
 Test(session, a_zero_run_across_chunks_is_one_entry) {
     struct world w;
     uint64_t entries = 0;
