@@ -677,24 +677,6 @@ struct dest {
     struct guest_verdict arrival, final;
 };
 
-/* What the source said of its RAM, or what --ram says when a plain version 1 source says nothing. */
-static int dest_ram_size(struct dest *d, const struct rmig_sink_event *ev, char *name, uint64_t *size,
-                         struct rmig_error *err) {
-    struct rmig_block_entry entry = {0};
-    snprintf(name, RMIG_NAME_MAX + 1, "kvm-live.ram");
-    *size = d->o->ram;
-    if (ev->block_count == 0)
-        return RMIG_OK;
-    if (ev->block_count != 1)
-        return rmig_fail(err, RMIG_ERR_SETUP, 0, "the source has %u RAM blocks, this program takes 1", ev->block_count);
-    int rc = rmig_sink_peer_block(d->rmig, 0, &entry);
-    if (rc != RMIG_OK)
-        return rc;
-    memcpy(name, entry.name, sizeof entry.name);
-    *size = entry.length;
-    return RMIG_OK;
-}
-
 /* A call on the sink that is refused leaves its words there. */
 static int dest_check(struct dest *d, int rc, struct rmig_error *err) {
     if (rc < 0)
@@ -702,16 +684,39 @@ static int dest_check(struct dest *d, int rc, struct rmig_error *err) {
     return rc;
 }
 
+/* What the source says of its RAM, or what --ram says when a plain version 1 source says nothing; an error if this
+   program does not take it. */
+static int dest_offer(struct dest *d, const struct rmig_sink_event *ev, char *name, uint64_t *size,
+                      struct rmig_error *err) {
+    struct rmig_block_entry entry = {0};
+    char is[32], max[32];
+    snprintf(name, RMIG_NAME_MAX + 1, "kvm-live.ram");
+    *size = d->o->ram;
+    if (ev->block_count > 1)
+        return rmig_fail(err, RMIG_ERR_SETUP, 0, "the source has %u RAM blocks, this program takes 1", ev->block_count);
+    if (ev->block_count == 1) {
+        int rc = rmig_sink_peer_block(d->rmig, 0, &entry);
+        if (rc != RMIG_OK)
+            return dest_check(d, rc, err);
+        memcpy(name, entry.name, sizeof entry.name);
+        *size = entry.length;
+    }
+    if (*size < GUEST_RAM_MIN || *size > d->o->ram_max)
+        return rmig_fail(err, RMIG_ERR_SETUP, 0, "the source's RAM is %s: must be 16M to --ram-max, %s",
+                         rmig_size_format(*size, is, sizeof is), rmig_size_format(d->o->ram_max, max, sizeof max));
+    return RMIG_OK;
+}
+
 static int dest_blocks(struct dest *d, const struct rmig_sink_event *ev, struct rmig_error *err) {
-    char name[RMIG_NAME_MAX + 1], is[32], max[32];
+    char name[RMIG_NAME_MAX + 1];
     uint64_t size;
     uint32_t index;
-    int rc = dest_ram_size(d, ev, name, &size, err);
-    if (rc == RMIG_OK && (size < GUEST_RAM_MIN || size > d->o->ram_max))
-        rc = rmig_fail(err, RMIG_ERR_SETUP, 0, "the source's RAM is %s: must be 16M to --ram-max, %s",
-                       rmig_size_format(size, is, sizeof is), rmig_size_format(d->o->ram_max, max, sizeof max));
-    if (rc == RMIG_OK)
-        rc = ram_open(&d->ram, size, err);
+    if (dest_offer(d, ev, name, &size, err) != RMIG_OK) { // let it go: another may come
+        rmig_sink_refuse(d->rmig, err->text);
+        *err = (struct rmig_error){0};
+        return RMIG_OK;
+    }
+    int rc = ram_open(&d->ram, size, err);
     // The slow part of making a VM, while the guest still runs at the source.
     struct rmig_error no_kvm = {0};
     if (rc == RMIG_OK && d->o->guest != GUEST_THREAD && kvm_open_vcpu(&d->guest, &no_kvm) != RMIG_OK)

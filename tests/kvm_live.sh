@@ -58,10 +58,14 @@ source_to_dest() { # OPTION...
 # A source that does not suit is let go, and the next one finds all as it was.
 next_source() {
     local dest address status
-    start_dest --set chunk-size=2M --run-after 100 || return 1
+    start_dest --set chunk-size=2M --run-after 100 --ram-max 64M || return 1
     source_to_dest --set chunk-size=4M
     status=$?
-    [ "$status" = 3 ] && source_to_dest --set chunk-size=2M && wait "$dest" && grep -q 'let go.*chunk-size' "$tmp/dest.err" &&
+    source_to_dest --set chunk-size=2M --ram 66M
+    status+=" $?"
+    [ "$status" = '3 3' ] && grep -q 'must be 16M to --ram-max, 64M' "$tmp/source.err" &&
+        source_to_dest --set chunk-size=2M && wait "$dest" && grep -q 'let go.*chunk-size' "$tmp/dest.err" &&
+        grep -q 'let go.*--ram-max' "$tmp/dest.err" &&
         [ "$(json_field "$tmp/dest.json" verified)" = 1 ] || { cat "$tmp/source.err" "$tmp/dest.err"; return 1; }
 }
 
