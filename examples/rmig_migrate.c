@@ -493,8 +493,7 @@ static int read_block_record(struct run *r, const uint8_t *p, size_t n) {
     if (r->images.count == BLOCKS_MAX)
         return fail(&r->p, EXIT_MIGRATION, "the source announced more than %d blocks", BLOCKS_MAX);
     uint64_t left = r->opt.max_size - r->total - r->state_bytes;
-    r->ours = length > left;
-    if (length == 0 || r->ours)
+    if (length == 0 || length > left)
         return fail(&r->p, EXIT_MIGRATION,
                     "the source announced a block of %llu bytes; 1 to %llu are left of --max-size",
                     (unsigned long long)length, (unsigned long long)left);
@@ -695,7 +694,7 @@ static int answer(struct run *r) {
 }
 
 /* What the source has said goes with it, and what was made for it. Where something is wrong here (a file, too little
-   memory that may be locked, a --max-size below what is to be moved) the receiver ends: its operator has to look. */
+   memory that may be locked) the receiver ends: its operator has to look. */
 static int forget(struct run *r) {
     if ((r->p.code != EXIT_OK && r->p.code != EXIT_MIGRATION) || r->ours)
         return -1;
