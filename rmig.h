@@ -296,27 +296,26 @@ extern "C" {
 #define RMIG_STATUS_LIST(X)                                                                                            \
     X(OK, 0, "ok", "")                                                                                                 \
     X(PENDING, 1, "not finished yet", "call process again when a descriptor is ready or the deadline has come")        \
-    X(ERR_ARGUMENT, -1, "bad argument", "see the text: it names the argument, its value and what would be right")      \
+    X(ERR_ARGUMENT, -1, "bad argument", "")                                                                            \
     X(ERR_PARAM, -2, "bad parameter", "list the parameters with rmig_param_list")                                      \
-    X(ERR_STATE, -3, "call out of order", "see the text for what has to come first")                                   \
+    X(ERR_STATE, -3, "call out of order", "")                                                                          \
     X(ERR_FULL, -4, "no room now", "let the session make progress and call again")                                     \
     X(ERR_NO_MEMORY, -5, "out of memory", "free memory, or use larger chunks: tables grow with the chunk count")       \
     X(ERR_WIRE, -6, "malformed message", "the bytes do not follow the protocol")                                       \
-    X(ERR_FORGOTTEN, -7, "the source was refused and is forgotten",                                                    \
-      "the sink listens on; see the text for what did not suit")                                                       \
+    X(ERR_FORGOTTEN, -7, "the source was refused and is forgotten", "the sink listens on: another source can come")    \
     X(ERR_TIMEOUT, -100, "the peer is silent", "check the network, or raise io-timeout or connect-timeout")            \
     X(ERR_PEER_GONE, -101, "the peer went away", "look at the other end for the reason")                               \
     X(ERR_PROTOCOL, -102, "the peer broke the protocol", "the other end is not a healthy rmig or QEMU")                \
-    X(ERR_REFUSED, -103, "the peer refused", "see the text for its reason")                                            \
-    X(ERR_FABRIC, -104, "the fabric failed", "see the text for the provider's own words")                              \
+    X(ERR_REFUSED, -103, "the peer refused", "")                                                                       \
+    X(ERR_FABRIC, -104, "the fabric failed", "")                                                                       \
     X(ERR_REGISTRATION, -105, "memory could not be registered",                                                        \
       "raise RLIMIT_MEMLOCK, lower register-ahead, leave pin-all off, or tell a version 1 sink its peer-chunk-size")   \
-    X(ERR_UNREACHABLE, -106, "the address cannot be reached", "check that the sink listens there")                     \
+    X(ERR_UNREACHABLE, -106, "the address cannot be reached", "check the address, and that a sink listens there")      \
     X(ERR_CANCELLED, -107, "cancelled", "")                                                                            \
-    X(ERR_SETUP, -108, "the session could not be set up", "see the text")                                              \
+    X(ERR_SETUP, -108, "the session could not be set up", "")                                                          \
     X(ERR_HANDOVER, -109, "the link broke during the handover",                                                        \
       "the peer may or may not own the guest now: ask it before running the guest here")                               \
-    X(ERR_FILE, -110, "a file failed", "see the text for the place in the file and the words of the system")
+    X(ERR_FILE, -110, "a file failed", "")
 
 enum rmig_status {
 #define RMIG__X(name, value, text, hint) RMIG_##name = value,
@@ -848,6 +847,8 @@ The life of a connection on the active side:
     open                resolve the address; poll then yields RMIG_FEV_RESOLVED, or RMIG_FEV_ERROR
     caps, reg, recv     from RESOLVED on
     connect             with private data; poll then yields ESTABLISHED (with the peer's), REJECTED or ERROR
+    next                where the name has other addresses, and instead of ESTABLISHED there was REJECTED, ERROR or
+                        nothing for too long: goes on from RESOLVED with the next of them
     send, write, ...    from ESTABLISHED on; completions come from poll
     disconnect          optional, orderly: what was posted before is delivered if the peer lives and poll goes on
                         being called; never waits; DISCONNECTED follows at both ends
@@ -855,7 +856,8 @@ The life of a connection on the active side:
     close               any time; frees everything of the endpoint, and cuts what is not delivered yet. The core has
                         cut it and deregistered its regions before.
 On the passive side:
-    listen              poll on the listener yields REQUEST with the source's private data, and again for each request
+    listen              on all addresses of the name that this host has, a host left out meaning all of the host's;
+                        poll on the listener yields REQUEST with the source's private data, and again for each request
     reject              refuses a request, or
     open_request        makes the connection's endpoint; caps, reg and recv work at once
     accept              with private data; poll on the new endpoint yields ESTABLISHED or ERROR
@@ -887,6 +889,7 @@ struct rmig_fabric {
 };
 struct rmig_ep {
     struct rmig_fabric *fabric;
+    uint32_t others; // active side: addresses of the name that next can still go on to
 };
 
 enum rmig_access { RMIG_ACCESS_LOCAL_READ = 1, RMIG_ACCESS_LOCAL_WRITE = 2, RMIG_ACCESS_REMOTE_WRITE = 4 };
@@ -968,9 +971,10 @@ struct rmig_fabric_ops {
     int (*wait)(struct rmig_fabric *f, struct rmig_ep *const *eps, size_t n, uint64_t deadline, struct rmig_error *err);
 
     int (*listen)(struct rmig_fabric *f, const char *address, struct rmig_ep **ep, struct rmig_error *err);
-    /* The listener's address as the peer would name it ("127.0.0.1:4444": the port that was really bound),
+    /* The listener's address as the peer would name it ("127.0.0.1:4444": the port that was really bound; the name that
+       was given where it has several addresses). Of a connection of the active side: the address at hand.
        NUL-terminated. */
-    int (*address)(struct rmig_ep *listener, char *buf, size_t buf_size, struct rmig_error *err);
+    int (*address)(struct rmig_ep *ep, char *buf, size_t buf_size, struct rmig_error *err);
     int (*open)(struct rmig_fabric *f, const char *address, const struct rmig_ep_config *cfg, struct rmig_ep **ep,
                 struct rmig_error *err);
     int (*open_request)(struct rmig_ep *listener, void *request, const struct rmig_ep_config *cfg, struct rmig_ep **ep,
@@ -1026,13 +1030,21 @@ struct rmig_fabric_ops {
        it was told of the connection before. No event comes here: after it only dereg, cut (which then does nothing) and
        close; poll, fds and wait may not name the endpoint either. Not for listeners. */
     void (*cut)(struct rmig_ep *ep);
+
+    /* NULL where rmig_ep.others is never above 0. */
+
+    /* Active side, before ESTABLISHED, while others is above 0: gives up the address at hand, frees what was made for
+       it, and begins with the next; others is then one less. All that was registered has been deregistered before, what
+       was posted is forgotten, and all goes as after open. */
+    void (*next)(struct rmig_ep *ep);
 };
 
 /* Closes a fabric, whatever kind it is, after its sources and sinks. NULL is allowed. */
 RMIG_API void rmig_fabric_close(struct rmig_fabric *f);
 
 /* "host:port", "[v6]:port", "host" (port then becomes ""), ":port" (host then becomes ""). For fabrics.
-   RMIG_ERR_ARGUMENT when it is none of these or the port is not 0 ... 65535. Each buffer holds at least 2 bytes. */
+   RMIG_ERR_ARGUMENT when it is none of these, the port is not 0 ... 65535, or a link-local address has no %interface.
+   Each buffer holds at least 2 bytes. */
 RMIG_API int rmig_split_address(const char *address, char *host, size_t host_size, char *port, size_t port_size,
                                 struct rmig_error *err);
 
@@ -1059,7 +1071,8 @@ RMIG_API int rmig_source_block_at(struct rmig_source *s, uint64_t guest_offset, 
 
 /* Non-blocking calls start an operation; drive it with rmig_source_process until that returns RMIG_OK. The call of the
    same name without _start is the same, waiting. One operation at a time: RMIG_ERR_STATE otherwise. connect resolves,
-   connects and agrees on the protocol, within connect-timeout. address: "host:port". */
+   connects and agrees on the protocol, within connect-timeout. address: "host:port". All addresses of a name are tried,
+   one after the other, each with its share of that time; an error names each, and why it did not do. */
 RMIG_API int rmig_source_connect_start(struct rmig_source *s, const char *address);
 RMIG_API int rmig_source_connect(struct rmig_source *s, const char *address);
 
@@ -2590,6 +2603,13 @@ static bool rmig__copy_part(char *out, size_t cap, const char *from, size_t n) {
     return true;
 }
 
+/* fe80::/10: which of the host's interfaces leads there only a suffix %interface can tell. */
+static bool rmig__lacks_interface(const char *host) {
+    bool local = (host[0] == 'f' || host[0] == 'F') && (host[1] == 'e' || host[1] == 'E') && host[2] != '\0' &&
+                 strchr("89abAB", host[2]) != NULL && host[3] != '\0' && host[3] != ':';
+    return local && host[4] == ':' && strchr(host, '%') == NULL;
+}
+
 static bool rmig__is_port(const char *text) {
     unsigned value = 0;
     for (; *text != '\0'; text++) {
@@ -2624,6 +2644,10 @@ RMIG__DEF int rmig_split_address(const char *address, char *host, size_t host_si
                   text);
         return RMIG_ERR_ARGUMENT;
     }
+    if (rmig__lacks_interface(host))
+        return rmig_fail(err, RMIG_ERR_ARGUMENT, 0,
+                         "address \"%.80s\" is link-local: it must name the interface too, as in [%.60s%%eth0]:%s",
+                         text, host, port[0] == '\0' ? "PORT" : port);
     return RMIG_OK;
 }
 
@@ -2634,6 +2658,8 @@ RMIG__DEF int rmig_split_address(const char *address, char *host, size_t host_si
 #define RMIG__CONTROL_BYTES ((uint64_t)(RMIG__RECVS + RMIG__SENDS) * RMIG_CONTROL_SIZE)
 #define RMIG__EVENTS 16
 #define RMIG__EVENT_TURNS 64 // so often at once: a fabric may have more without end
+#define RMIG__ADDRESS_MAX 128
+#define RMIG__REASON_MAX 140 // bytes of a rejection's reason: what InfiniBand's rejections carry, less private data
 #define RMIG__LINGER (100 * RMIG__MS) // for the last message of a failed session, in close
 
 /* What completions carry back: the kind of operation above, a buffer's index or a write's number below. */
@@ -2672,10 +2698,10 @@ struct rmig__session {
     struct rmig__received inbox[RMIG__RECVS]; // received and not yet handled, oldest first
     unsigned inbox_count;
 
-    bool resolved, established, disconnected, broken;
+    bool resolved, established, disconnected, broken, rejected;
     struct rmig_private_data peer;
     bool peer_data_short; // the peer's private data did not hold the 8 bytes
-    char link_text[160]; // why disconnected or broken
+    char link_text[320]; // why disconnected or broken
     int link_code;
 
     bool extended;
@@ -2734,7 +2760,7 @@ static int rmig__session_end(struct rmig__session *ss);
 static void rmig__link_lost(struct rmig__session *ss, const struct rmig_error *why) {
     if (!ss->broken && !ss->disconnected) {
         ss->link_code = why->provider_code;
-        snprintf(ss->link_text, sizeof ss->link_text, "%.150s", why->text);
+        snprintf(ss->link_text, sizeof ss->link_text, "%.310s", why->text);
     }
     ss->broken = true;
 }
@@ -2956,17 +2982,22 @@ static void rmig__session_leave(struct rmig__session *ss) {
     rmig__session_cut(ss);
 }
 
-/* Gives the endpoint back; the session may set up another. Guest memory has been deregistered before. */
-static void rmig__session_drop(struct rmig__session *ss) {
-    rmig__session_cut(ss);
+static void rmig__control_deregister(struct rmig__session *ss) {
     if (ss->control_registered)
         ss->fabric->ops->dereg(ss->ep, &ss->control_mr, NULL);
     ss->control_registered = false;
+}
+
+/* Gives the endpoint back; the session may set up another. Guest memory has been deregistered before. */
+static void rmig__session_drop(struct rmig__session *ss) {
+    rmig__session_cut(ss);
+    rmig__control_deregister(ss);
     if (ss->ep != NULL)
         ss->fabric->ops->close(ss->ep);
     ss->ep = NULL;
     ss->inbox_count = ss->unposted_count = 0;
-    ss->resolved = ss->established = ss->disconnected = ss->broken = ss->extended = ss->last_words = false;
+    ss->resolved = ss->established = ss->disconnected = ss->broken = ss->rejected = ss->extended = ss->last_words =
+        false;
 }
 
 static void rmig__session_close(struct rmig__session *ss) {
@@ -3001,6 +3032,22 @@ static void rmig__link_down(struct rmig__session *ss, const struct rmig_fabric_e
     ss->link_code = e->provider_code;
 }
 
+/* The peer's reason stands behind its private data; one that gives none is most often busy. */
+static void rmig__on_rejected(struct rmig__session *ss, const struct rmig_fabric_event *e) {
+    char why[RMIG__REASON_MAX + 1] = "";
+    size_t n = e->private_data == NULL ? 0 : e->private_data_length, at = RMIG_PRIVATE_DATA_SIZE;
+    while (at < n && e->private_data[at] != '\0') // it may be padded
+        at++;
+    if (at > RMIG_PRIVATE_DATA_SIZE)
+        rmig__copy_text(why, sizeof why, e->private_data + RMIG_PRIVATE_DATA_SIZE, at - RMIG_PRIVATE_DATA_SIZE);
+    rmig__link_down(ss, e);
+    size_t used = strlen(ss->link_text);
+    if (n > 0)
+        snprintf(ss->link_text + used, sizeof ss->link_text - used, ": %s",
+                 why[0] == '\0' ? "it gave no reason; it may be busy with another source" : why);
+    ss->broken = ss->rejected = true;
+}
+
 static int rmig__on_event(struct rmig__session *ss, const struct rmig_fabric_event *e) {
     switch (e->type) {
     case RMIG_FEV_RESOLVED:
@@ -3023,7 +3070,8 @@ static int rmig__on_event(struct rmig__session *ss, const struct rmig_fabric_eve
             ss->writes_done = e->id & RMIG__ID_NUMBER;
         break;
     case RMIG_FEV_REJECTED:
-        return RMIG__END(ss, RMIG_ERR_REFUSED, e->provider_code, "the sink rejected the connection: %s", e->text);
+        rmig__on_rejected(ss, e);
+        break;
     case RMIG_FEV_DISCONNECTED:
         rmig__link_down(ss, e);
         ss->disconnected = true;
@@ -3083,13 +3131,13 @@ static int rmig__peer_error(struct rmig__session *ss, const char *peer, const st
 }
 
 /* Once all messages that came before it are handled, a link that went down ends the session. */
-static int rmig__check_link(struct rmig__session *ss, const char *peer, const char *when) {
+static int rmig__check_link(struct rmig__session *ss, const char *peer) {
     if (ss->broken)
-        return RMIG__END(ss, ss->established ? RMIG_ERR_FABRIC : RMIG_ERR_UNREACHABLE, ss->link_code,
-                         "the connection to the %s failed %s: %s", peer, when, ss->link_text);
+        return RMIG__END(ss, RMIG_ERR_FABRIC, ss->link_code,
+                         "the connection to the %s failed before the handover was over: %s", peer, ss->link_text);
     if (ss->disconnected)
-        return RMIG__END(ss, RMIG_ERR_PEER_GONE, ss->link_code, "the %s went away %s%s%s", peer, when,
-                         ss->link_text[0] == '\0' ? "" : ": ", ss->link_text);
+        return RMIG__END(ss, RMIG_ERR_PEER_GONE, ss->link_code, "the %s went away before the handover was over%s%s",
+                         peer, ss->link_text[0] == '\0' ? "" : ": ", ss->link_text);
     return RMIG_OK;
 }
 
@@ -3418,6 +3466,10 @@ struct rmig_source {
     enum rmig__exchange exchange;
     uint32_t blocks_sent;
     uint64_t connect_began;
+    uint64_t attempt_began, attempt_until; // with the address at hand; RMIG_FOREVER: the name has no other
+    uint32_t addresses; // of the name
+    bool rejected; // one of them was there
+    char tried[sizeof(((struct rmig_error *)NULL)->text) - 40]; // why those before did not do
 
     bool credit; // a READY is in hand
     uint32_t await; // type of the reply that is due, 0: none
@@ -3594,6 +3646,17 @@ static void rmig__source_parameters(struct rmig_source *s) {
         s->window_bytes = s->chunk_size;
 }
 
+/* Each address has an equal share of what is left of the time. */
+static void rmig__source_attempt(struct rmig_source *s) {
+    struct rmig__session *ss = &s->ss;
+    uint64_t now = rmig__now(ss);
+    uint64_t until = rmig__after(s->connect_began, rmig_get(&ss->cfg, RMIG_PARAM_CONNECT_TIMEOUT));
+    ss->last_progress = s->attempt_began = now;
+    s->attempt_until = RMIG_FOREVER;
+    if (s->addresses > 1)
+        s->attempt_until = now + (until > now ? until - now : 0) / (ss->ep->others + 1);
+}
+
 static int rmig__connect_start(struct rmig_source *s, const char *address) {
     struct rmig__session *ss = &s->ss;
     if (s->state != RMIG__SOURCE_NEW || ss->failed)
@@ -3620,7 +3683,9 @@ static int rmig__connect_start(struct rmig_source *s, const char *address) {
     }
     s->state = RMIG__SOURCE_CONNECTING;
     s->op = RMIG__OP_CONNECT;
-    s->connect_began = ss->last_progress = rmig__now(ss);
+    s->connect_began = rmig__now(ss);
+    s->addresses = ss->ep->others + 1;
+    rmig__source_attempt(s);
     rmig__trace(ss, "connect %s", address);
     return RMIG_OK;
 }
@@ -3634,8 +3699,38 @@ RMIG__DEF int rmig_source_connect_start(struct rmig_source *s, const char *addre
 
 // --- connecting
 
+/* Why the address at hand did not do goes to what was tried before; each has its part of the text. */
+static void rmig__source_note_tried(struct rmig_source *s) {
+    struct rmig__session *ss = &s->ss;
+    char address[RMIG__ADDRESS_MAX], text[RMIG__ADDRESS_MAX + 2 + sizeof ss->link_text];
+    size_t used = strlen(s->tried), part = (size_t)rmig__max(sizeof s->tried / s->addresses, 60) - 2;
+    bool named = s->addresses == 1 || ss->fabric->ops->address(ss->ep, address, sizeof address, NULL) != RMIG_OK ||
+                 strstr(ss->link_text, address) != NULL;
+    snprintf(text, sizeof text, "%s%s%s", named ? "" : address, named ? "" : ": ", ss->link_text);
+    snprintf(s->tried + used, sizeof s->tried - used, "%s%.*s", used == 0 ? "" : "; ", (int)part, text);
+    s->rejected = s->rejected || ss->rejected;
+}
+
+/* The address at hand cannot be connected to: goes on with the next, or ends the session with what stands against each
+   of them. status: what the last one's failure is. */
+static int rmig__source_next(struct rmig_source *s, int status) {
+    struct rmig__session *ss = &s->ss;
+    rmig__source_note_tried(s);
+    if (ss->ep->others == 0)
+        return RMIG__END(ss, s->rejected ? RMIG_ERR_REFUSED : status, ss->link_code, "%s", s->tried);
+    rmig__trace(ss, "next address: %s", ss->link_text);
+    rmig__control_deregister(ss);
+    ss->fabric->ops->next(ss->ep);
+    ss->resolved = ss->disconnected = ss->broken = ss->rejected = s->connect_posted = false;
+    ss->again = true;
+    rmig__source_attempt(s);
+    return RMIG_OK;
+}
+
 static int rmig__source_connect_step(struct rmig_source *s) {
     struct rmig__session *ss = &s->ss;
+    if (!ss->established && (ss->broken || ss->disconnected))
+        return rmig__source_next(s, RMIG_ERR_UNREACHABLE);
     if (ss->resolved && !s->connect_posted) {
         int status = rmig__session_setup(ss);
         if (status != RMIG_OK)
@@ -4644,7 +4739,23 @@ static uint64_t rmig__source_timeout(const struct rmig_source *s) {
     return rmig_get(&s->ss.cfg, rmig__source_limit(s));
 }
 
+/* One of a name's addresses has had its share of the time. */
+static int rmig__source_unanswered(struct rmig_source *s) {
+    struct rmig__session *ss = &s->ss;
+    char address[RMIG__ADDRESS_MAX], span[32];
+    if (ss->fabric->ops->address(ss->ep, address, sizeof address, NULL) != RMIG_OK)
+        snprintf(address, sizeof address, "an address");
+    rmig__param_text(&rmig__params[RMIG_PARAM_CONNECT_TIMEOUT],
+                     (rmig__now(ss) - s->attempt_began) / RMIG__MS * RMIG__MS, span, sizeof span);
+    snprintf(ss->link_text, sizeof ss->link_text, "%s did not answer for %s, its share of connect-timeout", address,
+             span);
+    ss->link_code = 0;
+    return rmig__source_next(s, RMIG_ERR_TIMEOUT);
+}
+
 static int rmig__source_timers(struct rmig_source *s) {
+    if (s->state == RMIG__SOURCE_CONNECTING && !s->ss.established && rmig__now(&s->ss) >= s->attempt_until)
+        return rmig__source_unanswered(s);
     const char *what = rmig__source_waits_for(s);
     if (what == NULL || rmig__now(&s->ss) < rmig__after(s->ss.last_progress, rmig__source_timeout(s)))
         return RMIG_OK;
@@ -4677,7 +4788,8 @@ static int rmig__source_turn(struct rmig_source *s, bool *moved) {
         rmig__source_complete(s);
     if (status != RMIG_OK || s->state == RMIG__SOURCE_DONE)
         return status;
-    status = rmig__check_link(&s->ss, "sink", "before the handover was over");
+    if (s->state == RMIG__SOURCE_UP || s->ss.established)
+        status = rmig__check_link(&s->ss, "sink");
     if (status == RMIG_OK && s->state == RMIG__SOURCE_CONNECTING)
         status = rmig__source_connect_step(s);
     if (status != RMIG_OK || s->state != RMIG__SOURCE_UP)
@@ -4749,6 +4861,8 @@ RMIG__DEF uint64_t rmig_source_next_deadline(struct rmig_source *s) {
     uint64_t at = s->ss.unposted_count > 0 ? rmig__now(&s->ss) + RMIG__MS : RMIG_FOREVER;
     if (rmig__source_waits_for(s) != NULL)
         at = rmig__min(at, rmig__after(s->ss.last_progress, rmig__source_timeout(s)));
+    if (s->state == RMIG__SOURCE_CONNECTING)
+        at = rmig__min(at, s->attempt_until);
     if (s->credit)
         at = rmig__min(at, rmig__idle_at(&s->ss));
     if (s->pace_until != 0)
@@ -5042,7 +5156,6 @@ RMIG__DEF void rmig_source_stats(const struct rmig_source *s, struct rmig_stats 
 #define RMIG__STEP_REGIONS 64 // registered or deregistered for the source in one call; of bytes no more than ...
 #define RMIG__STEP_REGISTER                                                                                            \
     (64 * RMIG_MIB) // ... this, or one region: a window of a source's, so that it waits no longer
-#define RMIG__ADDRESS_MAX 128
 
 struct rmig__sink_block {
     uint32_t local; // index in the table of blocks
@@ -5478,14 +5591,21 @@ RMIG__DEF int rmig_sink_peer_block(struct rmig_sink *s, uint32_t i, struct rmig_
 
 // --- a source asks to connect
 
+/* The reason goes behind the private data where it has room; for an rmig, since version 1 has no such thing. */
 static void rmig__sink_reject(struct rmig_sink *s, const struct rmig_fabric_event *e, const char *why) {
-    struct rmig_private_data data;
+    struct rmig_private_data data, asked;
+    bool words = rmig_decode_private_data(e->private_data, e->private_data_length, &asked) >= 0 &&
+                 (asked.flags & RMIG_FLAG_EXTENSION) != 0;
+    size_t n = words ? (size_t)rmig__min(strlen(why), RMIG__REASON_MAX) : 0;
     data.version = RMIG_PROTOCOL_VERSION;
     data.flags = 0;
-    uint8_t bytes[RMIG_PRIVATE_DATA_SIZE];
+    uint8_t bytes[RMIG_PRIVATE_DATA_SIZE + RMIG__REASON_MAX];
     rmig_encode_private_data(bytes, sizeof bytes, &data);
-    struct rmig_error err;
-    s->ss.fabric->ops->reject(s->listener, e->request, bytes, sizeof bytes, &err);
+    memcpy(bytes + RMIG_PRIVATE_DATA_SIZE, why, n);
+    const struct rmig_fabric_ops *ops = s->ss.fabric->ops;
+    int status = ops->reject(s->listener, e->request, bytes, RMIG_PRIVATE_DATA_SIZE + n, NULL);
+    if (status == RMIG_ERR_ARGUMENT && n > 0)
+        ops->reject(s->listener, e->request, bytes, RMIG_PRIVATE_DATA_SIZE, NULL);
     rmig__trace(&s->ss, "rejected a request: %s", why);
 }
 
@@ -5639,7 +5759,7 @@ static void rmig__sink_on_request(struct rmig_sink *s, const struct rmig_fabric_
     } else if (rmig__return_wanted(s, &asked)) {
         rmig__return_open(s, e);
     } else {
-        rmig__sink_reject(s, e, "busy with another source");
+        rmig__sink_reject(s, e, "it is busy with another source");
     }
 }
 
@@ -6545,7 +6665,9 @@ static int rmig__sink_link(struct rmig_sink *s) {
         s->event = RMIG_SINK_DISCONNECTED;
         return RMIG_OK;
     }
-    return rmig__check_link(ss, "source", "before the handover was over");
+    if (!ss->established)
+        return RMIG__END(ss, RMIG_ERR_FABRIC, ss->link_code, "%s", ss->link_text);
+    return rmig__check_link(ss, "source");
 }
 
 static int rmig__sink_on_table(struct rmig_sink *s, bool *moved) {

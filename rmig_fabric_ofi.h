@@ -60,9 +60,10 @@ elsewhere, with adapters and with no_populate set there is no thread.
 
 ADDRESSES
 
-    "host:port", "127.0.0.1:4444", "[::1]:4444". To listen on all IPv4 addresses: ":4444" or "0.0.0.0:4444"; on a free
-    port: port 0. Host names are looked up by the call that opens the endpoint, which may block for as long as the
-    resolver does; numeric addresses do not.
+    "host:port", "127.0.0.1:4444", "[::1]:4444", "[fe80::1%eth0]:4444". To listen on all addresses of the host: ":4444",
+    of IPv4 alone: "0.0.0.0:4444"; on a free port: port 0. A name is listened on at all of its addresses that the host
+    has, and connected to at the first that takes the connection. Host names are looked up by the call that opens the
+    endpoint, which may block for as long as the resolver does; numeric addresses do not.
 
 QEMU
 
@@ -183,6 +184,7 @@ extern "C" {
 #define RMIG__OFI_IDLE_NS 50000 // sleep where a provider has no descriptors
 #define RMIG__OFI_POLLFDS 64
 #define RMIG__OFI_REQUESTS 64 // at a listener, neither opened nor rejected; what comes beyond is rejected
+#define RMIG__OFI_FREE_PORTS 8 // tried until one is free at all addresses of a name
 #define RMIG__OFI_DESCRIPTORS 16 // that an endpoint takes, at most: its queues, and libfabric's own for each
 #define RMIG__OFI_STARVED_NS 1000000000ULL // how often a listener says that it can accept nobody
 #define RMIG__OFI_SOFT_WRITE                                                                                           \
@@ -225,6 +227,7 @@ struct rmig__ofi_ep { // what listeners and connections share
 
 struct rmig__ofi_request {
     struct rmig__ofi_request *next;
+    struct fid_pep *pep; // that it came to
     struct fi_info *info;
     bool told; // its event was delivered
     bool bare; // its private data came without libfabric's frame: see QEMU above
@@ -233,8 +236,10 @@ struct rmig__ofi_request {
 };
 
 struct rmig__ofi_listener {
-    struct rmig__ofi_ep head;
-    struct fid_pep *pep;
+    struct rmig__ofi_ep head; // info: of the first address
+    struct fid_pep **pep; // one for each address
+    size_t pep_count;
+    char name[256]; // that was given, where it has several addresses
     struct rmig__ofi_request *requests;
     char text[512]; // what went wrong with a request; empty: nothing that was not told
     int code;
@@ -262,6 +267,9 @@ struct rmig__ofi_conn {
     enum rmig__ofi_state state;
     struct fid_domain *domain; // its own: a key is good in all of its domain, and nowhere else
     struct rmig__ofi_listener *from; // passive side, until accepted
+    struct fid_pep *pep; // that the request came to
+    struct addrinfo *addresses, *address; // active side: all of the name; the one at hand
+    struct rmig_ep_config cfg;
     struct fid_ep *ep;
     struct fid_ep *context; // takes the receives; NULL: ep does
     struct fid_cq *cq;
@@ -563,10 +571,36 @@ static bool rmig__ofi_negotiate(struct rmig__ofi *f) {
 
 static bool rmig__ofi_is_deprecated(const char *name) { return strncasecmp(name, "sockets", 7) == 0; }
 
+/* "", or "; ...": the environment may leave libfabric fewer providers than are installed, which its own words do not
+   tell. Returns buf. */
+static const char *rmig__ofi_filter_hint(char *buf, size_t size) {
+    const char *filter = getenv("FI_PROVIDER");
+    buf[0] = '\0';
+    if (filter != NULL && filter[0] != '\0')
+        snprintf(buf, size, "; FI_PROVIDER=%.60s in the environment limits what libfabric offers: unset it", filter);
+    return buf;
+}
+
 static int rmig__ofi_refuse_deprecated(struct rmig_error *err) {
+    char hint[160];
     return rmig_fail(err, RMIG_ERR_FABRIC, 0,
                      "libfabric's provider 'sockets' is deprecated, loses completions of writes and ends the process "
-                     "when a peer uses another provider: use 'tcp' at both ends");
+                     "when a peer uses another provider: use 'tcp' at both ends%s",
+                     rmig__ofi_filter_hint(hint, sizeof hint));
+}
+
+static int rmig__ofi_no_provider(const char *wanted, int code, struct rmig_error *err) {
+    char hint[160];
+    rmig__ofi_filter_hint(hint, sizeof hint);
+    if (wanted != NULL)
+        return rmig_fail(
+            err, RMIG_ERR_FABRIC, code,
+            "libfabric: provider '%s' has no connected endpoints with ordered or delivery-complete RMA writes here: "
+            "%s (`fi_info -t FI_EP_MSG` lists candidates)%s",
+            wanted, fi_strerror(code), hint);
+    return rmig_fail(err, RMIG_ERR_FABRIC, code,
+                     "libfabric: no provider has connected endpoints with RMA writes here: %s%s", fi_strerror(code),
+                     hint);
 }
 
 static int rmig__ofi_choose(struct rmig__ofi *f, const char *wanted, struct rmig_error *err) {
@@ -593,21 +627,28 @@ static int rmig__ofi_choose(struct rmig__ofi *f, const char *wanted, struct rmig
         return RMIG_OK;
     if (deprecated)
         return rmig__ofi_refuse_deprecated(err);
-    if (ret == 0)
-        ret = -FI_ENODATA;
-    if (wanted != NULL)
-        return rmig_fail(
-            err, RMIG_ERR_FABRIC, -ret,
-            "libfabric: provider '%s' has no connected endpoints with ordered or delivery-complete RMA writes here: "
-            "%s (`fi_info -t FI_EP_MSG` lists candidates)",
-            wanted, fi_strerror(-ret));
-    return rmig_fail(err, RMIG_ERR_FABRIC, -ret,
-                     "libfabric: no provider has connected endpoints with RMA writes here: %s", fi_strerror(-ret));
+    return rmig__ofi_no_provider(wanted, ret == 0 ? FI_ENODATA : -ret, err);
 }
 
-/* The offer for an address, or an error that tells an unknown host from one that the provider cannot serve. */
-static int rmig__ofi_resolve(const struct rmig__ofi *f, const char *address, bool passive, size_t tx, size_t rx,
-                             struct fi_info **info, struct rmig_error *err) {
+/* A resolver may give an address twice: in a hosts file each line counts. */
+static void rmig__ofi_drop_twins(struct addrinfo *list) {
+    for (struct addrinfo *a = list; a != NULL; a = a->ai_next) {
+        struct addrinfo **at = &a->ai_next;
+        while (*at != NULL) {
+            struct addrinfo *b = *at;
+            if (b->ai_addrlen != a->ai_addrlen || memcmp(b->ai_addr, a->ai_addr, a->ai_addrlen) != 0) {
+                at = &b->ai_next;
+                continue;
+            }
+            *at = b->ai_next;
+            b->ai_next = NULL;
+            freeaddrinfo(b);
+        }
+    }
+}
+
+/* All addresses of a name, IPv6 first where the host was left out: its wildcard mostly takes IPv4 too. */
+static int rmig__ofi_lookup(const char *address, bool passive, struct addrinfo **out, struct rmig_error *err) {
     char host[256], port[16];
     int ret = rmig_split_address(address, host, sizeof host, port, sizeof port, err);
     if (ret != RMIG_OK)
@@ -617,22 +658,49 @@ static int rmig__ofi_resolve(const struct rmig__ofi *f, const char *address, boo
     if (!passive && (host[0] == '\0' || strtoul(port, NULL, 10) == 0))
         return rmig_fail(err, RMIG_ERR_ARGUMENT, 0,
                          "address '%s' to connect to needs a host and a port from 1 to 65535", address);
-    const char *node = host[0] == '\0' ? "0.0.0.0" : host;
-    ret = rmig__ofi_getinfo(f, node, port, passive ? FI_SOURCE : 0, tx, rx, info);
-    if (ret != 0 && (tx != 0 || rx != 0)) // the queues wanted may be more than it has
-        ret = rmig__ofi_getinfo(f, node, port, passive ? FI_SOURCE : 0, 0, 0, info);
-    if (ret == 0)
-        return RMIG_OK;
-
-    struct addrinfo hints, *found = NULL;
+    struct addrinfo hints, *list = NULL;
     memset(&hints, 0, sizeof hints);
     hints.ai_socktype = SOCK_STREAM;
-    int gai = getaddrinfo(node, port, &hints, &found);
+    hints.ai_flags = passive ? AI_PASSIVE : 0;
+    int gai = getaddrinfo(host[0] == '\0' ? NULL : host, port, &hints, &list);
     if (gai != 0)
-        return rmig_fail(err, RMIG_ERR_UNREACHABLE, gai, "address '%s': %s", address, gai_strerror(gai));
-    freeaddrinfo(found);
-    return rmig_fail(err, RMIG_ERR_UNREACHABLE, -ret, "libfabric provider '%s' cannot %s '%s': %s", f->provider,
-                     passive ? "listen on" : "reach", address, fi_strerror(-ret));
+        return rmig_fail(err, passive ? RMIG_ERR_FABRIC : RMIG_ERR_UNREACHABLE, gai, "address '%s': %s", address,
+                         gai_strerror(gai));
+    rmig__ofi_drop_twins(list);
+    struct addrinfo *second = list->ai_next;
+    if (host[0] == '\0' && list->ai_family == AF_INET && second != NULL && second->ai_next == NULL) {
+        second->ai_next = list; // there are two
+        list->ai_next = NULL;
+        list = second;
+    }
+    *out = list;
+    return RMIG_OK;
+}
+
+/* "127.0.0.1:4444", "[::1]:4444". Returns a status. */
+static int rmig__ofi_print(const struct sockaddr *a, size_t length, char *buf, size_t size, struct rmig_error *err) {
+    char host[256], port[16];
+    int ret = getnameinfo(a, (socklen_t)length, host, sizeof host, port, sizeof port, NI_NUMERICHOST | NI_NUMERICSERV);
+    if (ret != 0)
+        return rmig_fail(err, RMIG_ERR_FABRIC, ret, "an address in figures: %s", gai_strerror(ret));
+    ret = snprintf(buf, size, a->sa_family == AF_INET6 ? "[%s]:%s" : "%s:%s", host, port);
+    if (ret < 0 || (size_t)ret >= size)
+        return rmig_fail(err, RMIG_ERR_ARGUMENT, 0, "address: %zu bytes of room, %d needed", size, ret + 1);
+    return RMIG_OK;
+}
+
+/* The provider's offer for one address. own_port: instead of the one in it; NULL: that. */
+static int rmig__ofi_resolve(const struct rmig__ofi *f, const struct addrinfo *a, bool passive, const char *own_port,
+                             size_t tx, size_t rx, struct fi_info **info) {
+    char host[256], port[16];
+    if (getnameinfo(a->ai_addr, a->ai_addrlen, host, sizeof host, port, sizeof port, NI_NUMERICHOST | NI_NUMERICSERV) !=
+        0)
+        return -FI_EINVAL;
+    const char *service = own_port == NULL ? port : own_port;
+    int ret = rmig__ofi_getinfo(f, host, service, passive ? FI_SOURCE : 0, tx, rx, info);
+    if (ret != 0 && (tx != 0 || rx != 0)) // the queues wanted may be more than it has
+        ret = rmig__ofi_getinfo(f, host, service, passive ? FI_SOURCE : 0, 0, 0, info);
+    return ret;
 }
 
 // >>ofi: fabrics and event queues
@@ -682,27 +750,41 @@ static int rmig__ofi_open_eq(struct rmig__ofi_ep *ep, bool poll_only, struct rmi
 /* Private data of a rejection that has none: by its data the peer tells one from a port where nobody listens. */
 static const uint8_t rmig__ofi_no[8] = {0, 0, 0, 0, 0, 0, 0, 0};
 
-static void rmig__ofi_drop_request(struct rmig__ofi_listener *l, struct rmig__ofi_request *r, const void *data,
-                                   size_t n) {
+static void rmig__ofi_drop_request(struct rmig__ofi_request *r, const void *data, size_t n) {
     if (r->info != NULL) {
-        fi_reject(l->pep, r->info->handle, data, n);
+        fi_reject(r->pep, r->info->handle, data, n);
         fi_freeinfo(r->info);
     }
     rmig__ofi_free(r);
 }
 
-/* Closes the listener when its last user is gone. */
-static void rmig__ofi_release_listener(struct rmig__ofi_listener *l) {
-    if (--l->users > 0)
-        return;
-    if (l->pep != NULL)
-        fi_close(&l->pep->fid);
+static void rmig__ofi_stop_queue(struct rmig__ofi_listener *l) {
     if (l->head.eq != NULL)
         fi_close(&l->head.eq->fid);
     if (l->head.fabric != NULL)
         fi_close(&l->head.fabric->fid);
     if (l->head.info != NULL)
         fi_freeinfo(l->head.info);
+    l->head.eq = NULL;
+    l->head.fabric = NULL;
+    l->head.info = NULL;
+}
+
+/* Leaves the listener as if it had never listened. */
+static void rmig__ofi_stop_listener(struct rmig__ofi_listener *l) {
+    for (size_t i = 0; i < l->pep_count; i++)
+        fi_close(&l->pep[i]->fid);
+    rmig__ofi_free(l->pep);
+    l->pep = NULL;
+    l->pep_count = 0;
+    rmig__ofi_stop_queue(l);
+}
+
+/* Closes the listener when its last user is gone. */
+static void rmig__ofi_release_listener(struct rmig__ofi_listener *l) {
+    if (--l->users > 0)
+        return;
+    rmig__ofi_stop_listener(l);
     rmig__ofi_free(l);
 }
 
@@ -721,6 +803,13 @@ static void rmig__ofi_unframe(const struct rmig__ofi_listener *l, struct rmig__o
     r->length = sizeof version_1;
 }
 
+static struct fid_pep *rmig__ofi_pep_of(const struct rmig__ofi_listener *l, const struct fid *fid) {
+    size_t i = 0;
+    while (i + 1 < l->pep_count && &l->pep[i]->fid != fid)
+        i++;
+    return l->pep[i];
+}
+
 static void rmig__ofi_add_request(struct rmig__ofi_listener *l, const struct fi_eq_cm_entry *cm, size_t data_length) {
     struct rmig__ofi_request **tail = &l->requests;
     size_t count = 0;
@@ -729,11 +818,13 @@ static void rmig__ofi_add_request(struct rmig__ofi_listener *l, const struct fi_
     struct rmig__ofi_request *r = NULL;
     if (count < RMIG__OFI_REQUESTS && data_length <= sizeof r->data)
         r = (struct rmig__ofi_request *)rmig__ofi_alloc(1, sizeof *r);
+    struct fid_pep *pep = rmig__ofi_pep_of(l, cm->fid);
     if (r == NULL) {
-        fi_reject(l->pep, cm->info->handle, rmig__ofi_no, sizeof rmig__ofi_no);
+        fi_reject(pep, cm->info->handle, rmig__ofi_no, sizeof rmig__ofi_no);
         fi_freeinfo(cm->info);
         return;
     }
+    r->pep = pep;
     r->info = cm->info;
     r->length = data_length;
     memcpy(r->data, cm->data, data_length);
@@ -822,37 +913,142 @@ static int rmig__ofi_poll_listener(struct rmig__ofi_listener *l, struct rmig_fab
 }
 
 static void rmig__ofi_close_listener(struct rmig__ofi_listener *l) {
-    if (l->pep != NULL && l->head.eq != NULL) {
+    if (l->pep_count > 0) {
         /* Requests that nobody saw hold memory and descriptors too; fresh ones may come all the time. */
         for (int i = 0; i < RMIG__OFI_REQUESTS && rmig__ofi_read_requests(l, NULL) == RMIG_OK; i++)
             l->text[0] = '\0';
         while (l->requests != NULL) {
             struct rmig__ofi_request *r = l->requests;
             l->requests = r->next;
-            rmig__ofi_drop_request(l, r, NULL, 0);
+            rmig__ofi_drop_request(r, NULL, 0);
         }
     }
     rmig__ofi_release_listener(l);
 }
 
+/* The first address brings the fabric and the queue that serve all. */
+static int rmig__ofi_make_pep(struct rmig__ofi *f, struct rmig__ofi_listener *l, struct fi_info *info,
+                              struct fid_pep **pep, struct rmig_error *err) {
+    if (l->head.info == info) {
+        int status = rmig__ofi_open_fabric(&l->head, info, err);
+        if (status == RMIG_OK)
+            status = rmig__ofi_open_eq(&l->head, f->poll, err);
+        if (status != RMIG_OK)
+            return status;
+    }
+    int ret = fi_passive_ep(l->head.fabric, info, pep, NULL);
+    if (ret != 0)
+        *pep = NULL;
+    if (ret == 0)
+        ret = fi_pep_bind(*pep, &l->head.eq->fid, 0);
+    if (ret == 0)
+        ret = fi_listen(*pep);
+    return ret == 0 ? RMIG_OK : rmig_fail(err, RMIG_ERR_FABRIC, -ret, "%s", fi_strerror(-ret));
+}
+
+/* Listens on one more address. port: NULL: its own. */
+static int rmig__ofi_add_pep(struct rmig__ofi *f, struct rmig__ofi_listener *l, const struct addrinfo *a,
+                             const char *port, struct rmig_error *err) {
+    struct fi_info *info = NULL;
+    struct fid_pep *pep = NULL;
+    int ret = rmig__ofi_resolve(f, a, true, port, 0, 0, &info);
+    if (ret == -FI_ENODATA && rmig__ofi_resolve(f, a, true, "0", 0, 0, &info) == 0) {
+        fi_freeinfo(info);
+        ret = -FI_EADDRINUSE; // the verbs provider has tried the port, and does not say so
+    }
+    if (ret != 0)
+        return rmig_fail(err, RMIG_ERR_FABRIC, -ret, "%s", fi_strerror(-ret));
+    bool first = l->head.info == NULL;
+    if (first)
+        l->head.info = info;
+    int status = rmig__ofi_make_pep(f, l, info, &pep, err);
+    if (status == RMIG_OK)
+        l->pep[l->pep_count++] = pep;
+    else if (pep != NULL)
+        fi_close(&pep->fid);
+    if (!first)
+        fi_freeinfo(info);
+    else if (status != RMIG_OK)
+        rmig__ofi_stop_queue(l);
+    return status;
+}
+
+static bool rmig__ofi_not_here(int code) { // the host, or the provider, has no such address
+    return code == FI_EADDRNOTAVAIL || code == EAFNOSUPPORT || code == FI_ENODATA || code == FI_ENODEV;
+}
+
+/* The first address that is listened on, whole and its port. */
+static int rmig__ofi_bound(const struct rmig__ofi_listener *l, char *buf, size_t size, char *port, size_t port_size,
+                           struct rmig_error *err) {
+    union {
+        struct sockaddr sa;
+        struct sockaddr_storage storage;
+    } name;
+    size_t length = sizeof name;
+    int ret = fi_getname(&l->pep[0]->fid, &name, &length);
+    if (ret != 0)
+        return rmig__ofi_fail(err, RMIG_ERR_FABRIC, ret, "fi_getname");
+    int status = rmig__ofi_print(&name.sa, length, buf, size, err);
+    if (status == RMIG_OK)
+        snprintf(port, port_size, "%s", strrchr(buf, ':') + 1);
+    return status;
+}
+
+/* Listens on all of the list that is here, on a free port on the same one everywhere. */
+static int rmig__ofi_add_peps(struct rmig__ofi *f, struct rmig__ofi_listener *l, const struct addrinfo *list,
+                              bool any_host, struct rmig_error *err) {
+    char port[16] = "", tried[400] = "", text[128];
+    int status = RMIG_OK;
+    size_t used = 0;
+    for (const struct addrinfo *a = list; a != NULL; a = a->ai_next) {
+        status = rmig__ofi_add_pep(f, l, a, port[0] == '\0' ? NULL : port, err);
+        if (status == RMIG_OK && port[0] == '\0')
+            status = rmig__ofi_bound(l, text, sizeof text, port, sizeof port, err);
+        if (status != RMIG_OK && any_host && l->pep_count > 0 && err->provider_code == FI_EADDRINUSE)
+            status = RMIG_OK; // IPv6's wildcard has taken IPv4's
+        if (status == RMIG_OK)
+            continue;
+        if (rmig__ofi_print(a->ai_addr, a->ai_addrlen, text, sizeof text, NULL) != RMIG_OK)
+            text[0] = '\0';
+        snprintf(tried + used, sizeof tried - used, "%s%s: %.100s", used == 0 ? "" : "; ", text, err->text);
+        used = strlen(tried);
+        if (!rmig__ofi_not_here(err->provider_code))
+            break;
+        status = RMIG_OK;
+    }
+    if (status == RMIG_OK && l->pep_count > 0)
+        return RMIG_OK;
+    return rmig_fail(err, err->status, err->provider_code, "%s", tried);
+}
+
 static int rmig__ofi_start_listener(struct rmig__ofi *f, struct rmig__ofi_listener *l, const char *address,
                                     struct rmig_error *err) {
-    int status = rmig__ofi_resolve(f, address, true, 0, 0, &l->head.info, err);
-    if (status == RMIG_OK)
-        status = rmig__ofi_open_fabric(&l->head, l->head.info, err);
-    if (status == RMIG_OK)
-        status = rmig__ofi_open_eq(&l->head, f->poll, err);
+    char host[256], port[16];
+    struct addrinfo *list = NULL;
+    size_t count = 0;
+    int status = rmig__ofi_lookup(address, true, &list, err);
     if (status != RMIG_OK)
         return status;
-    int ret = fi_passive_ep(l->head.fabric, l->head.info, &l->pep, NULL);
-    if (ret == 0)
-        ret = fi_pep_bind(l->pep, &l->head.eq->fid, 0);
-    if (ret == 0)
-        ret = fi_listen(l->pep);
-    if (ret == 0)
-        return RMIG_OK;
-    return rmig_fail(err, RMIG_ERR_FABRIC, -ret, "libfabric provider '%s': listening on '%s' failed: %s", f->provider,
-                     address, fi_strerror(-ret));
+    rmig_split_address(address, host, sizeof host, port, sizeof port, NULL);
+    for (const struct addrinfo *a = list; a != NULL; a = a->ai_next)
+        count++;
+    bool any_port = strtoul(port, NULL, 10) == 0, again = true;
+    for (int i = 0; i < RMIG__OFI_FREE_PORTS && again; i++) {
+        l->pep = (struct fid_pep **)rmig__ofi_alloc(count, sizeof(struct fid_pep *));
+        status = l->pep == NULL ? rmig_fail(err, RMIG_ERR_NO_MEMORY, 0, "out of memory for a listener")
+                                : rmig__ofi_add_peps(f, l, list, host[0] == '\0', err);
+        again = status != RMIG_OK && any_port && l->pep_count > 0 && err->provider_code == FI_EADDRINUSE;
+        if (again) // a port that was free at one address is not at another
+            rmig__ofi_stop_listener(l);
+    }
+    freeaddrinfo(list);
+    if (status != RMIG_OK)
+        return rmig_fail(err, err->status, err->provider_code,
+                         "libfabric provider '%s': listening on '%.100s' failed: %.300s", f->provider, address,
+                         err->text);
+    if (count > 1 && host[0] != '\0')
+        snprintf(l->name, sizeof l->name, "%s", host);
+    return RMIG_OK;
 }
 
 static int rmig__ofi_listen(struct rmig_fabric *base, const char *address, struct rmig_ep **out,
@@ -882,23 +1078,22 @@ static struct rmig__ofi_listener *rmig__ofi_listener_of(struct rmig_ep *ep) {
 }
 
 static int rmig__ofi_address(struct rmig_ep *ep, char *buf, size_t size, struct rmig_error *err) {
-    struct rmig__ofi_listener *l = rmig__ofi_listener_of(ep);
-    union {
-        struct sockaddr sa;
-        struct sockaddr_storage storage;
-    } name;
-    char host[256], port[16];
-    size_t length = sizeof name;
-    if (l == NULL)
-        return rmig_fail(err, RMIG_ERR_STATE, 0, "address: the endpoint is not a listener");
-    int ret = fi_getname(&l->pep->fid, &name, &length);
-    if (ret != 0)
-        return rmig__ofi_fail(err, RMIG_ERR_FABRIC, ret, "fi_getname");
-    ret =
-        getnameinfo(&name.sa, (socklen_t)length, host, sizeof host, port, sizeof port, NI_NUMERICHOST | NI_NUMERICSERV);
-    if (ret != 0)
-        return rmig_fail(err, RMIG_ERR_FABRIC, ret, "the listener's address: %s", gai_strerror(ret));
-    ret = snprintf(buf, size, name.sa.sa_family == AF_INET6 ? "[%s]:%s" : "%s:%s", host, port);
+    const struct rmig__ofi_listener *l = rmig__ofi_listener_of(ep);
+    char first[320], port[16];
+    int ret = -1;
+    if (l == NULL) {
+        const struct rmig__ofi_conn *c = (const struct rmig__ofi_conn *)(const void *)ep;
+        if (c->address == NULL)
+            return rmig_fail(err, RMIG_ERR_STATE, 0, "address: the endpoint was opened from a request");
+        return rmig__ofi_print(c->address->ai_addr, c->address->ai_addrlen, buf, size, err);
+    }
+    int status = rmig__ofi_bound(l, first, sizeof first, port, sizeof port, err);
+    if (status != RMIG_OK)
+        return status;
+    if (l->name[0] != '\0')
+        ret = snprintf(buf, size, "%s:%s", l->name, port);
+    if (ret < 0 || (size_t)ret >= size) // one of its addresses is shorter than a long name
+        ret = snprintf(buf, size, "%s", first);
     if (ret < 0 || (size_t)ret >= size)
         return rmig_fail(err, RMIG_ERR_ARGUMENT, 0, "address: %zu bytes of room, %d needed", size, ret + 1);
     return RMIG_OK;
@@ -928,7 +1123,7 @@ static int rmig__ofi_reject(struct rmig_ep *ep, void *request, const uint8_t *da
     struct rmig__ofi_listener *l = rmig__ofi_listener_of(ep);
     if (l == NULL)
         return rmig_fail(err, RMIG_ERR_STATE, 0, "reject: the endpoint is not a listener");
-    size_t max = rmig__ofi_cm_data_max(&l->pep->fid);
+    size_t max = rmig__ofi_cm_data_max(&l->pep[0]->fid);
     if (n > max)
         return rmig_fail(err, RMIG_ERR_ARGUMENT, 0, "reject: %zu bytes of private data, at most %zu", n, max);
     struct rmig__ofi_request *r = rmig__ofi_take_request(l, request);
@@ -938,7 +1133,7 @@ static int rmig__ofi_reject(struct rmig_ep *ep, void *request, const uint8_t *da
         data = rmig__ofi_no;
         n = sizeof rmig__ofi_no;
     }
-    rmig__ofi_drop_request(l, r, data, n);
+    rmig__ofi_drop_request(r, data, n);
     return RMIG_OK;
 }
 
@@ -1026,6 +1221,22 @@ static int rmig__ofi_check_cache(struct rmig__ofi_conn *c, struct rmig_error *er
 
 // >>ofi: connections, made and freed
 
+/* The first reason that ends a connection is the one that is told. */
+#if defined(__GNUC__)
+__attribute__((format(printf, 4, 5)))
+#endif
+static void
+rmig__ofi_end(struct rmig__ofi_conn *c, enum rmig_fabric_event_type type, int code, const char *format, ...) {
+    va_list args;
+    if (c->end != 0)
+        return;
+    c->end = type;
+    c->end_code = code;
+    va_start(args, format);
+    vsnprintf(c->text, sizeof c->text, format, args);
+    va_end(args);
+}
+
 /* The provider reads nothing more for an endpoint that is closed, a write that has half arrived neither; closing its
    regions would not stop that. */
 static void rmig__ofi_sever(struct rmig__ofi_conn *c) {
@@ -1033,7 +1244,7 @@ static void rmig__ofi_sever(struct rmig__ofi_conn *c) {
         fi_close(&c->ep->fid);
     if (c->from != NULL) { // opened from a request and never accepted: the request is still to be freed, after its user
         if (c->ep != NULL) {
-            fi_reject(c->from->pep, c->head.info->handle, NULL, 0);
+            fi_reject(c->pep, c->head.info->handle, NULL, 0);
             c->head.info->handle = NULL;
         }
         rmig__ofi_release_listener(c->from);
@@ -1042,7 +1253,8 @@ static void rmig__ofi_sever(struct rmig__ofi_conn *c) {
     c->from = NULL;
 }
 
-static void rmig__ofi_free_conn(struct rmig__ofi_conn *c) {
+/* All that was made for one address. */
+static void rmig__ofi_free_link(struct rmig__ofi_conn *c) {
     rmig__ofi_sever(c);
     if (c->context != NULL)
         fi_close(&c->context->fid);
@@ -1059,6 +1271,12 @@ static void rmig__ofi_free_conn(struct rmig__ofi_conn *c) {
     rmig__ofi_free(c->ops);
     rmig__ofi_free(c->free_sends);
     rmig__ofi_free(c->events);
+}
+
+static void rmig__ofi_free_conn(struct rmig__ofi_conn *c) {
+    rmig__ofi_free_link(c);
+    if (c->addresses != NULL)
+        freeaddrinfo(c->addresses);
     rmig__ofi_free(c);
 }
 
@@ -1191,26 +1409,67 @@ static struct rmig__ofi_conn *rmig__ofi_new_conn(struct rmig_fabric *base, enum 
     return c;
 }
 
+/* Makes the connection's end for the address at hand. */
+static int rmig__ofi_begin(struct rmig__ofi_conn *c, struct rmig_error *err) {
+    struct rmig__ofi *f = rmig__ofi_of(&c->head.base);
+    rmig__ofi_print(c->address->ai_addr, c->address->ai_addrlen, c->peer, sizeof c->peer, NULL);
+    int ret = rmig__ofi_resolve(f, c->address, false, NULL, (size_t)c->cfg.send_depth + c->cfg.write_depth,
+                                c->cfg.recv_depth, &c->head.info);
+    if (ret != 0)
+        return rmig_fail(err, RMIG_ERR_UNREACHABLE, -ret, "libfabric provider '%s' cannot reach %s: %s", f->provider,
+                         c->peer, fi_strerror(-ret));
+    int status = rmig__ofi_build_conn(f, c, &c->cfg, err);
+    return status == RMIG_OK ? RMIG_OK : rmig__ofi_blame_descriptors(f, err);
+}
+
+/* What is wrong at this end with one of several addresses comes as what is wrong at the other. */
+static void rmig__ofi_begin_failed(struct rmig__ofi_conn *c, const struct rmig_error *err) {
+    c->state = RMIG__OFI_IDLE;
+    c->head.waitable = false;
+    rmig__ofi_end(c, RMIG_FEV_ERROR, err->provider_code, "%s", err->text);
+}
+
 static int rmig__ofi_open_active(struct rmig_fabric *base, const char *address, const struct rmig_ep_config *cfg,
                                  struct rmig_ep **out, struct rmig_error *err) {
-    struct rmig__ofi *f = (struct rmig__ofi *)(void *)base;
     struct rmig__ofi_conn *c = rmig__ofi_new_conn(base, RMIG__OFI_RESOLVED, address);
     if (c == NULL)
         return rmig_fail(err, RMIG_ERR_NO_MEMORY, 0, "out of memory for a connection");
     struct rmig_error why;
     memset(&why, 0, sizeof why);
     err = err == NULL ? &why : err;
-    int status = rmig__ofi_resolve(f, address, false, (size_t)cfg->send_depth + cfg->write_depth, cfg->recv_depth,
-                                   &c->head.info, err);
-    if (status == RMIG_OK)
-        status = rmig__ofi_build_conn(f, c, cfg, err);
-    if (status != RMIG_OK) {
-        status = rmig__ofi_blame_descriptors(f, err);
+    c->cfg = *cfg;
+    int status = rmig__ofi_lookup(address, false, &c->addresses, err);
+    if (status == RMIG_OK) {
+        c->address = c->addresses;
+        for (const struct addrinfo *a = c->address->ai_next; a != NULL; a = a->ai_next)
+            c->head.base.others++;
+        status = rmig__ofi_begin(c, err);
+    }
+    if (status != RMIG_OK && c->head.base.others > 0) {
+        rmig__ofi_begin_failed(c, err);
+    } else if (status != RMIG_OK) {
         rmig__ofi_free_conn(c);
         return status;
     }
     *out = &c->head.base;
     return RMIG_OK;
+}
+
+static void rmig__ofi_next(struct rmig_ep *ep) {
+    struct rmig__ofi_conn *c = (struct rmig__ofi_conn *)(void *)ep, fresh;
+    struct rmig_error err;
+    memset(&err, 0, sizeof err);
+    rmig__ofi_free_link(c);
+    memset(&fresh, 0, sizeof fresh);
+    fresh.head.base = c->head.base;
+    fresh.head.base.others--;
+    fresh.state = RMIG__OFI_RESOLVED;
+    fresh.cfg = c->cfg;
+    fresh.addresses = c->addresses;
+    fresh.address = c->address->ai_next;
+    *c = fresh;
+    if (rmig__ofi_begin(c, &err) != RMIG_OK)
+        rmig__ofi_begin_failed(c, &err);
 }
 
 static int rmig__ofi_open_request(struct rmig_ep *ep, void *request, const struct rmig_ep_config *cfg,
@@ -1235,6 +1494,7 @@ static int rmig__ofi_open_request(struct rmig_ep *ep, void *request, const struc
     c->head.info = r->info;
     c->bare = r->bare;
     c->from = l;
+    c->pep = r->pep;
     l->users++;
     struct rmig_error why;
     memset(&why, 0, sizeof why);
@@ -1265,22 +1525,6 @@ static void rmig__ofi_close(struct rmig_ep *ep) {
 }
 
 // >>ofi: events of a connection
-
-/* The first reason that ends a connection is the one that is told. */
-#if defined(__GNUC__)
-__attribute__((format(printf, 4, 5)))
-#endif
-static void
-rmig__ofi_end(struct rmig__ofi_conn *c, enum rmig_fabric_event_type type, int code, const char *format, ...) {
-    va_list args;
-    if (c->end != 0)
-        return;
-    c->end = type;
-    c->end_code = code;
-    va_start(args, format);
-    vsnprintf(c->text, sizeof c->text, format, args);
-    va_end(args);
-}
 
 static bool rmig__ofi_is_network(int code) { // providers also put what errno happened to hold
     static const int known[] = {FI_ECONNREFUSED, FI_ETIMEDOUT,     FI_EHOSTUNREACH, FI_ENETUNREACH,
@@ -1521,7 +1765,7 @@ static int rmig__ofi_poll_conn(struct rmig__ofi_conn *c, struct rmig_fabric_even
             events[count++].private_data_length = c->data_length;
         }
     }
-    if (c->state == RMIG__OFI_UP || c->end != 0) {
+    if (c->state == RMIG__OFI_UP || (c->end != 0 && c->cq != NULL)) {
         rmig__ofi_read_eq(c); // before the completions: what came before a shutdown is then among them
         rmig__ofi_drain(c);
         count += rmig__ofi_tell(c, events + count, n - count);
@@ -1980,6 +2224,7 @@ static const struct rmig_fabric_ops rmig__ofi_ops = {
     NULL, // lockable: the provider's own refusal comes with the registration
     NULL, // revoke: a write whose header has arrived outlives its region
     rmig__ofi_cut,
+    rmig__ofi_next,
 };
 
 RMIG__DEF struct rmig_fabric *rmig_ofi_open(const struct rmig_ofi_options *options, struct rmig_error *err) {

@@ -23,11 +23,11 @@ USE
 
 ADDRESSES
 
-    "host:port", "10.0.0.2:4444", "[fd00::2]:4444". The IP address chooses the adapter: it must be one of an RDMA
-interface's own addresses to listen on (or ":4444", "0.0.0.0:4444", "[::]:4444": all), and be reached through one to
-connect to. Every address of a name is tried until one resolves, each with its share of the time; a listener takes the
-first that can be bound. Host names are looked up by the call that opens the
-endpoint, which may block for as long as the resolver does; numeric addresses do not.
+    "host:port", "10.0.0.2:4444", "[fd00::2]:4444", "[fe80::2%eth0]:4444". The IP address chooses the adapter: it must
+be one of an RDMA interface's own addresses to listen on (or ":4444": all, "0.0.0.0:4444": all of IPv4), and be reached
+through one to connect to. A name is listened on at all of its addresses that are an RDMA interface's, and connected to
+at the first that takes the connection. Host names are looked up by the call that opens the endpoint, which may block
+for as long as the resolver does; numeric addresses do not.
 
 MEMORY
 
@@ -138,6 +138,7 @@ extern "C" {
 #define RMIG__VERBS_CM_DATA 512 // that an event may bring: more than any transport has
 
 #define RMIG__VERBS_BACKLOG 16
+#define RMIG__VERBS_FREE_PORTS 8 // tried until one is free at all addresses of a name
 #define RMIG__VERBS_BATCH 64 // work requests behind one doorbell; completions taken at once
 #define RMIG__VERBS_REQUESTS 64 // that wait for their answer, and that one poll reads: more peers are rejected, or wait
 #define RMIG__VERBS_RETRY 7 // transport retries; receiver not ready: 7 means without end
@@ -158,7 +159,7 @@ struct rmig__verbs_ep { // what listeners and connections share
     struct rmig_ep base;
     bool listener;
     struct rdma_event_channel *channel;
-    struct rdma_cm_id *id;
+    struct rdma_cm_id *id; // of a listener: for its first address
 };
 
 struct rmig__verbs_request {
@@ -174,6 +175,9 @@ struct rmig__verbs_request {
 struct rmig__verbs_listener {
     struct rmig__verbs_ep head;
     bool removed; // its device
+    struct rdma_cm_id **ids; // one for each address
+    size_t id_count;
+    char name[256]; // that was given, where it has several addresses
     struct rmig__verbs_request *requests;
 };
 
@@ -199,12 +203,11 @@ struct rmig__verbs_conn {
     struct rmig__verbs_ep head;
     enum rmig__verbs_state state;
     struct rmig_ep_config cfg;
-    struct addrinfo *addresses, *address; // all of the name; the one being tried
+    struct addrinfo *addresses, *address; // active side: all of the name; the one at hand
     uint64_t step_ns; // for resolving one of them, and again for its route
     bool passive;
     uint8_t reads;
     char peer[300]; // for texts
-    char tried[256]; // why the address before did not do
 
     struct ibv_device_attr device;
     uint32_t port_max_message;
@@ -406,6 +409,23 @@ static int rmig__verbs_tame(int fd, struct rmig_error *err) {
 
 // >>verbs: addresses
 
+/* A resolver may give an address twice: in a hosts file each line counts. */
+static void rmig__verbs_drop_twins(struct addrinfo *list) {
+    for (struct addrinfo *a = list; a != NULL; a = a->ai_next) {
+        struct addrinfo **at = &a->ai_next;
+        while (*at != NULL) {
+            struct addrinfo *b = *at;
+            if (b->ai_addrlen != a->ai_addrlen || memcmp(b->ai_addr, a->ai_addr, a->ai_addrlen) != 0) {
+                at = &b->ai_next;
+                continue;
+            }
+            *at = b->ai_next;
+            b->ai_next = NULL;
+            freeaddrinfo(b);
+        }
+    }
+}
+
 static int rmig__verbs_lookup(const char *address, bool passive, struct addrinfo **out, struct rmig_error *err) {
     char host[256], port[16];
     int status = rmig_split_address(address, host, sizeof host, port, sizeof port, err);
@@ -422,7 +442,22 @@ static int rmig__verbs_lookup(const char *address, bool passive, struct addrinfo
     hints.ai_flags = passive ? AI_PASSIVE : 0;
     int gai = getaddrinfo(host[0] == '\0' ? NULL : host, port, &hints, out);
     if (gai != 0)
-        return rmig_fail(err, RMIG_ERR_UNREACHABLE, gai, "address '%s': %s", address, gai_strerror(gai));
+        return rmig_fail(err, passive ? RMIG_ERR_FABRIC : RMIG_ERR_UNREACHABLE, gai, "address '%s': %s", address,
+                         gai_strerror(gai));
+    rmig__verbs_drop_twins(*out);
+    return RMIG_OK;
+}
+
+/* "127.0.0.1:4444", "[::1]:4444". Returns a status. */
+static int rmig__verbs_print(const struct sockaddr *a, char *buf, size_t size, struct rmig_error *err) {
+    char host[256], port[16];
+    socklen_t length = a->sa_family == AF_INET6 ? sizeof(struct sockaddr_in6) : sizeof(struct sockaddr_in);
+    int ret = getnameinfo(a, length, host, sizeof host, port, sizeof port, NI_NUMERICHOST | NI_NUMERICSERV);
+    if (ret != 0)
+        return rmig_fail(err, RMIG_ERR_FABRIC, ret, "an address in figures: %s", gai_strerror(ret));
+    ret = snprintf(buf, size, a->sa_family == AF_INET6 ? "[%s]:%s" : "%s:%s", host, port);
+    if (ret < 0 || (size_t)ret >= size)
+        return rmig_fail(err, RMIG_ERR_ARGUMENT, 0, "address: %zu bytes of room, %d needed", size, ret + 1);
     return RMIG_OK;
 }
 
@@ -511,6 +546,13 @@ static void rmig__verbs_lose_request(struct rmig__verbs_listener *l, const struc
     }
 }
 
+static bool rmig__verbs_owns(const struct rmig__verbs_listener *l, const struct rdma_cm_id *id) {
+    size_t i = 0;
+    while (i < l->id_count && l->ids[i] != id)
+        i++;
+    return i < l->id_count;
+}
+
 /* Ids are destroyed behind the acknowledgement of their events: before, that would wait for it. */
 static void rmig__verbs_on_listener(struct rmig__verbs_listener *l, struct rdma_cm_event *event) {
     struct rdma_cm_id *id = event->id;
@@ -523,7 +565,7 @@ static void rmig__verbs_on_listener(struct rmig__verbs_listener *l, struct rdma_
     if (asks && !taken) {
         rdma_reject(id, wrong ? NULL : rmig__verbs_no_reason, wrong ? 0 : sizeof rmig__verbs_no_reason);
         rdma_destroy_id(id);
-    } else if (!asks && id == l->head.id) {
+    } else if (!asks && rmig__verbs_owns(l, id)) {
         l->removed = l->removed || type == RDMA_CM_EVENT_DEVICE_REMOVAL;
     } else if (!asks) {
         rmig__verbs_lose_request(l, id);
@@ -562,6 +604,15 @@ static int rmig__verbs_poll_listener(struct rmig__verbs_listener *l, struct rmig
     return count > 0 || status == RMIG_OK ? (int)count : status;
 }
 
+static void rmig__verbs_stop_listener(struct rmig__verbs_listener *l) {
+    for (size_t i = 0; i < l->id_count; i++)
+        rdma_destroy_id(l->ids[i]);
+    rmig__verbs_free(l->ids);
+    l->ids = NULL;
+    l->id_count = 0;
+    l->head.id = NULL;
+}
+
 static void rmig__verbs_close_listener(struct rmig__verbs_listener *l) {
     if (l->head.id != NULL)
         rmig__verbs_read_requests(l, NULL); // a request that nobody saw holds memory too
@@ -570,54 +621,102 @@ static void rmig__verbs_close_listener(struct rmig__verbs_listener *l) {
         l->requests = r->next;
         rmig__verbs_drop_request(r, NULL, 0);
     }
-    if (l->head.id != NULL)
-        rdma_destroy_id(l->head.id);
+    rmig__verbs_stop_listener(l);
     if (l->head.channel != NULL)
         rdma_destroy_event_channel(l->head.channel);
     rmig__verbs_free(l);
 }
 
-/* Binds and listens on one address; 0, or the error's number. */
-static int rmig__verbs_bind(struct rmig__verbs *f, struct rmig__verbs_listener *l, struct sockaddr *address) {
+/* Binds and listens on one more address, and on the first one's port; 0, or the error's number. */
+static int rmig__verbs_bind(struct rmig__verbs *f, struct rmig__verbs_listener *l, struct addrinfo *a) {
     int on = 1;
-    if (rdma_create_id(l->head.channel, &l->head.id, NULL, RDMA_PS_TCP) != 0) {
-        l->head.id = NULL;
+    struct rdma_cm_id *id = NULL;
+    if (rdma_create_id(l->head.channel, &id, NULL, RDMA_PS_TCP) != 0)
         return errno;
-    }
-    rdma_set_option(l->head.id, RDMA_OPTION_ID, RDMA_OPTION_ID_REUSEADDR, &on, sizeof on);
-    int code = rdma_bind_addr(l->head.id, address) != 0 ? errno : 0;
-    if (code == 0 && rmig__verbs_wrong_device(f, l->head.id))
+    rdma_set_option(id, RDMA_OPTION_ID, RDMA_OPTION_ID_REUSEADDR, &on, sizeof on);
+    rdma_set_option(id, RDMA_OPTION_ID, RDMA_OPTION_ID_AFONLY, &on,
+                    sizeof on); // over iWARP IPv6's wildcard hears no IPv4
+    if (l->head.id != NULL && a->ai_family == AF_INET6)
+        ((struct sockaddr_in6 *)(void *)a->ai_addr)->sin6_port = rdma_get_src_port(l->head.id);
+    else if (l->head.id != NULL)
+        ((struct sockaddr_in *)(void *)a->ai_addr)->sin_port = rdma_get_src_port(l->head.id);
+    int code = rdma_bind_addr(id, a->ai_addr) != 0 ? errno : 0;
+    if (code == 0 && rmig__verbs_wrong_device(f, id))
         code = ENODEV;
-    if (code == 0 && rdma_listen(l->head.id, RMIG__VERBS_BACKLOG) != 0)
+    if (code == 0 && rdma_listen(id, RMIG__VERBS_BACKLOG) != 0)
         code = errno;
     if (code != 0) {
-        rdma_destroy_id(l->head.id);
-        l->head.id = NULL;
+        rdma_destroy_id(id);
+        return code;
     }
-    return code;
+    l->ids[l->id_count++] = id;
+    l->head.id = l->ids[0];
+    return 0;
+}
+
+/* No RDMA interface of the host's has this address. Of a wildcard EADDRNOTAVAIL says that the port is in use. */
+static bool rmig__verbs_not_here(int code, bool any_host) {
+    return (code == EADDRNOTAVAIL && !any_host) || code == EAFNOSUPPORT || code == ENODEV;
+}
+
+/* Listens on all of the list that is here. Returns 0, or the error's number; what did not do is in tried. */
+static int rmig__verbs_bind_all(struct rmig__verbs *f, struct rmig__verbs_listener *l, struct addrinfo *list,
+                                size_t count, bool any_host, char *tried, size_t size) {
+    int code = 0;
+    tried[0] = '\0';
+    l->ids = (struct rdma_cm_id **)rmig__verbs_alloc(count, sizeof(struct rdma_cm_id *));
+    if (l->ids == NULL)
+        return ENOMEM;
+    for (int v6 = 1; v6 >= 0; v6--) {
+        for (struct addrinfo *a = list; a != NULL; a = a->ai_next) {
+            char text[128] = "";
+            size_t used = strlen(tried);
+            if ((a->ai_family == AF_INET6) != (v6 == 1))
+                continue;
+            rmig__verbs_print(a->ai_addr, text, sizeof text, NULL);
+            int ret = rmig__verbs_bind(f, l, a);
+            if (ret == 0)
+                continue;
+            snprintf(tried + used, size - used, "%s%s: %s", used == 0 ? "" : "; ", text, strerror(ret));
+            code = ret;
+            if (!rmig__verbs_not_here(ret, any_host))
+                return code;
+        }
+    }
+    return l->id_count > 0 ? 0 : code;
 }
 
 static int rmig__verbs_start_listener(struct rmig__verbs *f, struct rmig__verbs_listener *l, const char *address,
                                       struct rmig_error *err) {
+    char host[256] = "", port[16], tried[300] = "", fds[300];
     struct addrinfo *list = NULL;
+    size_t count = 0;
     int code = 0, status = rmig__verbs_lookup(address, true, &list, err);
     if (status == RMIG_OK)
         status = rmig__verbs_open_channel(&l->head, err);
-    /* IPv6 first: its wildcard takes IPv4 too. */
-    for (int v6 = 1; status == RMIG_OK && v6 >= 0; v6--)
-        for (const struct addrinfo *a = list; l->head.id == NULL && a != NULL; a = a->ai_next)
-            if ((a->ai_family == AF_INET6) == (v6 == 1))
-                code = rmig__verbs_bind(f, l, a->ai_addr);
+    for (const struct addrinfo *a = list; a != NULL; a = a->ai_next)
+        count++;
+    if (status == RMIG_OK) {
+        rmig_split_address(address, host, sizeof host, port, sizeof port, NULL);
+        code = rmig__verbs_bind_all(f, l, list, count, host[0] == '\0', tried, sizeof tried);
+        for (int i = 1; i < RMIG__VERBS_FREE_PORTS && code == EADDRINUSE && l->id_count > 0 && atoi(port) == 0; i++) {
+            rmig__verbs_stop_listener(l); // a port that was free at one address is not at another
+            code = rmig__verbs_bind_all(f, l, list, count, host[0] == '\0', tried, sizeof tried);
+        }
+        if (count > 1 && host[0] != '\0')
+            snprintf(l->name, sizeof l->name, "%s", host);
+    }
     if (list != NULL)
         freeaddrinfo(list);
-    if (status != RMIG_OK || l->head.id != NULL)
+    if (status != RMIG_OK || code == 0)
         return status;
-    char fds[300];
     const char *hint = rmig__verbs_fd_hint(code, fds, sizeof fds);
-    if (hint[0] == '\0' && code == ENODEV)
+    if (hint[0] == '\0' && rmig__verbs_not_here(code, host[0] == '\0'))
         hint = "; it must be an address of an RDMA interface";
-    return rmig_fail(err, RMIG_ERR_FABRIC, code, "verbs: listening on '%s'%s%s failed: %s%s", address,
-                     f->device[0] == '\0' ? "" : " with ", f->device, strerror(code), hint);
+    else if (hint[0] == '\0' && code == EADDRNOTAVAIL)
+        hint = "; another program listens on this port";
+    return rmig_fail(err, RMIG_ERR_FABRIC, code, "verbs: listening on '%.100s'%s%s failed: %s%s", address,
+                     f->device[0] == '\0' ? "" : " with ", f->device, tried, hint);
 }
 
 static int rmig__verbs_listen(struct rmig_fabric *base, const char *address, struct rmig_ep **out,
@@ -637,19 +736,19 @@ static int rmig__verbs_listen(struct rmig_fabric *base, const char *address, str
 }
 
 static int rmig__verbs_address(struct rmig_ep *ep, char *buf, size_t size, struct rmig_error *err) {
-    struct rmig__verbs_listener *l = rmig__verbs_listener_of(ep);
-    char host[256], port[16];
-    if (l == NULL)
-        return rmig_fail(err, RMIG_ERR_STATE, 0, "address: the endpoint is not a listener");
-    struct sockaddr *sa = rdma_get_local_addr(l->head.id);
-    socklen_t length = sa->sa_family == AF_INET6 ? sizeof(struct sockaddr_in6) : sizeof(struct sockaddr_in);
-    int ret = getnameinfo(sa, length, host, sizeof host, port, sizeof port, NI_NUMERICHOST | NI_NUMERICSERV);
-    if (ret != 0)
-        return rmig_fail(err, RMIG_ERR_FABRIC, ret, "the listener's address: %s", gai_strerror(ret));
-    ret = snprintf(buf, size, sa->sa_family == AF_INET6 ? "[%s]:%s" : "%s:%s", host, port);
-    if (ret < 0 || (size_t)ret >= size)
-        return rmig_fail(err, RMIG_ERR_ARGUMENT, 0, "address: %zu bytes of room, %d needed", size, ret + 1);
-    return RMIG_OK;
+    const struct rmig__verbs_listener *l = rmig__verbs_listener_of(ep);
+    if (l == NULL) {
+        const struct rmig__verbs_conn *c = (const struct rmig__verbs_conn *)(const void *)ep;
+        if (c->address == NULL)
+            return rmig_fail(err, RMIG_ERR_STATE, 0, "address: the endpoint was opened from a request");
+        return rmig__verbs_print(c->address->ai_addr, buf, size, err);
+    }
+    int ret = -1;
+    if (l->name[0] != '\0')
+        ret = snprintf(buf, size, "%s:%u", l->name, (unsigned)ntohs(rdma_get_src_port(l->head.id)));
+    if (ret >= 0 && (size_t)ret < size)
+        return RMIG_OK;
+    return rmig__verbs_print(rdma_get_local_addr(l->head.id), buf, size, err); // also in place of a long name
 }
 
 /* Takes a request off the listener's list; NULL if it is not there (any more). */
@@ -709,10 +808,16 @@ static void rmig__verbs_free_queues(struct rmig__verbs_conn *c) {
     c->sge = NULL;
 }
 
-static void rmig__verbs_free_conn(struct rmig__verbs_conn *c) {
+/* All that was made for one address. */
+static void rmig__verbs_free_link(struct rmig__verbs_conn *c) {
     rmig__verbs_free_queues(c);
     if (c->head.id != NULL)
         rdma_destroy_id(c->head.id);
+    c->head.id = NULL;
+}
+
+static void rmig__verbs_free_conn(struct rmig__verbs_conn *c) {
+    rmig__verbs_free_link(c);
     if (c->head.channel != NULL)
         rdma_destroy_event_channel(c->head.channel);
     if (c->addresses != NULL)
@@ -856,33 +961,23 @@ static int rmig__verbs_timeout_ms(uint64_t ns) {
     return ms < 1 ? 1 : ms > 3600000 ? 3600000 : (int)ms;
 }
 
-/* Begins with the address at c->address; those that fail at once are passed over. */
-static void rmig__verbs_resolve(struct rmig__verbs_conn *c) {
-    struct rmig__verbs_ep *head = &c->head;
-    for (; c->address != NULL; c->address = c->address->ai_next) {
-        if (head->id != NULL)
-            rdma_destroy_id(head->id);
-        head->id = NULL;
-        if (rdma_create_id(head->channel, &head->id, NULL, RDMA_PS_TCP) != 0) {
-            head->id = NULL;
-            rmig__verbs_end(c, RMIG_FEV_ERROR, errno, "verbs: rdma_create_id: %s", strerror(errno));
-            return;
-        }
-        if (rdma_resolve_addr(head->id, NULL, c->address->ai_addr, rmig__verbs_timeout_ms(c->step_ns)) == 0)
-            return;
-        snprintf(c->tried, sizeof c->tried, "%s", strerror(errno));
-        c->end_code = errno;
-    }
+static void rmig__verbs_unreached(struct rmig__verbs_conn *c, int code, const char *what) {
     char hint[300];
-    rmig__verbs_end(c, RMIG_FEV_ERROR, c->end_code, "no RDMA device reaches %s: %s%s", c->peer, c->tried,
-                    rmig__verbs_fd_hint(c->end_code, hint, sizeof hint));
+    rmig__verbs_end(c, RMIG_FEV_ERROR, code, "no RDMA device reaches %s: %s%s%s%s", c->peer, what,
+                    code == 0 || what[0] == '\0' ? "" : ": ", code == 0 ? "" : strerror(code),
+                    rmig__verbs_fd_hint(code, hint, sizeof hint));
 }
 
-static void rmig__verbs_next_address(struct rmig__verbs_conn *c, int code, const char *what) {
-    snprintf(c->tried, sizeof c->tried, "%s%s%s", what, code == 0 ? "" : ": ", code == 0 ? "" : strerror(code));
-    c->end_code = code;
-    c->address = c->address->ai_next;
-    rmig__verbs_resolve(c);
+/* Begins with the address at hand. What fails at once comes as other failures do. */
+static void rmig__verbs_resolve(struct rmig__verbs_conn *c) {
+    struct rmig__verbs_ep *head = &c->head;
+    rmig__verbs_print(c->address->ai_addr, c->peer, sizeof c->peer, NULL);
+    if (rdma_create_id(head->channel, &head->id, NULL, RDMA_PS_TCP) != 0) {
+        head->id = NULL;
+        rmig__verbs_end(c, RMIG_FEV_ERROR, errno, "verbs: rdma_create_id: %s", strerror(errno));
+    } else if (rdma_resolve_addr(head->id, NULL, c->address->ai_addr, rmig__verbs_timeout_ms(c->step_ns)) != 0) {
+        rmig__verbs_unreached(c, errno, "");
+    }
 }
 
 static int rmig__verbs_open_active(struct rmig_fabric *base, const char *address, const struct rmig_ep_config *cfg,
@@ -898,8 +993,8 @@ static int rmig__verbs_open_active(struct rmig_fabric *base, const char *address
         return status;
     }
     uint64_t steps = 1; // the connection itself; the address and the route of each
-    for (c->address = c->addresses; c->address != NULL; c->address = c->address->ai_next)
-        steps += 2;
+    for (c->address = c->addresses; c->address != NULL; c->address = c->address->ai_next, steps += 2)
+        c->head.base.others += c->address != c->addresses;
     c->step_ns = cfg->connect_timeout_ns / steps;
     c->address = c->addresses;
     rmig__verbs_resolve(c);
@@ -907,12 +1002,19 @@ static int rmig__verbs_open_active(struct rmig_fabric *base, const char *address
     return RMIG_OK;
 }
 
-static void rmig__verbs_name_peer(struct rmig__verbs_conn *c) {
-    char host[256], port[16];
-    struct sockaddr *sa = rdma_get_peer_addr(c->head.id);
-    socklen_t length = sa->sa_family == AF_INET6 ? sizeof(struct sockaddr_in6) : sizeof(struct sockaddr_in);
-    if (getnameinfo(sa, length, host, sizeof host, port, sizeof port, NI_NUMERICHOST | NI_NUMERICSERV) == 0)
-        snprintf(c->peer, sizeof c->peer, sa->sa_family == AF_INET6 ? "[%s]:%s" : "%s:%s", host, port);
+static void rmig__verbs_next(struct rmig_ep *ep) {
+    struct rmig__verbs_conn *c = (struct rmig__verbs_conn *)(void *)ep, fresh;
+    rmig__verbs_free_link(c); // its events go with the id
+    memset(&fresh, 0, sizeof fresh);
+    fresh.head.base = c->head.base;
+    fresh.head.base.others--;
+    fresh.head.channel = c->head.channel;
+    fresh.cfg = c->cfg;
+    fresh.step_ns = c->step_ns;
+    fresh.addresses = c->addresses;
+    fresh.address = c->address->ai_next;
+    *c = fresh;
+    rmig__verbs_resolve(c);
 }
 
 static int rmig__verbs_build_passive(struct rmig__verbs_conn *c, struct rmig_error *err) {
@@ -941,7 +1043,7 @@ static int rmig__verbs_open_request(struct rmig_ep *ep, void *request, const str
         c->passive = true;
         c->reads = r->reads;
         c->state = RMIG__VERBS_IDLE;
-        rmig__verbs_name_peer(c);
+        rmig__verbs_print(rdma_get_peer_addr(r->id), c->peer, sizeof c->peer, NULL);
         status = rmig__verbs_build_passive(c, err);
     }
     if (status == RMIG_OK) {
@@ -974,9 +1076,9 @@ static void rmig__verbs_on_address(struct rmig__verbs_conn *c) {
         char what[160];
         snprintf(what, sizeof what, "it is reached by %s, not by %s", rmig__verbs_device_name(c->head.id),
                  rmig__verbs_of(&c->head.base)->device);
-        rmig__verbs_next_address(c, 0, what);
+        rmig__verbs_unreached(c, 0, what);
     } else if (rdma_resolve_route(c->head.id, rmig__verbs_timeout_ms(c->step_ns)) != 0) {
-        rmig__verbs_next_address(c, errno, "no route");
+        rmig__verbs_unreached(c, errno, "no route");
     }
 }
 
@@ -1029,13 +1131,13 @@ static void rmig__verbs_on_cm(struct rmig__verbs_conn *c, enum rdma_cm_event_typ
         rmig__verbs_on_address(c);
         break;
     case RDMA_CM_EVENT_ADDR_ERROR:
-        rmig__verbs_next_address(c, code, "the address does not resolve");
+        rmig__verbs_unreached(c, code, "the address does not resolve");
         break;
     case RDMA_CM_EVENT_ROUTE_RESOLVED:
         rmig__verbs_on_route(c);
         break;
     case RDMA_CM_EVENT_ROUTE_ERROR:
-        rmig__verbs_next_address(c, code, "no route");
+        rmig__verbs_unreached(c, code, "no route");
         break;
     case RDMA_CM_EVENT_ESTABLISHED:
         c->connected = true;
@@ -1830,6 +1932,7 @@ static const struct rmig_fabric_ops *rmig__verbs_ops(void) {
         rmig__verbs_lockable,
         rmig__verbs_revoke,
         rmig__verbs_cut,
+        rmig__verbs_next,
     };
     return &ops;
 }

@@ -1783,6 +1783,78 @@ Test(session, nobody_there_is_unreachable_or_refused_at_once) {
     close_world(&w);
 }
 
+// --- names with several addresses: hosts of the simulator with a '+' between them
+
+static const char *by_name(const struct world *w, const char *hosts) {
+    static char address[128];
+    snprintf(address, sizeof address, "%s%s", hosts, strrchr(w->address, ':'));
+    return address;
+}
+
+/* connect-timeout is shared out: what a dead address takes is not all there is. */
+Test(session, an_address_that_does_not_answer_has_its_share_of_connect_timeout) {
+    struct world w;
+    small_world(&w);
+    param(&w.source_cfg, RMIG_PARAM_CONNECT_TIMEOUT, 8 * SIM_SECOND);
+    open_world(&w);
+    SOURCE_OK(&w, rmig_source_connect(w.source, by_name(&w, "a.dead+b.invalid+c.dead+sink")));
+    uint64_t now = world_now(&w, 0); // 8 s / 4, then a share of the 6 s that are left for 2
+    cr_expect(now >= 5 * SIM_SECOND && now < 5 * SIM_SECOND + 10 * SIM_MS, "%llu", (unsigned long long)now);
+    one_round(&w);
+    finish(&w);
+    close_world(&w);
+}
+
+Test(session, what_stands_against_each_address_of_a_name_is_told_within_connect_timeout) {
+    struct world w;
+    small_world(&w);
+    param(&w.source_cfg, RMIG_PARAM_CONNECT_TIMEOUT, 6 * SIM_SECOND);
+    open_world(&w);
+    cr_expect_eq(rmig_source_connect(w.source, by_name(&w, "a.dead+b.invalid+c.dead")), RMIG_ERR_TIMEOUT);
+    const char *text = rmig_source_error(w.source)->text;
+    cr_expect(says(text, "a.dead:") && says(text, "did not answer for 2s, its share of connect-timeout"), "%s", text);
+    cr_expect(says(text, "b.invalid:") && says(text, "the name of the host cannot be resolved"), "%s", text);
+    cr_expect(says(text, "c.dead:"), "%s", text);
+    cr_expect_not(says(text, "handover"), "%s", text);
+    uint64_t now = world_now(&w, 0);
+    cr_expect(now >= 6 * SIM_SECOND && now < 6 * SIM_SECOND + 10 * SIM_MS, "%llu", (unsigned long long)now);
+    close_world(&w);
+}
+
+Test(session, every_address_of_a_long_list_is_named) {
+    struct world w;
+    char hosts[64] = "a.invalid", name[8];
+    small_world(&w);
+    open_world(&w);
+    for (char c = 'b'; c <= 'f'; c++) // as many as the simulator's names have room for
+        snprintf(hosts + strlen(hosts), sizeof hosts - strlen(hosts), "+%c.invalid", c);
+    cr_expect_eq(rmig_source_connect(w.source, by_name(&w, hosts)), RMIG_ERR_UNREACHABLE);
+    for (char c = 'a'; c <= 'f'; c++) {
+        snprintf(name, sizeof name, "%c.inval", c);
+        cr_expect(says(rmig_source_error(w.source)->text, name), "%s", rmig_source_error(w.source)->text);
+    }
+    close_world(&w);
+}
+
+/* The one that was there is what counts. */
+Test(session, a_sink_that_is_busy_says_so_and_the_next_address_is_tried) {
+    struct world w;
+    struct rmig_source *second = NULL;
+    struct rmig_error err = {0};
+    small_world(&w);
+    connect_world(&w);
+    cr_assert_eq(rmig_source_open(sim_fabric(w.sim, 0), NULL, &second, &err), RMIG_OK);
+    cr_assert_eq(rmig_source_add_block(second, &w.ram[0].from, NULL), RMIG_OK);
+    cr_expect_eq(rmig_source_connect(second, by_name(&w, "sink+b.invalid")), RMIG_ERR_REFUSED);
+    const char *text = rmig_source_error(second)->text;
+    cr_expect(says(text, "sink:") && says(text, "it is busy with another source"), "%s", text);
+    cr_expect(says(text, "b.invalid:"), "%s", text);
+    rmig_source_close(second);
+    one_round(&w);
+    finish(&w);
+    close_world(&w);
+}
+
 /* The clock of a wait begins with the wait, not with the last word before a pause that was this end's own. */
 Test(session, a_source_that_was_busy_elsewhere_still_gives_the_sink_io_timeout) {
     for (unsigned v1 = 0; v1 < 2; v1++) {

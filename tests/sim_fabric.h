@@ -201,7 +201,7 @@ struct sim_ep {
     bool disconnecting;
     bool revoked; // the peer may not write any more
     bool cut;
-    char host[64];
+    char host[64]; // active side: all hosts that are still to be tried, with a '+' between them
     unsigned port;
     uint32_t write_depth, send_depth, recv_depth;
     uint32_t writes, sends, recvs; // outstanding: posted, and poll has not told of their end
@@ -245,7 +245,8 @@ struct sim_conn {
     struct sim_side *side[2];
     struct sim_ep *end[2]; // NULL: not yet, or closed
     struct sim_ep *listener; // while the request is unanswered
-    bool up[2], down[2], asked, answered, abandoned, broken, unknown_host;
+    bool up[2], down[2], asked, answered, abandoned, broken;
+    bool unknown_host, dead_host; // "HOST.invalid"; "HOST.dead": nobody answers
     unsigned port;
     uint8_t request[SIM_PRIVATE_MAX], reply[SIM_PRIVATE_MAX];
     size_t request_length, reply_length;
@@ -1013,9 +1014,11 @@ static inline int sim_op_listen(struct rmig_fabric *f, const char *address, stru
 
 static inline int sim_op_address(struct rmig_ep *listener, char *buf, size_t n, struct rmig_error *err) {
     struct sim_ep *ep = sim_ep_of(listener);
-    if (ep->conn != NULL)
-        return rmig_fail(err, RMIG_ERR_STATE, 0, "address: the endpoint is a connection, not a listener");
-    const char *host = ep->host;
+    if (ep->conn != NULL && ep->end == 1)
+        return rmig_fail(err, RMIG_ERR_STATE, 0, "address: the endpoint was opened from a request");
+    char host_at_hand[64];
+    snprintf(host_at_hand, sizeof host_at_hand, "%.*s", (int)strcspn(ep->host, "+"), ep->host);
+    const char *host = host_at_hand;
     if (host[0] == '\0' || strcmp(host, "0.0.0.0") == 0 || strcmp(host, "::") == 0)
         host = "sim";
     bool v6 = strchr(host, ':') != NULL;
@@ -1025,10 +1028,28 @@ static inline int sim_op_address(struct rmig_ep *listener, char *buf, size_t n, 
     return RMIG_OK;
 }
 
+/* Makes the connection's end for the first of ep->host. */
+static inline void sim_begin(struct sim_ep *ep) {
+    struct sim *sim = ep->side->sim;
+    struct sim_conn *conn = sim_grow(NULL, 1, sizeof *conn);
+    memset(conn, 0, sizeof *conn);
+    conn->sim = sim;
+    conn->side[0] = ep->side;
+    conn->end[0] = ep;
+    conn->port = ep->port;
+    conn->next = sim->conns;
+    sim->conns = conn;
+    ep->conn = conn;
+    ep->phase = SIM_OPENING;
+    size_t n = strcspn(ep->host, "+");
+    conn->unknown_host = n >= 8 && strncmp(ep->host + n - 8, ".invalid", 8) == 0;
+    conn->dead_host = n >= 5 && strncmp(ep->host + n - 5, ".dead", 5) == 0;
+    sim_schedule(sim, ep->side->time + sim->cfg.latency_ns, SIM_EV_RESOLVED, conn, 0, NULL);
+}
+
 static inline int sim_op_open(struct rmig_fabric *f, const char *address, const struct rmig_ep_config *want,
                               struct rmig_ep **out, struct rmig_error *err) {
     struct sim_side *side = (struct sim_side *)f;
-    struct sim *sim = side->sim;
     char host[64], port[8];
     *out = NULL;
     int status = rmig_split_address(address, host, sizeof host, port, sizeof port, err);
@@ -1039,19 +1060,12 @@ static inline int sim_op_open(struct rmig_fabric *f, const char *address, const 
     enum sim_fault_kind fault = sim_inject(side, SIM_OPEN);
     if (fault == SIM_FAULT_ERROR)
         return sim_injected(side, SIM_OPEN, err);
-    struct sim_conn *conn = sim_grow(NULL, 1, sizeof *conn);
-    memset(conn, 0, sizeof *conn);
-    conn->sim = sim;
-    conn->side[0] = side;
-    conn->port = (unsigned)strtoul(port, NULL, 10);
-    conn->next = sim->conns;
-    sim->conns = conn;
-    struct sim_ep *ep = sim_ep_new(side, conn, 0, want);
-    conn->end[0] = ep;
-    ep->phase = SIM_OPENING;
-    const char *dot = strrchr(host, '.');
-    conn->unknown_host = dot != NULL && strcmp(dot, ".invalid") == 0;
-    sim_schedule(sim, side->time + sim->cfg.latency_ns, SIM_EV_RESOLVED, conn, 0, NULL);
+    struct sim_ep *ep = sim_ep_new(side, NULL, 0, want);
+    memcpy(ep->host, host, sizeof ep->host);
+    ep->port = (unsigned)strtoul(port, NULL, 10);
+    for (const char *p = host; *p != '\0'; p++)
+        ep->base.others += *p == '+';
+    sim_begin(ep);
     *out = &ep->base;
     return RMIG_OK;
 }
@@ -1130,7 +1144,7 @@ static inline int sim_op_connect(struct rmig_ep *base, const uint8_t *data, size
     ep->conn->request_length = n;
     ep->conn->asked = true;
     ep->phase = SIM_CONNECTING;
-    if (!ep->side->dead)
+    if (!ep->side->dead && !ep->conn->dead_host)
         sim_schedule(sim, ep->side->time + sim->cfg.latency_ns, SIM_EV_REQUEST, ep->conn, 1, NULL);
     return RMIG_OK;
 }
@@ -1237,6 +1251,23 @@ static inline void sim_op_close(struct rmig_ep *base) {
     free(ep->out);
     free(ep->recv);
     free(ep);
+}
+
+static inline void sim_op_next(struct rmig_ep *base) {
+    struct sim_ep *ep = sim_ep_of(base);
+    if (ep->conn == NULL || ep->end != 0 || ep->cut || ep->conn->up[0] || base->others == 0) {
+        sim_misuse(ep, "next", NULL);
+        return;
+    }
+    sim_forget_regions(ep);
+    sim_close_connection(ep);
+    ep->out_head = ep->out_count = 0;
+    ep->recv_head = ep->recv_count = 0;
+    ep->writes = ep->sends = ep->recvs = ep->coming = 0;
+    ep->ended = ep->disconnecting = false;
+    base->others--;
+    memmove(ep->host, strchr(ep->host, '+') + 1, strlen(strchr(ep->host, '+')));
+    sim_begin(ep);
 }
 
 static inline int sim_op_caps(struct rmig_ep *base, struct rmig_fabric_caps *caps, struct rmig_error *err) {
@@ -1797,6 +1828,7 @@ static inline struct sim *sim_open(const struct sim_config *cfg) {
         .fds = sim_op_fds,
         .revoke = sim_op_revoke,
         .cut = sim_op_cut,
+        .next = sim_op_next,
     };
     sim_check_config(cfg);
     struct sim *sim = sim_grow(NULL, 1, sizeof *sim);

@@ -69,7 +69,8 @@ Test(status, every_code_has_a_name_and_a_text) {
     cr_expect_str_eq(rmig_status_name(value), "RMIG_" #code);                                                          \
     cr_expect_str_eq(rmig_status_text(value), text);                                                                   \
     cr_expect_str_eq(rmig_status_hint(value), hint);                                                                   \
-    cr_expect(strlen(rmig_status_text(value)) > 1);
+    cr_expect(strlen(rmig_status_text(value)) > 1);                                                                    \
+    cr_expect_null(strstr(hint, "see the text"), "%s: a hint says what to do, or nothing", #code);
     RMIG_STATUS_LIST(X)
 #undef X
 }
@@ -796,6 +797,9 @@ Test(address, texts_that_are_addresses) {
         {"host", "host", ""},
         {":4444", "", "4444"},
         {"[::]:4444", "::", "4444"},
+        {"[fe8::1]:1", "fe8::1", "1"},
+        {"[fec0::1]:1", "fec0::1", "1"},
+        {"fe80:1", "fe80", "1"},
     };
     for (size_t i = 0; i < sizeof row / sizeof row[0]; i++) {
         char host[64], port[16];
@@ -808,10 +812,10 @@ Test(address, texts_that_are_addresses) {
 }
 
 Test(address, texts_that_are_no_addresses) {
-    static const char *const bad[] = {"",          "host:65536", "host:-1", "host:x",
-                                      "host: 1",   "host:1 ",    "host:1x", "[::1",
-                                      "[::1]x:1",  "::1",        "a:b:1",   "host:99999999999999999999",
-                                      "[::1]4444", "host:0x10",  "host:+1"};
+    static const char *const bad[] = {
+        "",          "host:65536", "host:-1",  "host:x",      "host: 1",       "host:1 ",
+        "host:1x",   "[::1",       "[::1]x:1", "::1",         "a:b:1",         "host:99999999999999999999",
+        "[::1]4444", "host:0x10",  "host:+1",  "[fe80::1]:1", "[FEBF:2::1]:1", "[fe80::1]"};
     for (size_t i = 0; i < sizeof bad / sizeof bad[0]; i++) {
         char host[64], port[16];
         struct rmig_error err = {0};
