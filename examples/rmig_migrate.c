@@ -96,9 +96,11 @@ struct run {
     bool tty, connected, draws;
     bool ours; // what failed is this end's, and the next source would meet the same
     struct program p; // json and quiet are in opt
+    struct rmig_fabric_ops ops; // --sparse: the fabric's own, but for reg
+    const struct rmig_fabric_ops *below;
 };
 
-static struct run *bus_error_run; // for the handler of SIGBUS
+static struct run *bus_error_run; // for the handler of SIGBUS, and for reserve
 
 // >>errors
 
@@ -328,6 +330,36 @@ static int open_for_receiving(struct run *r, struct image *image) {
         return fail(&r->p, EXIT_FILES, "%s: cannot map %llu bytes: %s", what, (unsigned long long)image->length,
                     strerror(errno));
     return 0;
+}
+
+/* --sparse: room on the disk is taken with the keys that the source asks for, a chunk at a time. Without it the data
+   would meet the full disk inside the provider, which can only break the connection off; this way the source is told.
+ */
+static int reserve(struct rmig_ep *ep, void *address, uint64_t length, unsigned access, struct rmig_mr *mr,
+                   struct rmig_error *err) {
+    struct run *r = bus_error_run;
+    uint64_t at = (uint64_t)(uintptr_t)address;
+    for (size_t i = 0; i < r->images.count && (access & RMIG_ACCESS_REMOTE_WRITE) != 0; i++) {
+        const struct image *image = &r->images.at[i];
+        uint64_t from = (uint64_t)(uintptr_t)image->map;
+        if (image->map == MAP_FAILED || at < from || at >= from + image->length)
+            continue;
+        uint64_t left = image->length - (at - from), n = length < left ? length : left;
+        if (fallocate(image->file.fd, 0, (off_t)(at - from), (off_t)n) == 0 || errno == EOPNOTSUPP)
+            continue;
+        int error = errno;
+        fail(&r->p, EXIT_FILES, "%s: no room for %llu more bytes: %s", image->file.part, (unsigned long long)n,
+             strerror(error));
+        return rmig_fail(err, RMIG_ERR_REGISTRATION, error, "%s", r->p.text);
+    }
+    return r->below->reg(ep, address, length, access, mr, err);
+}
+
+static void reserve_by_chunk(struct run *r) {
+    r->below = r->fabric->ops;
+    r->ops = *r->below;
+    r->ops.reg = reserve;
+    r->fabric->ops = &r->ops;
 }
 
 // >>send
@@ -807,6 +839,8 @@ static int settle(struct run *r) {
 
 static int receive_all(struct run *r) {
     struct rmig_error err;
+    if (r->opt.sparse)
+        reserve_by_chunk(r);
     if (rmig_sink_open(r->fabric, &r->opt.cfg, &r->sink, &err) < 0)
         return fail_rmig(&r->p, EXIT_CONNECT, &err);
     if (rmig_sink_listen(r->sink, r->opt.address) < 0)
@@ -1037,7 +1071,7 @@ static const struct argp_option option_table[] = {
     {"listen", KEY_LISTEN, "HOST:PORT", 0, "where to listen; port 0: any free one, which is printed", 0},
     {"out", KEY_OUT, "DIR", 0, "where blocks go that --block does not name, and the state", 0},
     {"force", KEY_FORCE, NULL, 0, "replace files that exist", 0},
-    {"sparse", KEY_SPARSE, NULL, 0, "do not reserve disk space, leave holes where the memory is zero", 0},
+    {"sparse", KEY_SPARSE, NULL, 0, "reserve disk space as data comes only, leave holes where the memory is zero", 0},
     {"max-size", KEY_MAX_SIZE, "SIZE", 0, "refuse images and state of more bytes in all (default 1T)", 0},
     {"wait", KEY_WAIT, "SECONDS", 0, "give up when no source came (default: never)", 0},
     {"disk-timeout", KEY_DISK_TIMEOUT, "SECONDS", 0,
