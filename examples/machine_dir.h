@@ -381,8 +381,12 @@ static inline void read_whole_machine(struct machine_dir *d, const json_t *objec
 static inline int read_machine_file(struct machine_dir *d) {
     json_error_t error;
     char *path = join(d->path, MACHINE_FILE);
-    json_t *object = json_load_file(path, JSON_REJECT_DUPLICATES, &error);
+    FILE *file = fopen(path, "re");
     free(path);
+    if (file == NULL)
+        return bad(d, "cannot be read: %s", strerror(errno));
+    json_t *object = json_loadf(file, JSON_REJECT_DUPLICATES, &error);
+    fclose(file);
     if (object == NULL)
         return bad(d, "line %d: %s", error.line, error.text);
     read_whole_machine(d, object);

@@ -544,13 +544,12 @@ static int exit_code(const struct run *r) {
 }
 
 static void print_result(struct run *r) {
-    bool own = r->p.code != EXIT_OK && r->p.status == RMIG_OK; // a failure that is not rmig's
     if (r->p.code != EXIT_OK)
         fprintf(stderr, PROGRAM ": %s\n", r->p.text);
     if (r->p.json) {
         json_object_set_new(r->result, "ok", json_boolean(r->p.code == EXIT_OK));
         json_object_set_new(r->result, "exit_code", json_integer(exit_code(r)));
-        json_object_set_new(r->result, "status", own ? json_null() : json_string(rmig_status_name(r->p.status)));
+        json_object_set_new(r->result, "status", status_json(&r->p));
         json_object_set_new(r->result, "error", r->p.code == EXIT_OK ? json_null() : text_json(r->p.text));
         json_object_set_new(r->result, "stats", stats_object(r));
         json_dumpf(r->result, stdout, JSON_COMPACT);

@@ -59,7 +59,7 @@ static inline int fail_rmig(struct program *p, enum exit_code code, const struct
         code = EXIT_CANCELLED;
     if (p->code == EXIT_OK)
         p->status = err->status;
-    bool more = hint[0] != '\0' && strncmp(hint, "see the text", 12) != 0 && err->status <= RMIG_SESSION_ERRORS;
+    bool more = hint[0] != '\0' && err->status <= RMIG_SESSION_ERRORS;
     return fail(p, code, "%s%s%s%s", err->text, more ? " (" : "", more ? hint : "", more ? ")" : "");
 }
 
@@ -114,6 +114,12 @@ static inline json_t *text_json(const char *text) {
     for (char *p = copy; *p != '\0'; p++)
         *p = (unsigned char)*p >= 0x80 ? '?' : *p;
     return (json_t *)checked(json_string(copy));
+}
+
+/* null: a failure that is not rmig's. */
+static inline json_t *status_json(const struct program *p) {
+    bool own = p->code != EXIT_OK && p->status == RMIG_OK;
+    return (json_t *)checked(own ? json_null() : json_string(rmig_status_name(p->status)));
 }
 
 /* Of a sink: a source was let go before it could move anything, and the next is waited for. */

@@ -77,8 +77,7 @@ static inline void print_json(const struct common *c, const struct rmig_stats *s
     json_t *object = (json_t *)checked(json_object());
     json_object_set_new(object, "ok", json_boolean(c->p.code == EXIT_OK));
     json_object_set_new(object, "exit_code", json_integer(c->p.code));
-    bool own = c->p.code != EXIT_OK && c->p.status == RMIG_OK; // a failure that is not rmig's
-    json_object_set_new(object, "status", own ? json_null() : json_string(rmig_status_name(c->p.status)));
+    json_object_set_new(object, "status", status_json(&c->p));
     json_object_set_new(object, "error", c->p.code == EXIT_OK ? json_null() : text_json(c->p.text));
     json_object_set_new(object, "fabric", json_string(c->fabric == NULL ? "" : c->fabric->ops->name));
     json_object_set_new(object, "machine", text_json(c->machine.configuration.machine));

@@ -952,7 +952,7 @@ static void print_json(const struct run *r, uint64_t ns) {
     json_object_set_new(object, "mode", json_string(r->opt.mode == MODE_SEND ? "send" : "recv"));
     json_object_set_new(object, "ok", json_boolean(r->p.code == EXIT_OK));
     json_object_set_new(object, "exit_code", json_integer(r->p.code));
-    json_object_set_new(object, "status", json_string(rmig_status_name(r->p.status)));
+    json_object_set_new(object, "status", status_json(&r->p));
     json_object_set_new(object, "error", r->p.code == EXIT_OK ? json_null() : text_json(r->p.text));
     json_object_set_new(object, "fabric", json_string(r->fabric == NULL ? "" : r->fabric->ops->name));
     json_object_set_new(object, "extension", json_boolean(extended));

@@ -39,7 +39,7 @@ sabotage_is_noticed() { # GUEST
 
 start_dest() { # OPTION...: sets dest and address
     local i
-    timeout -k 5 100 "$program" dest --listen 127.0.0.1:0 --json "$tmp/dest.json" "$@" 2>"$tmp/dest.err" &
+    timeout -k 5 100 "$program" dest --listen "${listen-127.0.0.1}:0" --json "$tmp/dest.json" "$@" 2>"$tmp/dest.err" &
     dest=$!
     for ((i = 0; i < 400; i++)); do
         address=$(sed -n 's/^destination: listening on //p' "$tmp/dest.err")
@@ -53,6 +53,26 @@ start_dest() { # OPTION...: sets dest and address
 source_to_dest() { # OPTION...
     timeout -k 5 100 "$program" source --connect "$address" --guest thread --ram 64M --run-before 100 --run-after 100 \
         --json "$tmp/source.json" "$@" 2>"$tmp/source.err"
+}
+
+# What README says: a port alone at one end, and a name at the other, whichever of its addresses comes first.
+by_name() {
+    local dest address status i
+    cat >"$tmp/in_hosts" <<END
+#!/bin/sh
+printf '127.0.0.1 localhost\\n::1 localhost\\n' >"$tmp/hosts"
+exec unshare -rm sh -c 'mount --bind "\$0" /etc/hosts && exec "\$@"' "$tmp/hosts" "$(realpath "$program")" "\$@"
+END
+    chmod +x "$tmp/in_hosts"
+    local program=$tmp/in_hosts
+    for i in '' 127.0.0.1; do
+        listen=$i start_dest --run-after 100 || return 1
+        address=localhost:${address##*:}
+        source_to_dest && wait "$dest" && [ "$(json_field "$tmp/dest.json" verified)" = 1 ] ||
+            { cat "$tmp/source.err" "$tmp/dest.err"; kill "$dest"; return 1; }
+    done
+    source_to_dest
+    [ $? = 3 ] && grep -q 'connecting to \[::1\].*; connecting to 127.0.0.1' "$tmp/source.err" && ! grep -q handover "$tmp/source.err"
 }
 
 # A source that does not suit is let go, and the next one finds all as it was.
@@ -333,6 +353,11 @@ fi
 both thread
 snapshots thread
 check 'a source that does not suit, and the next one' next_source
+if unshare -rm true 2>/dev/null; then
+    check 'a port alone, and a name with several addresses' by_name
+else
+    skip 'a port alone, and a name with several addresses' 'no process can have an /etc/hosts of its own here'
+fi
 check 'a guest that cannot be made at the destination runs on' cannot_be_made
 check 'a torn file is refused' torn thread
 check "another program's file is refused" foreign

@@ -304,6 +304,8 @@ usage_errors() {
     check '--rounds x is refused' refused 2 '--rounds 2x' -- send "${to[@]}" "${ram[@]}" --rounds 2x
     check '--max-size nonsense is refused' refused 2 '--max-size' '1Q' -- recv --listen :0 --out "$tmp" --max-size 1Q
     check 'an address without a port number is refused' refused 2 'abc' -- send --connect 127.0.0.1:abc "${ram[@]}"
+    check 'a link-local address without its interface' refused 2 link-local '[fe80::1%eth0]:1' -- \
+        send --connect '[fe80::1]:1' "${ram[@]}"
     check 'a port above 65535 is refused' refused 2 '65536' -- recv --listen 127.0.0.1:65536 --out "$tmp"
 }
 
@@ -325,6 +327,7 @@ file_errors() {
     check 'a block that the source has not is refused' unknown_block
     check 'more than --max-size is refused' too_large
     check 'more state than --max-size leaves is refused' too_much_state
+    check 'state beyond a limit of the system, and the source is told' state_beyond_a_limit
     if [ "$(id -u)" = 0 ]; then
         skip 'an unreadable image' 'root reads everything'
         skip 'a read-only folder' 'root writes everywhere'
@@ -407,13 +410,70 @@ no_space() {
     wait "$receiver"
     local received=$?
     [ $sent = 5 ] || { echo "send ended with $sent, 5 wanted"; cat "$tmp/send.err"; return 1; }
-    if [ "${1:-}" = --sparse ]; then # the provider meets the full disk, or the program itself
-        [ $received = 3 ] || [ $received = 5 ] || { echo "recv ended with $received"; cat "$tmp/recv.err"; return 1; }
-        [ -s "$tmp/recv.err" ]
-    else
-        [ $received = 3 ] || { echo "recv ended with $received, 3 wanted"; cat "$tmp/recv.err"; return 1; }
-        says "$tmp/recv.err" 'No space left' 33554432 && says "$tmp/send.err" 'No space left'
-    fi
+    [ $received = 3 ] || { echo "recv ended with $received, 3 wanted"; cat "$tmp/recv.err"; return 1; }
+    says "$tmp/recv.err" 'No space left' 33554432 && says "$tmp/send.err" 'No space left' ram.part
+}
+
+state_beyond_a_limit() {
+    send=(--block "ram=$tmp/page" --state "$tmp/device")
+    recv=()
+    under=(prlimit --fsize=50000)
+    both 5 3 && says "$tmp/recv.err" 'File too large' && says "$tmp/send.err" refused 'File too large' && nothing_left
+    local rc=$?
+    under=()
+    return $rc
+}
+
+# >>names
+
+# The program with an /etc/hosts of its own.
+make_hosts() {
+    printf '%s\n' '127.0.0.1 localhost' '::1 localhost ip6-localhost' '192.0.2.1 elsewhere' '2001:db8::1 elsewhere' >"$tmp/hosts"
+    cat >"$tmp/in_hosts" <<END
+#!/bin/sh
+exec unshare -rm sh -c 'mount --bind "\$0" /etc/hosts && exec "\$@"' "$tmp/hosts" "$(realpath "$program")" "\$@"
+END
+    chmod +x "$tmp/in_hosts"
+}
+
+by_name() { # LISTEN NAME...: each name gets a receiver of its own
+    local host=$1 name
+    shift
+    for name in "$@"; do
+        start_recv "$host" || return 1
+        timeout -k 5 60 "$program" send --connect "$name:${address##*:}" --block "ram=$tmp/page" >"$tmp/send.out" 2>"$tmp/send.err" ||
+            { echo "$name at $address"; cat "$tmp/send.err"; kill "$receiver"; return 1; }
+        wait "$receiver" && same "$tmp/page" ram || return 1
+    done
+}
+
+all_are_named() {
+    refused 4 '[::1]:1' '127.0.0.1:1' 'Connection refused' 'localhost:1' -- send --connect localhost:1 --block "ram=$tmp/page" &&
+        ! grep -q handover "$tmp/refused"
+}
+
+none_is_here() {
+    refused 4 'elsewhere:0' '192.0.2.1' '[2001:db8::1]' 'Cannot assign' -- recv --listen elsewhere:0 --out "$tmp"
+}
+
+names() {
+    make_hosts
+    local program=$tmp/in_hosts
+    check 'localhost has two addresses, IPv4 is listened on' by_name 127.0.0.1 localhost
+    check 'localhost has two addresses, IPv6 is listened on' by_name '[::1]' localhost
+    check 'a port alone is listened on by both families' by_name '' 127.0.0.1 '[::1]' localhost
+    check 'a name is listened on at all its addresses' by_name localhost 127.0.0.1 '[::1]' localhost
+    check 'each address that was tried is named' all_are_named
+    check 'a name of which no address is here' none_is_here
+}
+
+# What is wrong at the receiver is not blamed on a receiver.
+unknown_name_to_listen_on() {
+    refused 4 'nowhere.invalid:1' -- recv --listen nowhere.invalid:1 --out "$tmp" && ! grep -q 'sink listens' "$tmp/refused"
+}
+
+filtered_providers() { # OPTION...
+    FI_PROVIDER='^tcp,net' refused 4 'FI_PROVIDER=^tcp,net' 'unset it' -- send --connect 127.0.0.1:1 --block "ram=$tmp/page" "$@"
 }
 
 # Names come from the peer: none may lead out of the folder, hide, or pose as an unfinished file.
@@ -729,7 +789,8 @@ nobody_listens() {
     kill -INT "$(real_pid "$receiver")"
     wait "$receiver"
     local begin=$SECONDS
-    refused 4 "$address" -- send --connect "$address" --block "ram=$tmp/page" || return 1
+    refused 4 "connecting to $address failed" -- send --connect "$address" --block "ram=$tmp/page" || return 1
+    grep -q handover "$tmp/refused" && { cat "$tmp/refused"; return 1; }
     [ $((SECONDS - begin)) -le 12 ] || { echo "took $((SECONDS - begin)) s"; return 1; }
 }
 
@@ -785,6 +846,8 @@ json_of_both() {
 }
 
 json_of_failure() {
+    rmig recv --listen 127.0.0.1:0 --out "$tmp/no/where" --json >"$tmp/recv.out" 2>"$tmp/recv.err"
+    json "$tmp/recv.out" '!$j->{ok} && $j->{exit_code} == 3 && length $j->{error} && !defined $j->{status}' || return 1
     rmig send --connect 127.0.0.1:1 --block "ram=$tmp/page" --json >"$tmp/send.out" 2>"$tmp/send.err"
     json "$tmp/send.out" '!$j->{ok} && $j->{exit_code} == 4 && length $j->{error} && $j->{status} =~ /ERR/'
 }
@@ -835,6 +898,16 @@ check 'a stranger comes first' a_stranger_comes_first
 check 'a smaller chunk size than the sink is told' chunk_sizes_differ 1M 64M 1048576 67108864
 set_of_each
 usage_errors
+if ! grep -q '00000000000000000000000000000001' /proc/net/if_inet6 2>/dev/null; then
+    skip 'names with several addresses' 'the loopback device has no IPv6 address'
+elif ! unshare -rm true 2>/dev/null; then
+    skip 'names with several addresses' 'no process can have an /etc/hosts of its own here'
+else
+    names
+fi
+check 'a name to listen on that does not exist' unknown_name_to_listen_on
+check 'FI_PROVIDER in the environment' filtered_providers
+check 'FI_PROVIDER in the environment, and --provider' filtered_providers --provider tcp
 file_errors
 disk
 check 'hostile block names stay in the folder' hostile_names

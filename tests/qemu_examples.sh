@@ -230,6 +230,7 @@ bad_file() { # SHELL WORD...: the command runs in the directory
 bad_directories() {
     check 'a directory that is none' refused 3 "$tmp/none" 'No such file' -- "$source_program" "${over[@]}" "$tmp/none" 127.0.0.1:1
     check 'machine.json is no JSON' bad_file 'echo "{" >machine.json' machine.json line
+    check 'no machine.json' bad_file 'rm machine.json' "$tmp/bad/machine.json" 'cannot be read: No such file'
     check 'machine.json of another program' bad_directory '$j->{format} = "x"' machine.json '"format"'
     check 'machine.json of an unknown version' bad_directory '$j->{version} = 2' '"version" is 2' 'reads version 1'
     check 'machine.json without a machine' bad_directory 'delete $j->{machine}' '"machine" is missing'
@@ -400,7 +401,7 @@ nobody_listens() {
     kill -INT "$(real_pid "$sink")"
     wait "$sink"
     source_from "$tmp/vm"
-    [ $? = 4 ] && says "$tmp/source.err" "$address"
+    [ $? = 4 ] && says "$tmp/source.err" "connecting to $address failed" && ! grep -q handover "$tmp/source.err"
 }
 
 after_a_kill() { # what a killed sink left is named, and in nobody's way once it is gone
