@@ -282,10 +282,11 @@ RMIG_API int rmig_mapped_reader_load(struct rmig_mapped_reader *r);
    pinned (mlock, VFIO, registered for RDMA), nor sealed against writing. Until load_wait says RMIG_OK - only this
    mapping may be used: a read by another one (vhost-user, a second mapping) puts zeros there for good. That is noticed,
    and ends the loading with an error - the guest must not discard pages (balloon). It may be saved and migrated
-   meanwhile, by this mapping, which fetches all of it. Needs userfaultfd, also for faults in the kernel: root, or the
-   sysctl vm.unprivileged_userfaultfd. Device state can be had meanwhile. RMIG_ERR_STATE and RMIG_ERR_WIRE as load;
-   RMIG_ERR_ARGUMENT: no such memory, which is as it was and may be loaded by load; RMIG_ERR_NO_MEMORY. RMIG_ERR_SETUP
-   with errno: no userfaultfd, or memory cannot be emptied; part of it may be empty then. */
+   meanwhile, by this mapping, which fetches all of it. Needs userfaultfd, also for faults in the kernel: root, the
+   sysctl vm.unprivileged_userfaultfd, or access to /dev/userfaultfd (Linux 6.1). Device state can be had meanwhile.
+   RMIG_ERR_STATE and RMIG_ERR_WIRE as load; RMIG_ERR_ARGUMENT: no such memory, which is as it was and may be loaded by
+   load; RMIG_ERR_NO_MEMORY. RMIG_ERR_SETUP with errno: no userfaultfd, or memory cannot be emptied; part of it may be
+   empty then. */
 RMIG_API int rmig_mapped_reader_load_start(struct rmig_mapped_reader *r);
 /* Waits until all is loaded, at most timeout_ns: RMIG_OK; RMIG_PENDING; RMIG_ERR_STATE: load_start was not called; or
    why it failed: then the memory of all blocks cannot be accessed any more (SIGSEGV), since zeros where the file has
@@ -2665,15 +2666,36 @@ static void rmig__lazy_close(struct rmig__lazy *l) {
     RMIG_FREE(l);
 }
 
+#ifndef USERFAULTFD_IOC_NEW // Linux 6.1
+#define USERFAULTFD_IOC_NEW _IO(0xAA, 0x00)
+#endif
+
+/* The device is for those whom the system call refuses. */
+static int rmig__lazy_descriptor(int *uffd, struct rmig_error *err) {
+    *uffd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
+    if (*uffd >= 0)
+        return RMIG_OK;
+    int code = errno, device = open("/dev/userfaultfd", O_RDWR | O_CLOEXEC), of_device = errno;
+    if (device >= 0) {
+        *uffd = ioctl(device, USERFAULTFD_IOC_NEW, O_CLOEXEC | O_NONBLOCK);
+        of_device = errno;
+        close(device);
+    }
+    if (*uffd >= 0)
+        return RMIG_OK;
+    return rmig_fail(err, RMIG_ERR_SETUP, code,
+                     "no userfaultfd: %s, and /dev/userfaultfd: %s (it needs root, the sysctl "
+                     "vm.unprivileged_userfaultfd, or access to /dev/userfaultfd)",
+                     strerror(code), strerror(of_device));
+}
+
 static int rmig__lazy_open(struct rmig__lazy *l, struct rmig_error *err) {
     struct uffdio_api api;
     memset(&api, 0, sizeof api);
     api.api = UFFD_API;
-    l->uffd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
-    if (l->uffd < 0)
-        return rmig_fail(err, RMIG_ERR_SETUP, errno,
-                         "no userfaultfd: %s (it needs root, or the sysctl vm.unprivileged_userfaultfd)",
-                         strerror(errno));
+    int status = rmig__lazy_descriptor(&l->uffd, err);
+    if (status != RMIG_OK)
+        return status;
     if (ioctl(l->uffd, UFFDIO_API, &api) == 0)
         return RMIG_OK;
     return rmig_fail(err, RMIG_ERR_SETUP, errno, "userfaultfd: %s", strerror(errno));

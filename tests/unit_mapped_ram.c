@@ -12,6 +12,7 @@
 
 #include <criterion/criterion.h>
 #include <inttypes.h>
+#include <linux/capability.h>
 #include <signal.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
@@ -940,6 +941,61 @@ Test(mapped_lazy, huge_pages_are_refused_and_keep_what_they_hold) {
     cr_assert_eq(copy.mem[ram.length - 1], 0);
     rmig_mapped_reader_close(r);
     close(fd);
+}
+
+static int lazy_start(struct rmig_error *err) {
+    struct rmig_mapped_options opt = {.no_sync = true};
+    struct ram ram = {"ram", new_memory(8192), 8192};
+    struct rmig_block_desc desc = describe(&ram, 0);
+    int fd = new_file();
+    fill(ram.mem, 8192);
+    uint8_t first = ram.mem[0];
+    save_file(fd, &opt, &ram, 1);
+    struct rmig_mapped_reader *r = open_reader(fd, &opt);
+    cr_assert_eq(rmig_mapped_reader_add_block(r, &desc), RMIG_OK);
+    int status = rmig_mapped_reader_load_start(r);
+    *err = *rmig_mapped_reader_error(r);
+    if (status == RMIG_OK)
+        cr_assert_eq(*(volatile uint8_t *)ram.mem, first);
+    if (status == RMIG_OK)
+        cr_assert_eq(rmig_mapped_reader_load_wait(r, RMIG_FOREVER), RMIG_OK);
+    rmig_mapped_reader_close(r);
+    close(fd);
+    return status;
+}
+
+static bool may_call_userfaultfd(void) {
+    int fd = (int)syscall(SYS_userfaultfd, O_CLOEXEC);
+    if (fd >= 0)
+        close(fd);
+    return fd >= 0;
+}
+
+// Whom the system call refuses may have been let in by the device.
+Test(mapped_lazy, the_device_of_userfaultfd_is_tried, .timeout = 60) {
+    struct rmig_error err;
+    struct __user_cap_header_struct header = {.version = _LINUX_CAPABILITY_VERSION_3};
+    struct __user_cap_data_struct caps[2];
+    cr_assert_eq(syscall(SYS_capget, &header, caps), 0);
+    caps[0].effective &= ~(1u << CAP_SYS_PTRACE);
+    caps[0].permitted &= ~(1u << CAP_SYS_PTRACE);
+    cr_assert_eq(syscall(SYS_capset, &header, caps), 0);
+    int device = open("/dev/userfaultfd", O_RDWR | O_CLOEXEC);
+    if (device < 0 || may_call_userfaultfd())
+        cr_skip_test("the device is not there, or anybody may call userfaultfd");
+    close(device);
+    int status = lazy_start(&err);
+    cr_assert_eq(status, RMIG_OK, "%s", err.text);
+}
+
+Test(mapped_lazy, who_may_not_have_userfaultfd_hears_of_its_device, .timeout = 60) {
+    struct rmig_error err;
+    if (geteuid() == 0)
+        cr_assert_eq(setresuid(65534, 65534, 65534), 0);
+    if (may_call_userfaultfd() || access("/dev/userfaultfd", R_OK | W_OK) == 0)
+        cr_skip_test("anybody may have userfaultfd");
+    cr_assert_eq(lazy_start(&err), RMIG_ERR_SETUP);
+    cr_assert(strstr(err.text, "or access to /dev/userfaultfd") != NULL, "%s", err.text);
 }
 
 Test(mapped_lazy, memory_that_does_not_suit_is_refused) {
