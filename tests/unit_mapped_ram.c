@@ -1149,7 +1149,72 @@ Test(mapped_refuses, every_beginning_of_a_file) {
 Test(mapped_refuses, bytes_behind_the_end) {
     int fd = small_file();
     write_at(fd, "x", 1, size_of(fd));
-    expect_refused(fd, NULL, "or something was appended");
+    expect_refused(fd, NULL, "something was appended: what is no snapshot begins at file offset 36928");
+    close(fd);
+}
+
+// The first end is the end, whatever the rest ends in.
+Test(mapped_refuses, what_follows_the_first_end) {
+    static const char again[] = "\0\6\0\0\0\2{}", more[] = "\4more\0\6\0\0\0\2{}";
+    const struct {
+        const char *bytes;
+        size_t n;
+        uint64_t behind; // the end
+        const char *text;
+    } tail[] = {
+        {again, sizeof again - 1, 0, "ends at file offset 36928, and something was appended"},
+        {more, sizeof more - 1, 0, "what is no snapshot begins at file offset 36928"},
+        {more, sizeof more - 1, 100000, "what is no snapshot begins at file offset 136928"},
+        {START "\0\6\0\0\0\2{}", sizeof START + 7, 0, "another one begins at file offset 36928"},
+        {START "\0\6\0\0\0\2{}", sizeof START + 7, (uint64_t)1 << 40,
+         "another one begins at file offset 1099511664704"},
+    };
+    for (size_t i = 0; i < sizeof tail / sizeof tail[0]; i++) {
+        int fd = small_file();
+        cr_assert_eq(size_of(fd), 36928);
+        write_at(fd, tail[i].bytes, tail[i].n, 36928 + tail[i].behind);
+        expect_refused(fd, NULL, tail[i].text);
+        close(fd);
+    }
+}
+
+Test(mapped_refuses, zeros_behind_the_end) {
+    int fd = small_file();
+    cr_assert_eq(ftruncate(fd, 50000), 0);
+    expect_refused(fd, NULL, "a run of zeros begins at file offset 36928");
+    close(fd);
+}
+
+// Whatever the hole's place in a piece that is read, and however long it is.
+Test(mapped_read, device_state_with_holes_has_its_end, .timeout = 60) {
+    static const char end[] = "\0\6\0\0\0\2{}";
+    for (uint64_t hole = 1; hole < (uint64_t)1 << 42; hole = hole * 5 + 3) {
+        int fd = small_file();
+        cr_assert_eq(ftruncate(fd, 36928 - STATE_SIZE + 7), 0); // "\4device"
+        write_at(fd, end, sizeof end - 1, 36928 - STATE_SIZE + 7 + hole);
+        struct rmig_mapped_reader *r = open_reader(fd, NULL);
+        cr_assert_eq(rmig_mapped_reader_state_size(r), 7 + hole + sizeof end - 1);
+        rmig_mapped_reader_close(r);
+        close(fd);
+    }
+}
+
+// A crash while an older snapshot is written over must not leave one: what was there is none from the start on.
+Test(mapped_layout, an_older_snapshot_is_none_as_soon_as_another_begins) {
+    struct ram ram = {"ram", new_memory(8192), 8192};
+    int fd = small_file();
+    ram.mem[0] = 1;
+    struct rmig_mapped_writer *w = start_writer(fd, &small_opt, &ram, 1);
+    uint64_t end = rmig_mapped_writer_size(w);
+    cr_assert_lt(end, 36928);
+    expect_refused(fd, NULL, "its writer did not finish");
+    save_all(w, &ram, 1);
+    expect_refused(fd, NULL, "no magic");
+    OK(w, rmig_mapped_writer_put(w, STATE, STATE_SIZE));
+    OK(w, rmig_mapped_writer_finish(w));
+    cr_assert_eq(rmig_mapped_writer_size(w), end + STATE_SIZE);
+    cr_assert_eq(rmig_mapped_writer_size(w), size_of(fd));
+    rmig_mapped_writer_close(w);
     close(fd);
 }
 
@@ -1427,6 +1492,7 @@ Test(mapped_refuses, null_in_place_of_an_object) {
     cr_expect_eq(rmig_mapped_writer_finish(NULL), RMIG_ERR_ARGUMENT);
     cr_expect_str_neq(rmig_mapped_writer_error(NULL)->text, "");
     rmig_mapped_writer_stats(NULL, &stats);
+    cr_expect_eq(rmig_mapped_writer_size(NULL), 0);
     cr_expect_eq(stats.rounds, 0);
     rmig_mapped_reader_close(NULL);
     rmig_mapped_reader_forgive(NULL);
