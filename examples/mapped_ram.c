@@ -98,6 +98,15 @@ static int commit(struct run *r) {
     return whole_file_commit(&r->out, !r->opt.no_sync, &err) < 0 ? fail_rmig(&r->p, EXIT_FILES, &err) : 0;
 }
 
+/* What is written must not be what is read: it would be gone when it is still needed. */
+static int refuse_same(struct run *r, int fd, const char *from) {
+    struct stat in, out;
+    const char *to = r->out.target;
+    if (fd < 0 || fstat(fd, &in) < 0 || stat(to, &out) < 0 || in.st_ino != out.st_ino || in.st_dev != out.st_dev)
+        return 0;
+    return fail(&r->p, EXIT_USAGE, "%s is what is read (%s): name another file", r->out.path, from);
+}
+
 // >>reading
 
 static int open_reader(struct run *r, const char *path, int *fd, struct rmig_mapped_reader **reader) {
@@ -289,7 +298,7 @@ static int do_extract(struct run *r) {
     const struct rmig_mapped_block *b;
     uint32_t block = 0;
     if (open_reader(r, r->arg[0], &r->fd, &r->reader) < 0 || find_block(r, r->arg[1], &block) < 0 ||
-        open_part(r, r->arg[2], 0) < 0)
+        open_part(r, r->arg[2], 0) < 0 || refuse_same(r, r->fd, r->arg[0]) < 0)
         return -1;
     rmig_mapped_reader_blocks(r->reader, &b);
     uint64_t page = b[block].page_size;
@@ -521,6 +530,11 @@ static int do_save(struct run *r) {
     const struct rmig_mapped_machine machine = {.configuration = r->machine.configuration,
                                                 .section_id = r->machine.section_id,
                                                 .switchover_start = r->machine.switchover_start};
+    for (uint32_t i = 0; i < r->machine.image_count; i++)
+        if (refuse_same(r, r->machine.image[i].fd, r->machine.image[i].file) < 0)
+            return -1;
+    if (refuse_same(r, r->state_fd, STATE_FILE) < 0)
+        return -1;
     r->file = r->out.part;
     if (rmig_mapped_writer_open(r->out.fd, &r->opt, &r->writer, &err) < 0)
         return fail_file(r, &err);

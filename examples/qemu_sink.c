@@ -693,13 +693,6 @@ static const char doc[] =
     "FILE can be loaded by QEMU 9.0 and later (-incoming file:FILE, capability mapped-ram). The RAM is received into "
     "memory, and written to FILE.part, in the last round if the source has one, as QEMU does.\n\n" EXIT_STATUS_DOC;
 
-static char *without_slash(char *path) { // its neighbour DIR.part is made
-    size_t n = strlen(path);
-    while (n > 1 && path[n - 1] == '/')
-        path[--n] = '\0';
-    return path;
-}
-
 static void check_arguments(const struct run *r, struct argp_state *state) {
     const char *option = r->sparse ? "--sparse" : r->in_place ? "--in-place" : r->c.snapshot_option;
     if (r->address == NULL)
@@ -736,7 +729,7 @@ static error_t parse_option(int key, char *arg, struct argp_state *state) {
     case ARGP_KEY_ARG:
         if (r->dir != NULL)
             argp_error(state, "unexpected argument %s", arg);
-        r->dir = without_slash(arg);
+        r->dir = arg;
         return 0;
     case ARGP_KEY_SUCCESS:
         check_arguments(r, state);

@@ -141,11 +141,18 @@ static inline char *whole_file_resolve(const char *path, struct rmig_error *err)
     return at;
 }
 
-static inline int whole_file_name(struct whole_file *f, const char *path, bool in_place, struct rmig_error *err) {
+/* flags: -1 for a directory, whose path may end in slashes. */
+static inline int whole_file_name(struct whole_file *f, const char *path, int flags, struct rmig_error *err) {
+    bool in_place = flags > 0 && (flags & WHOLE_FILE_IN_PLACE) != 0;
     *f = (struct whole_file){.path = path, .fd = -1, .in_place = in_place};
     f->target = whole_file_resolve(path, err);
     if (f->target == NULL)
         return err->status;
+    for (size_t n = strlen(f->target); flags < 0 && n > 1 && f->target[n - 1] == '/'; n--)
+        f->target[n - 1] = '\0';
+    if (f->target[whole_file_dir_length(f->target)] == '\0')
+        return rmig_fail(err, RMIG_ERR_FILE, 0, "\"%s\": the name of a %s is missing at its end",
+                         whole_file_show(path).s, flags < 0 ? "directory" : "file");
     f->part = in_place ? strdup(f->target) : whole_file_beside(f->target, ".part");
     return f->part != NULL ? RMIG_OK
                            : rmig_fail(err, RMIG_ERR_NO_MEMORY, 0, "out of memory for the name of %s.part",
@@ -242,7 +249,7 @@ static inline int whole_file_clear(const struct whole_file *f, int fd, int flags
    RMIG_ERR_NO_MEMORY. */
 static inline int whole_file_open(struct whole_file *f, const char *path, int flags, struct rmig_error *err) {
     struct stat mine = {0}, older;
-    int status = whole_file_name(f, path, (flags & WHOLE_FILE_IN_PLACE) != 0, err);
+    int status = whole_file_name(f, path, flags, err);
     if (status == RMIG_OK)
         status = whole_file_look(f, flags, &older, err);
     int fd = status == RMIG_OK ? whole_file_open_part(f, flags, &older, err) : -1;
@@ -262,7 +269,7 @@ static inline int whole_file_open(struct whole_file *f, const char *path, int fl
 /* A new, empty directory; PATH must not exist. Errors as whole_file_open. */
 static inline int whole_file_open_dir(struct whole_file *f, const char *path, struct rmig_error *err) {
     struct stat st;
-    int status = whole_file_name(f, path, false, err);
+    int status = whole_file_name(f, path, -1, err);
     if (status != RMIG_OK)
         return status;
     if (lstat(f->target, &st) == 0)
@@ -374,8 +381,12 @@ static inline int whole_file_rename_new(const char *from, const char *to) {
 /* Gives it its name: what is written must be on the disk already. A file replaces what is there, a directory does not.
    sync: waits until the name is on the disk, too. */
 static inline int whole_file_commit(struct whole_file *f, bool sync, struct rmig_error *err) {
-    struct stat st = {0};
+    struct stat st = {0}, named = {0};
     bool is_dir = fstat(f->fd, &st) == 0 && S_ISDIR(st.st_mode);
+    if (f->in_place && (stat(f->target, &named) < 0 || named.st_ino != st.st_ino || named.st_dev != st.st_dev))
+        return rmig_fail(err, RMIG_ERR_FILE, 0,
+                         "%s was removed or replaced while it was written in place: what was written has no name",
+                         whole_file_show(f->path).s);
     if (!f->in_place && (is_dir ? whole_file_rename_new(f->part, f->target) : rename(f->part, f->target)) < 0)
         return rmig_fail(err, RMIG_ERR_FILE, errno, "%s cannot become %s: %s", whole_file_show(f->part).s,
                          whole_file_show(f->path).s, strerror(errno));

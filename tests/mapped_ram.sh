@@ -441,6 +441,33 @@ on_a_device() {
         mapped verify --offset 4096B "$device" && in_place_the_magic_goes_first "$device" --in-place
 }
 
+# A file that is put in its place meanwhile, by a writer who does not write in place.
+in_place_and_replaced() {
+    local i status
+    cp "$tmp/sb" "$tmp/p" && cp "$tmp/sb" "$tmp/p2" || return 1
+    timeout 60 strace -f -qq -o "$tmp/calls" -e trace=fsync -e inject=fsync:delay_enter=3000000:when=2 "$program" \
+        save --in-place "$tmp/a" "$tmp/p" >"$tmp/out" 2>&1 &
+    for ((i = 0; i < 2000; i++)); do
+        mapped verify --quiet "$tmp/p" >/dev/null 2>&1 || break
+    done
+    mv "$tmp/p2" "$tmp/p"
+    wait $!
+    status=$?
+    [ "$status" = 3 ] && grep -q 'removed or replaced' "$tmp/out" && mapped diff "$tmp/p" "$tmp/sb" ||
+        { echo "exit status $status"; cat "$tmp/out"; return 1; }
+}
+
+# An operator's slips: what is read is named as what is written, or no name at all.
+not_over_what_is_read() {
+    rm -rf "$tmp/c" && cp -r "$tmp/a" "$tmp/c" && ends 2 'is what is read (ram/pc.ram)' mapped save "$tmp/c" "$tmp/c/ram/pc.ram" &&
+        ends 2 'is what is read (state)' mapped save --in-place "$tmp/c" "$tmp/c/state" && same_machine "$tmp/a" "$tmp/c" &&
+        ends 2 'is what is read' mapped extract "$tmp/sa" pc.ram "$tmp/sa" && mapped verify "$tmp/sa" &&
+        ends 3 'the name of a file is missing' mapped save "$tmp/a" '' &&
+        ends 3 'the name of a file is missing' mapped save "$tmp/a" "$tmp/nodir/" && ends 3 'not a regular file' mapped save "$tmp/a" "$tmp/a" &&
+        mapped load "$tmp/sa" "$tmp/slash//" && same_machine "$tmp/a" "$tmp/slash" &&
+        ends 3 'the name of a directory is missing' mapped load "$tmp/sa" '' && [ -z "$(find "$tmp" . -maxdepth 1 -name '*.part')" ]
+}
+
 device_in_use() {
     mkfs.ext4 -q -F "$device" && mkdir -p "$tmp/mnt" && unshare -m sh -c 'mount "$1" "$2" && "$3" save --in-place "$4" "$1"' sh \
         "$device" "$tmp/mnt" "$program" "$tmp/a" >"$tmp/out" 2>&1
@@ -480,11 +507,13 @@ places() {
     check 'in place, and it fails' in_place_and_failed
     cp "$tmp/sb" "$tmp/sp"
     check 'in place, killed 20 times' in_place_killed 20 "$tmp/sp"
+    check 'not over what is read' not_over_what_is_read
     check 'long names' long_names
     check 'cancelled by SIGHUP' cancelled HUP
     check 'nohup' hangup_ignored
     if can_inject; then
         check 'what lies before --offset is copied by hand' before_the_offset_by_hand
+        check 'in place, and replaced meanwhile' in_place_and_replaced
         check 'in place the older magic goes first' in_place_the_magic_goes_first "$tmp/sp"
     fi
     if [ "$(id -u)" = 0 ] && command -v setpriv >/dev/null; then
@@ -604,6 +633,25 @@ read_from_qemu() { # MODE FILE [OFFSET]
     mapped verify ${at:+"$at"} "$2" && mapped extract ${at:+"$at"} "$2" pc.ram "$tmp/x" && cmp "$tmp/x" "$tmp/wanted.ram"
 }
 
+# Two images in one file: each can be had by QEMU alone, and here neither passes for more than it is.
+two_of_qemu() {
+    read_from_qemu plain "$tmp/two" && read_from_qemu plain "$tmp/two" 134217728 &&
+        ends 5 'another one begins at file offset 134217728' mapped verify "$tmp/two" &&
+        ends 5 'another one' mapped extract "$tmp/two" pc.ram "$tmp/y" && [ ! -e "$tmp/y" ]
+}
+
+# A file of ours behind one of QEMU's leaves that alone, and QEMU loads either.
+ours_behind_theirs() {
+    rm -rf "$tmp/vm" && mapped load "$tmp/theirs" "$tmp/vm" && cp --sparse=always "$tmp/theirs" "$tmp/two" &&
+        mapped save --offset 128M "$tmp/vm" "$tmp/two" && cmp -n "$(stat -c %s "$tmp/theirs")" "$tmp/two" "$tmp/theirs" || return 1
+    local at
+    for at in '' 134217728; do
+        truncate -s 0 "$tmp/dst.ram"
+        start dst -S -incoming defer
+        qemu_loads plain "$tmp/two" $at && cmp "$tmp/dst.ram" "$tmp/wanted.ram" && stop dst || return 1
+    done
+}
+
 # What QEMU saved, written again with these options, is loaded by QEMU; saved by it again, no page differs.
 loaded_by_qemu() { # MODE OPTION...
     local mode=$1 at='' option
@@ -674,6 +722,8 @@ with_qemu() {
     check 'a file of QEMU with multifd' read_from_qemu multifd "$tmp/theirs.multifd"
     check 'a file of QEMU with multifd and direct-io' read_from_qemu direct "$tmp/theirs.direct"
     check 'a file of QEMU at an offset' read_from_qemu plain "$tmp/theirs.offset" 4608
+    check 'two files of QEMU in one' two_of_qemu
+    check 'one of ours behind one of QEMU' ours_behind_theirs
     check 'written again, QEMU loads it' loaded_by_qemu plain
     check 'written again by threads with pages of 64 KiB alignment, with multifd' loaded_by_qemu multifd --threads 3 --align 64K
     check 'written again past the page cache, with multifd and direct-io' loaded_by_qemu direct --direct
