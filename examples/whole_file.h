@@ -201,7 +201,7 @@ static inline int whole_file_open_part(struct whole_file *f, int flags, const st
     else if (S_ISBLK(older->st_mode))
         how |= O_EXCL;
     int fd = open(f->part, how, 0600), error = errno;
-    bool closed = error == EACCES || error == EPERM || error == EROFS;
+    bool closed = !f->in_place && (error == EACCES || error == EPERM);
     if (fd < 0)
         rmig_fail(err, RMIG_ERR_FILE, error, "cannot %s %s: %s%s", f->in_place ? "write into" : "create",
                   whole_file_show(f->part).s, strerror(error),

@@ -140,7 +140,8 @@ END
 read_only() {
     mkdir -p "$tmp/ro"
     ends 3 'Read-only file system' unshare -m sh -c \
-        'mount -t tmpfs -o ro none "$1/ro" && timeout 60 "$2" save "$1/a" "$1/ro/s"' sh "$tmp" "$program"
+        'mount -t tmpfs none "$1/ro" && : >"$1/ro/s" && mount -o remount,ro "$1/ro" && timeout 60 "$2" save "$1/a" "$1/ro/s"' \
+        sh "$tmp" "$program" && ! grep -q in-place "$tmp/err"
 }
 
 can_inject() { strace -qq -o /dev/null -e trace=none true 2>/dev/null; }
