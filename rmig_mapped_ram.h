@@ -122,6 +122,7 @@ LICENCE
 #define rmig_mapped_writer_finish RMIG__NAME(rmig_mapped_writer_finish)
 #define rmig_mapped_writer_forgive RMIG__NAME(rmig_mapped_writer_forgive)
 #define rmig_mapped_writer_error RMIG__NAME(rmig_mapped_writer_error)
+#define rmig_mapped_writer_size RMIG__NAME(rmig_mapped_writer_size)
 #define rmig_mapped_writer_stats RMIG__NAME(rmig_mapped_writer_stats)
 #define rmig_mapped_reader_open RMIG__NAME(rmig_mapped_reader_open)
 #define rmig_mapped_reader_close RMIG__NAME(rmig_mapped_reader_close)
@@ -181,9 +182,10 @@ struct rmig_mapped_machine {
 
 struct rmig_mapped_writer;
 
-/* Opens a writer to fd: a regular file, open for writing, neither O_APPEND nor O_DIRECT. fd stays the
-   caller's and must stay open until close. options NULL: all defaults. RMIG_OK and *out, or RMIG_ERR_ARGUMENT,
-   RMIG_ERR_PARAM, RMIG_ERR_NO_MEMORY, RMIG_ERR_FILE (no direct I/O there) with *err (may be NULL). */
+/* Opens a writer to fd: a regular file or a block device, open for writing, neither O_APPEND nor O_DIRECT; open it for
+   reading too. fd stays the caller's and must stay open until close; of a device its position is moved. options NULL:
+   all defaults. RMIG_OK and *out, or RMIG_ERR_ARGUMENT, RMIG_ERR_PARAM, RMIG_ERR_NO_MEMORY, RMIG_ERR_FILE (no direct
+   I/O there) with *err (may be NULL). */
 RMIG_API int rmig_mapped_writer_open(int fd, const struct rmig_mapped_options *options, struct rmig_mapped_writer **out,
                                      struct rmig_error *err);
 /* Frees everything; NULL is allowed. Unless finish succeeded, the file is the caller's to remove: it is no
@@ -193,11 +195,12 @@ RMIG_API void rmig_mapped_writer_close(struct rmig_mapped_writer *w);
    memory stays mapped until close. Errors as rmig_blocks_add; RMIG_ERR_STATE after start. */
 RMIG_API int rmig_mapped_writer_add_block(struct rmig_mapped_writer *w, const struct rmig_block_desc *desc,
                                           uint32_t *index);
-/* Lays the file out: cuts it off at options.offset, allocates the bitmaps. RMIG_ERR_ARGUMENT: the machine has no name,
+/* Lays the file out: cuts it off at options.offset, allocates the bitmaps. A snapshot that was there loses its magic
+   first, and that is brought to the disk (unless no_sync). RMIG_ERR_ARGUMENT: the machine has no name,
    or one too long, or another page size, or has x-ignore-shared, which QEMU cannot load before 11.0; a block's length
    is no multiple of the page size, or more than a file can have. RMIG_ERR_STATE: called before, or no block.
-   RMIG_ERR_NO_MEMORY: call again when there is more. RMIG_ERR_FILE: it cannot be cut off there, or cannot get its
-   length (a limit of that may show in end_round only). */
+   RMIG_ERR_NO_MEMORY: call again when there is more. RMIG_ERR_FILE: it cannot be cut off there, cannot get its
+   length (a limit of that may show in end_round only), or a device is too short. */
 RMIG_API int rmig_mapped_writer_start(struct rmig_mapped_writer *w, const struct rmig_mapped_machine *machine);
 
 /* Rounds, as rmig_source_begin_round, rmig_source_save_page ... of rmig.h: what is saved is noted, and end_round writes
@@ -224,6 +227,9 @@ RMIG_API int rmig_mapped_writer_put(struct rmig_mapped_writer *w, const void *da
 RMIG_API int rmig_mapped_writer_finish(struct rmig_mapped_writer *w);
 /* What was refused so far shall be missing from the file: end_round and finish no longer return it. Nothing else. */
 RMIG_API void rmig_mapped_writer_forgive(struct rmig_mapped_writer *w);
+/* Where the stream ends, in bytes from the beginning of the file: after finish that is how much of a block device the
+   snapshot takes. 0 before start. */
+RMIG_API uint64_t rmig_mapped_writer_size(const struct rmig_mapped_writer *w);
 /* The last error, also of a refused call; never NULL. */
 RMIG_API const struct rmig_error *rmig_mapped_writer_error(const struct rmig_mapped_writer *w);
 /* Counters as of a source in rmig.h; writes_posted counts writes of pages. Between calls, not during them. */
@@ -242,7 +248,8 @@ struct rmig_mapped_block {
     bool ignored; // with x-ignore-shared: the file has nothing of it. Not to be added
 };
 
-/* Reads and checks all but the pages. fd: a regular file, open for reading, not O_DIRECT; stays the caller's and must
+/* Reads and checks all but the pages, the device state up to its first end: nothing may follow it in a file, anything
+   on a block device. fd: a regular file or a block device, open for reading, not O_DIRECT; stays the caller's and must
    stay open until close; its position is moved. RMIG_OK and *out, or RMIG_ERR_ARGUMENT, RMIG_ERR_PARAM,
    RMIG_ERR_NO_MEMORY, RMIG_ERR_FILE, or RMIG_ERR_WIRE: the file is not whole or not right, *err (may be NULL) says
    where. */
@@ -282,10 +289,11 @@ RMIG_API int rmig_mapped_reader_load(struct rmig_mapped_reader *r);
    pinned (mlock, VFIO, registered for RDMA), nor sealed against writing. Until load_wait says RMIG_OK - only this
    mapping may be used: a read by another one (vhost-user, a second mapping) puts zeros there for good. That is noticed,
    and ends the loading with an error - the guest must not discard pages (balloon). It may be saved and migrated
-   meanwhile, by this mapping, which fetches all of it. Needs userfaultfd, also for faults in the kernel: root, or the
-   sysctl vm.unprivileged_userfaultfd. Device state can be had meanwhile. RMIG_ERR_STATE and RMIG_ERR_WIRE as load;
-   RMIG_ERR_ARGUMENT: no such memory, which is as it was and may be loaded by load; RMIG_ERR_NO_MEMORY. RMIG_ERR_SETUP
-   with errno: no userfaultfd, or memory cannot be emptied; part of it may be empty then. */
+   meanwhile, by this mapping, which fetches all of it. Needs userfaultfd, also for faults in the kernel: root, the
+   sysctl vm.unprivileged_userfaultfd, or access to /dev/userfaultfd (Linux 6.1). Device state can be had meanwhile.
+   RMIG_ERR_STATE and RMIG_ERR_WIRE as load; RMIG_ERR_ARGUMENT: no such memory, which is as it was and may be loaded by
+   load; RMIG_ERR_NO_MEMORY. RMIG_ERR_SETUP with errno: no userfaultfd, or memory cannot be emptied; part of it may be
+   empty then. */
 RMIG_API int rmig_mapped_reader_load_start(struct rmig_mapped_reader *r);
 /* Waits until all is loaded, at most timeout_ns: RMIG_OK; RMIG_PENDING; RMIG_ERR_STATE: load_start was not called; or
    why it failed: then the memory of all blocks cannot be accessed any more (SIGSEGV), since zeros where the file has
@@ -343,7 +351,6 @@ enum {
     RMIG__MAPPED_SPAN_BYTES = 16 << 20, // bytes, that a thread loads at a time at most, but a page at least
     RMIG__MAPPED_ANNOUNCE = 64 << 10, // bytes of a run that are worth two system calls
     RMIG__MAPPED_THREAD_BYTES = 4 << 20, // what makes one more thread worth its start
-    RMIG__MAPPED_TAIL = 17 << 20 // of the device state, read to find its end: a description has less than 16 MiB
 };
 
 #if defined(MADV_POPULATE_WRITE)
@@ -668,8 +675,6 @@ static const char *rmig__mapped_kind(mode_t mode) {
         return "a pipe";
     if (S_ISSOCK(mode))
         return "a socket";
-    if (S_ISBLK(mode))
-        return "a block device";
     return S_ISDIR(mode) ? "a directory" : "a device";
 }
 
@@ -678,9 +683,10 @@ static int rmig__mapped_check_fd(int fd, bool out, struct stat *st, struct rmig_
     int flags = fcntl(fd, F_GETFL);
     if (flags < 0 || fstat(fd, st) < 0)
         return rmig_fail(err, RMIG_ERR_ARGUMENT, errno, "descriptor %d: %s", fd, strerror(errno));
-    if (!S_ISREG(st->st_mode))
-        return rmig_fail(err, RMIG_ERR_ARGUMENT, 0, "descriptor %d is %s: pages have their places in a regular file",
-                         fd, rmig__mapped_kind(st->st_mode));
+    if (!S_ISREG(st->st_mode) && !S_ISBLK(st->st_mode))
+        return rmig_fail(err, RMIG_ERR_ARGUMENT, 0,
+                         "descriptor %d is %s: pages have their places in a regular file or on a block device", fd,
+                         rmig__mapped_kind(st->st_mode));
     if ((flags & O_ACCMODE) == (out ? O_RDONLY : O_WRONLY))
         return rmig_fail(err, RMIG_ERR_ARGUMENT, 0, "descriptor %d is open for %s only", fd,
                          out ? "reading" : "writing");
@@ -688,6 +694,8 @@ static int rmig__mapped_check_fd(int fd, bool out, struct stat *st, struct rmig_
         return rmig_fail(err, RMIG_ERR_ARGUMENT, 0, "descriptor %d is open with %s", fd,
                          (flags & RMIG__O_DIRECT) != 0 ? "O_DIRECT: open it without, and set direct"
                                                        : "O_APPEND: what is written would all go to the end");
+    if (S_ISBLK(st->st_mode) && (st->st_size = lseek(fd, 0, SEEK_END)) < 0)
+        return rmig_fail(err, RMIG_ERR_FILE, errno, "the length of the device: %s", strerror(errno));
     return RMIG_OK;
 }
 
@@ -859,6 +867,7 @@ struct rmig_mapped_writer {
     uint64_t *bits; // of all blocks: dirty, filled
     struct rmig_qemu_reader check; // reads what is written: a stream that it would refuse is not finished
     uint64_t end; // of the stream
+    uint64_t device_size; // of a block device, which has its length; else 0
     uint32_t at_block; // end_round: the next page. What is before it is not dirty
     uint64_t at_page;
     struct rmig__mapped_holes holes;
@@ -895,6 +904,7 @@ RMIG__DEF int rmig_mapped_writer_open(int fd, const struct rmig_mapped_options *
     }
     w->fd = fd;
     w->direct_fd = direct_fd;
+    w->device_size = S_ISBLK(st.st_mode) ? (uint64_t)st.st_size : 0;
     w->opt = opt;
     w->opt.threads = opt.threads == 0 ? 1 : opt.threads;
     rmig_blocks_init(&w->blocks);
@@ -1149,12 +1159,44 @@ static int rmig__writer_set_length(struct rmig_mapped_writer *w, uint64_t length
                      (unsigned long long)length, strerror(errno));
 }
 
+static int rmig__writer_sync(struct rmig_mapped_writer *w);
+
+/* An older snapshot that is there must not be taken for this one while it is written, nor after a crash: its magic is
+   gone from the disk before anything else is touched. */
+static int rmig__writer_forget_older(struct rmig_mapped_writer *w) {
+    static const uint8_t none[RMIG__QEMU_MAGIC_SIZE] = {0};
+    struct rmig__mapped_io io;
+    uint8_t is[sizeof none];
+    ssize_t got = pread(w->fd, is, sizeof is, (off_t)w->opt.offset);
+    if (got >= 0 && memcmp(is, none, (size_t)got) == 0)
+        return RMIG_OK;
+    rmig__mapped_io_init(&io, w->fd, -1);
+    int status = rmig__mapped_put(&io, none, sizeof none, w->opt.offset);
+    if (status == RMIG_OK)
+        return rmig__writer_sync(w);
+    w->error = io.error;
+    return status;
+}
+
+static int rmig__writer_check_device(struct rmig_mapped_writer *w, uint64_t end) {
+    if (end <= w->device_size)
+        return RMIG_OK;
+    return rmig_fail(&w->error, RMIG_ERR_FILE, ENOSPC,
+                     "the device has %llu bytes; the RAM takes those up to %llu, and the device state follows",
+                     (unsigned long long)w->device_size, (unsigned long long)end);
+}
+
 /* Of the file nothing stays but what lies before the stream. With its whole length from the beginning io_uring need not
    wait for one transfer before the next (measured on ext4: 1.3 times as fast); without it, that is slower. */
 static int rmig__writer_cut(struct rmig_mapped_writer *w, uint64_t end) {
     struct rmig__mapped_io io;
     struct rmig__mapped_ring ring;
-    int status = rmig__writer_set_length(w, w->opt.offset);
+    int status = w->device_size > 0 ? rmig__writer_check_device(w, end) : RMIG_OK;
+    if (status == RMIG_OK)
+        status = rmig__writer_forget_older(w);
+    if (status != RMIG_OK || w->device_size > 0)
+        return status;
+    status = rmig__writer_set_length(w, w->opt.offset);
     if (status != RMIG_OK || w->opt.no_uring || w->direct_fd < 0)
         return status;
     rmig__mapped_io_init(&io, w->fd, -1);
@@ -1519,6 +1561,8 @@ static int rmig__writer_magic(struct rmig_mapped_writer *w) {
     return status;
 }
 
+RMIG__DEF uint64_t rmig_mapped_writer_size(const struct rmig_mapped_writer *w) { return w == NULL ? 0 : w->end; }
+
 RMIG__DEF int rmig_mapped_writer_finish(struct rmig_mapped_writer *w) {
     struct rmig_qemu_event ev;
     int status = w == NULL ? RMIG_ERR_ARGUMENT : rmig__writer_complete(w);
@@ -1578,6 +1622,7 @@ struct rmig_mapped_reader {
     uint32_t count, capacity, region_count;
     struct rmig_blocks targets;
     uint64_t state_offset, state_at;
+    uint64_t end; // of the device state, once it is known
     uint32_t at_block; // load: the next page
     uint64_t at_page;
     struct rmig__mapped_holes holes;
@@ -1636,6 +1681,8 @@ static int rmig__reader_read(struct rmig_mapped_reader *r, void *p, uint64_t n, 
 /* What was read is of one file only if nobody wrote to it meanwhile. */
 static int rmig__mapped_unchanged(int fd, const struct stat *before, struct rmig_error *err) {
     struct stat st;
+    if (S_ISBLK(before->st_mode)) // which tells nobody that it was written to
+        return RMIG_OK;
     if (fstat(fd, &st) < 0)
         return rmig_fail(err, RMIG_ERR_FILE, errno, "the file: %s", strerror(errno));
     if (st.st_size == before->st_size && st.st_mtim.tv_sec == before->st_mtim.tv_sec &&
@@ -1888,11 +1935,7 @@ static int rmig__reader_on_event(struct rmig_mapped_reader *r, struct rmig__mapp
         return rmig__reader_on_block(r, p, ev->block);
     case RMIG_QEV_RAM_OVER:
         r->state_offset = p->at;
-        if (rmig__reader_size(r) - p->at > RMIG__MAPPED_TAIL) { // its end is enough
-            p->at = rmig__reader_size(r) - RMIG__MAPPED_TAIL;
-            p->jumped = true;
-            rmig_qemu_reader_jump(&p->q, p->at);
-        }
+        r->end = rmig__reader_size(r);
         return RMIG_OK;
     case RMIG_QEV_NONE:
     case RMIG_QEV_RAM_LIST:
@@ -1942,9 +1985,82 @@ static int rmig__reader_check_magic(struct rmig_mapped_reader *r, uint64_t at) {
     return status;
 }
 
+/* Where the data at or behind an offset begins; the size of the file where there is none. */
+static uint64_t rmig__reader_data(const struct rmig_mapped_reader *r, uint64_t at) {
+    off_t data = lseek(r->fd, (off_t)at, RMIG__SEEK_DATA);
+    if (data >= 0)
+        return (uint64_t)data;
+    return errno == ENXIO ? rmig__reader_size(r) : at; // some file systems and all devices know no holes
+}
+
+/* Where something other than zeros begins, from an offset on; the size of the file where nothing does. */
+static int rmig__reader_nonzero(struct rmig_mapped_reader *r, uint64_t *at) {
+    uint8_t piece[4096];
+    uint64_t size = rmig__reader_size(r);
+    while ((*at = rmig__reader_data(r, *at)) < size) {
+        uint64_t n = rmig__min(sizeof piece, size - *at), i = 0;
+        int status = rmig__reader_read(r, piece, n, *at, NULL);
+        if (status != RMIG_OK)
+            return status;
+        while (i < n && piece[i] == 0)
+            i++;
+        *at += i;
+        if (i < n)
+            return RMIG_OK;
+    }
+    *at = size;
+    return RMIG_OK;
+}
+
+/* The device state ends at the first end of a description: no file tells more, and what follows is of something else.
+   On a block device that is what was there before. */
+static int rmig__reader_check_end(struct rmig_mapped_reader *r) {
+    uint8_t magic[RMIG__QEMU_MAGIC_SIZE] = {0};
+    uint64_t size = rmig__reader_size(r), at = r->end;
+    if (at == size || S_ISBLK(r->st.st_mode))
+        return RMIG_OK;
+    int status = rmig__reader_nonzero(r, &at);
+    if (status == RMIG_OK && size - at >= sizeof magic)
+        status = rmig__reader_read(r, magic, sizeof magic, at, NULL);
+    if (status != RMIG_OK)
+        return status;
+    if (memcmp(magic, rmig__qemu_magic, sizeof magic) == 0)
+        return rmig_fail(&r->error, RMIG_ERR_WIRE, 0,
+                         "the snapshot ends at file offset %llu, and another one begins at file offset %llu: one of "
+                         "them alone must be in the file",
+                         (unsigned long long)r->end, (unsigned long long)at);
+    return rmig_fail(&r->error, RMIG_ERR_WIRE, 0,
+                     "the snapshot ends at file offset %llu, and something was appended: %s begins at file offset %llu",
+                     (unsigned long long)r->end, at == size ? "a run of zeros" : "what is no snapshot",
+                     (unsigned long long)(at == size ? r->end : at));
+}
+
+/* In the device state: a long hole is passed over, but for its last zeros. */
+static void rmig__reader_pass_hole(struct rmig_mapped_reader *r, struct rmig__mapped_parse *p, uint64_t piece) {
+    uint64_t data = rmig__reader_data(r, p->at);
+    if (r->state_offset == 0 || data - p->at <= piece)
+        return;
+    p->at = data - piece;
+    rmig_qemu_reader_jump(&p->q, p->at);
+}
+
+/* What follows the last block, and the end of what it is. */
+static int rmig__reader_parse_end(struct rmig_mapped_reader *r, const struct rmig__mapped_parse *p) {
+    if (r->state_offset == 0)
+        return rmig_fail(&r->error, RMIG_ERR_WIRE, 0,
+                         "the stream ends at file offset %llu, before the END of ram: the file is not whole",
+                         (unsigned long long)p->at);
+    if (p->q.first_end_ == 0)
+        return rmig_fail(&r->error, RMIG_ERR_WIRE, 0,
+                         "the device state, from file offset %llu to the end at %llu, does not end in a description: "
+                         "the file is cut off, or something was appended",
+                         (unsigned long long)r->state_offset, (unsigned long long)r->end);
+    r->end = p->q.first_end_;
+    return rmig__reader_check_end(r);
+}
+
 static int rmig__reader_parse(struct rmig_mapped_reader *r) {
     struct rmig__mapped_parse p;
-    struct rmig_qemu_event ev;
     uint8_t piece[4096];
     uint64_t size = rmig__reader_size(r);
     memset(&p, 0, sizeof p);
@@ -1952,27 +2068,20 @@ static int rmig__reader_parse(struct rmig_mapped_reader *r) {
     rmig_qemu_reader_init(&p.q, RMIG_QEMU_MAPPED_RAM);
     rmig_qemu_reader_jump(&p.q, p.at);
     int status = rmig__reader_check_magic(r, p.at);
-    while (status == RMIG_OK && p.at < size) {
+    while (status == RMIG_OK && p.at < size && p.q.first_end_ == 0) {
+        rmig__reader_pass_hole(r, &p, sizeof piece);
         size_t n = (size_t)rmig__min(sizeof piece, size - p.at);
         status = rmig__reader_read(r, piece, n, p.at, NULL);
         if (status == RMIG_OK)
             status = rmig__reader_feed(r, &p, piece, n);
     }
+    if (status == RMIG_OK)
+        status = rmig__reader_parse_end(r, &p);
     if (status != RMIG_OK)
         return status;
-    rmig_qemu_reader_end_message(&p.q, &ev);
-    if (r->state_offset == 0)
-        return rmig_fail(&r->error, RMIG_ERR_WIRE, 0,
-                         "the stream ends at file offset %llu, before the END of ram: the file is not whole",
-                         (unsigned long long)p.at);
-    if (ev.type != RMIG_QEV_END)
-        return rmig_fail(&r->error, RMIG_ERR_WIRE, 0,
-                         "the device state, from file offset %llu to the end at %llu, does not end in a description: "
-                         "the file is cut off, or something was appended",
-                         (unsigned long long)r->state_offset, (unsigned long long)size);
     if (!rmig__reader_reserve(r))
         return rmig_fail(&r->error, RMIG_ERR_NO_MEMORY, 0, "out of memory for %u blocks", r->count);
-    rmig__reader_region(r, p.stretch, size, 's');
+    rmig__reader_region(r, p.stretch, r->end, 's');
     if (r->count == 0)
         return rmig_fail(&r->error, RMIG_ERR_WIRE, 0, "the file has no block of RAM");
     return rmig__reader_check_names(r);
@@ -2224,9 +2333,8 @@ static int rmig__reader_add(struct rmig_mapped_reader *r, const struct rmig_bloc
         return rmig_fail(&r->error, RMIG_ERR_ARGUMENT, 0, "%s: the %s is NULL", call,
                          desc == NULL ? "description" : "name");
     struct rmig__qemu_text name = rmig__mapped_name(desc->name);
-    void *found = r->count == 0
-                      ? NULL
-                      : bsearch(desc->name, r->by_name, r->count, sizeof *r->by_name, rmig__mapped_is_named);
+    void *found =
+        r->count == 0 ? NULL : bsearch(desc->name, r->by_name, r->count, sizeof *r->by_name, rmig__mapped_is_named);
     if (found == NULL)
         return rmig_fail(&r->error, RMIG_ERR_ARGUMENT, 0, "block \"%s\": there is none in the file", name.s);
     struct rmig__mapped_source *s = &r->source[*(const struct rmig__mapped_source **)found - r->source];
@@ -2665,15 +2773,36 @@ static void rmig__lazy_close(struct rmig__lazy *l) {
     RMIG_FREE(l);
 }
 
+#ifndef USERFAULTFD_IOC_NEW // Linux 6.1
+#define USERFAULTFD_IOC_NEW _IO(0xAA, 0x00)
+#endif
+
+/* The device is for those whom the system call refuses. */
+static int rmig__lazy_descriptor(int *uffd, struct rmig_error *err) {
+    *uffd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
+    if (*uffd >= 0)
+        return RMIG_OK;
+    int code = errno, device = open("/dev/userfaultfd", O_RDWR | O_CLOEXEC), of_device = errno;
+    if (device >= 0) {
+        *uffd = ioctl(device, USERFAULTFD_IOC_NEW, O_CLOEXEC | O_NONBLOCK);
+        of_device = errno;
+        close(device);
+    }
+    if (*uffd >= 0)
+        return RMIG_OK;
+    return rmig_fail(err, RMIG_ERR_SETUP, code,
+                     "no userfaultfd: %s, and /dev/userfaultfd: %s (it needs root, the sysctl "
+                     "vm.unprivileged_userfaultfd, or access to /dev/userfaultfd)",
+                     strerror(code), strerror(of_device));
+}
+
 static int rmig__lazy_open(struct rmig__lazy *l, struct rmig_error *err) {
     struct uffdio_api api;
     memset(&api, 0, sizeof api);
     api.api = UFFD_API;
-    l->uffd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
-    if (l->uffd < 0)
-        return rmig_fail(err, RMIG_ERR_SETUP, errno,
-                         "no userfaultfd: %s (it needs root, or the sysctl vm.unprivileged_userfaultfd)",
-                         strerror(errno));
+    int status = rmig__lazy_descriptor(&l->uffd, err);
+    if (status != RMIG_OK)
+        return status;
     if (ioctl(l->uffd, UFFDIO_API, &api) == 0)
         return RMIG_OK;
     return rmig_fail(err, RMIG_ERR_SETUP, errno, "userfaultfd: %s", strerror(errno));
@@ -2887,7 +3016,7 @@ RMIG__DEF void rmig_mapped_reader_stats(const struct rmig_mapped_reader *r, stru
 // --- device state
 
 RMIG__DEF uint64_t rmig_mapped_reader_state_size(const struct rmig_mapped_reader *r) {
-    return r == NULL || r->state_offset == 0 ? 0 : rmig__reader_size(r) - r->state_offset;
+    return r == NULL || r->state_offset == 0 ? 0 : r->end - r->state_offset;
 }
 
 RMIG__DEF int64_t rmig_mapped_reader_get(struct rmig_mapped_reader *r, void *out, size_t n) {

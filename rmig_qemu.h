@@ -240,6 +240,7 @@ struct rmig_qemu_reader {
     uint64_t history_; // the last 8 bytes of state
     uint8_t near_[10]; // around the last zero byte of state: 5 before, itself, 4 behind
     uint64_t since_; // bytes behind it
+    uint64_t first_end_; // where the first end of a description was; 0: none was yet
 };
 
 #define RMIG_QEMU_MAPPED_RAM 1u // flag: the stream is in a file and may have the capability mapped-ram
@@ -774,9 +775,11 @@ static void rmig__qemu_tail_byte(struct rmig_qemu_reader *r, uint8_t byte) {
     r->since_++;
 }
 
-/* Does what came so far end with EOF, the mark of the description, its length, and that many bytes of JSON? JSON holds
-   no zero byte, so the last one there is lies in the length: its last byte, or up to three before that. */
+/* Does what came so far end with EOF, the mark of the description, its length, and that many bytes of JSON, "{...}"?
+   JSON holds no zero byte, so the last one there is lies in the length: its last byte, or up to three before that. */
 static bool rmig__qemu_tail_found(const struct rmig_qemu_reader *r) {
+    if ((uint8_t)r->history_ != '}')
+        return false;
     for (unsigned k = 0; k < 4 && k < r->since_; k++) {
         const uint8_t *p = r->near_ + k;
         if (p[0] == RMIG__QEMU_EOF && p[1] == RMIG__QEMU_VMDESC_MARK && rmig__get_be32(p + 2) == r->since_ - k &&
@@ -791,8 +794,11 @@ static bool rmig__qemu_on_state(struct rmig_qemu_reader *r, const uint8_t **p, s
         return false;
     r->whole_ = false;
     r->element_ = r->offset_;
-    for (size_t i = 0; i < *n; i++)
+    for (size_t i = 0; i < *n; i++) {
         rmig__qemu_tail_byte(r, (*p)[i]);
+        if (r->first_end_ == 0 && (*p)[i] == '}' && rmig__qemu_tail_found(r))
+            r->first_end_ = r->offset_ + i + 1;
+    }
     rmig__qemu_tell(r, ev, RMIG_QEV_STATE);
     ev->data = *p;
     ev->length = *n;
@@ -1167,7 +1173,7 @@ RMIG__DEF int rmig_qemu_encode_command(uint8_t *out, size_t cap, enum rmig_qemu_
 RMIG__DEF int rmig_qemu_encode_end(uint8_t *out, size_t cap, const char *description, size_t n) {
     if (out == NULL || description == NULL || n == 0 || n > 0xffffff)
         return RMIG_ERR_ARGUMENT;
-    if (description[0] != '{' || memchr(description, 0, n) != NULL) // no reader would find it
+    if (description[0] != '{' || description[n - 1] != '}' || memchr(description, 0, n) != NULL) // none would find it
         return RMIG_ERR_ARGUMENT;
     if (cap < n + 6)
         return RMIG_ERR_FULL;

@@ -61,7 +61,7 @@ struct options {
     bool strict, no_progress;
     struct rmig_config cfg;
     const char *save, *load; // snapshot files
-    bool lazy;
+    bool lazy, in_place;
     struct rmig_mapped_options file;
     int address_fd, report_fd; // of a demo: where the destination tells its address, where an end reports; -1: none
 };
@@ -1017,7 +1017,8 @@ static int save_open(struct source *s, struct rmig_error *err) {
     opt.progress = save_progress;
     opt.progress_user = s;
     int rc = ram_open_pinnable(&s->ram, err);
-    return rc == RMIG_OK ? snapshot_create(&s->file, s->o->save, &opt, s->ram.pinnable, s->ram.size, s->ram.fd, err)
+    return rc == RMIG_OK ? snapshot_create(&s->file, s->o->save, s->o->in_place, &opt, s->ram.pinnable, s->ram.size,
+                                           s->ram.fd, err)
                          : rc;
 }
 
@@ -1458,7 +1459,8 @@ enum option_key {
     KEY_LAZY,
     KEY_THREADS,
     KEY_DIRECT,
-    KEY_NO_SYNC
+    KEY_NO_SYNC,
+    KEY_IN_PLACE
 };
 
 static const struct argp_option option_list[] = {
@@ -1488,6 +1490,8 @@ static const struct argp_option option_list[] = {
     {"threads", KEY_THREADS, "N", 0, "save, load: move pages by N threads, 1 to 64 (1)", 3},
     {"direct", KEY_DIRECT, 0, 0, "save, load: direct I/O, past the page cache", 3},
     {"no-sync", KEY_NO_SYNC, 0, 0, "save: do not wait until the file is on the disk", 3},
+    {"in-place", KEY_IN_PLACE, 0, 0,
+     "save: into FILE itself, which must be there: a file, or a block device; what it holds is lost at once", 3},
     {0, 0, 0, 0, "Results:", 4},
     {"json", KEY_JSON, "FILE", 0, "write the result there", 4},
     {"no-progress", KEY_NO_PROGRESS, 0, 0, "a line a round even on a terminal", 4},
@@ -1577,8 +1581,8 @@ static void option_end_files(struct options *o, struct argp_state *state) {
         argp_error(state, "--lazy belongs to load");
     if ((o->file.threads != 0 || o->file.direct) && !save && !load)
         argp_error(state, "--threads and --direct belong to save and load");
-    if (o->file.no_sync && !save)
-        argp_error(state, "--no-sync belongs to save");
+    if ((o->file.no_sync || o->in_place) && !save)
+        argp_error(state, "--%s belongs to save", o->in_place ? "in-place" : "no-sync");
 }
 
 static error_t option_end(struct options *o, struct argp_state *state) {
@@ -1677,6 +1681,9 @@ static error_t option_parse(int key, char *arg, struct argp_state *state) {
     case KEY_DIRECT:
         o->file.direct = true;
         break;
+    case KEY_IN_PLACE:
+        o->in_place = true;
+        break;
     case KEY_NO_SYNC:
         o->file.no_sync = true;
         break;
@@ -1714,6 +1721,9 @@ int main(int argc, char **argv) {
     struct sigaction action = {.sa_handler = on_signal, .sa_flags = (int)SA_RESETHAND}; // the second one ends us
     sigaction(SIGINT, &action, NULL);
     sigaction(SIGTERM, &action, NULL);
+    struct sigaction hangup;
+    if (sigaction(SIGHUP, NULL, &hangup) == 0 && hangup.sa_handler != SIG_IGN) // nohup
+        sigaction(SIGHUP, &action, NULL);
     signal(SIGPIPE, SIG_IGN);
     switch (o.mode) {
     case MODE_SOURCE:

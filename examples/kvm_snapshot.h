@@ -45,7 +45,7 @@ static int snapshot_measure(struct snapshot *s, int fd, struct rmig_error *err) 
     struct stat st;
     if (fstat(fd, &st) != 0)
         return rmig_fail(err, RMIG_ERR_FILE, errno, "%s: %s", s->path, strerror(errno));
-    s->bytes = (uint64_t)st.st_size;
+    s->bytes = (uint64_t)(S_ISBLK(st.st_mode) ? lseek(fd, 0, SEEK_END) : st.st_size);
     s->allocated = (uint64_t)st.st_blocks * 512;
     return RMIG_OK;
 }
@@ -72,16 +72,16 @@ static int snapshot_encode_end(const struct guest_state *state, uint8_t *out, si
 
 // >>snapshot: writing
 
-/* Begins PATH.part. host, fd: the guest's RAM, which must stay until close. *s is SNAPSHOT_NONE; close it in any
-   case. */
-static int snapshot_create(struct snapshot *s, const char *path, const struct rmig_mapped_options *opt, uint8_t *host,
-                           uint64_t length, int fd, struct rmig_error *err) {
+/* Begins PATH.part, or in place what is at PATH. host, fd: the guest's RAM, which must stay until close. *s is
+   SNAPSHOT_NONE; close it in any case. */
+static int snapshot_create(struct snapshot *s, const char *path, bool in_place, const struct rmig_mapped_options *opt,
+                           uint8_t *host, uint64_t length, int fd, struct rmig_error *err) {
     struct rmig_block_desc ram = snapshot_block(host, length, fd);
     struct rmig_mapped_machine machine = {.configuration = {.machine = SNAPSHOT_MACHINE}};
     struct rmig_error why = {0};
     s->path = path;
     s->no_sync = opt->no_sync;
-    int rc = whole_file_open(&s->out, path, err);
+    int rc = whole_file_open(&s->out, path, WHOLE_FILE_MAY_BE_IN_PLACE | (in_place ? WHOLE_FILE_IN_PLACE : 0), err);
     if (rc != RMIG_OK)
         return rc;
     rc = rmig_mapped_writer_open(s->out.fd, opt, &s->writer, &why);

@@ -4,7 +4,7 @@ qemu_source and mapped_ram save
 
     DIR/machine.json    what the stream said: machine, blocks in order, facts of the migration
     DIR/ram/NAME        the memory of block NAME, sparse. All but letters, digits, '_', '-' and '.' become %XX, and so
-                        does a leading dot
+                        does a leading dot; what is longer than 255 bytes then ends in %- and a hash
     DIR/state           the state of the devices, as QEMU sent it
 */
 #ifndef MACHINE_DIR_H
@@ -43,23 +43,11 @@ struct machine {
 
 // >>images
 
-static inline bool is_plain(unsigned char c) {
-    return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9') || c == '_' || c == '-' ||
-           c == '.';
-}
-
 /* The file of a block: its name comes from a peer and must neither lead out of the directory nor hide. Different names
    stay different. */
 static inline char *file_of_block(const char *name) {
-    size_t n = strlen(name);
-    char *out = (char *)checked(malloc(sizeof RAM_DIR + 3 * n + 1)), *at = out + sprintf(out, "%s/", RAM_DIR);
-    for (size_t i = 0; i < n; i++) {
-        if (is_plain((unsigned char)name[i]) && !(name[i] == '.' && i == 0))
-            *at++ = name[i];
-        else
-            at += sprintf(at, "%%%02X", (unsigned char)name[i]);
-    }
-    *at = '\0';
+    char *safe = (char *)checked(safe_name(name, false)), *out = join(RAM_DIR, safe);
+    free(safe);
     return out;
 }
 
@@ -252,8 +240,12 @@ struct machine_dir { // where reading stands
     struct program *program;
     struct machine *machine;
     const char *path;
-    char *state_path;
+    int fd;
 };
+
+static inline int open_below(int dir, const char *name, int how) {
+    return openat(dir, name, how | O_CLOEXEC | O_NONBLOCK | O_NOFOLLOW);
+}
 
 /* What is wrong with machine.json. */
 __attribute__((format(printf, 2, 3))) static inline int bad(struct machine_dir *d, const char *format, ...) {
@@ -334,6 +326,12 @@ static inline void read_configuration(struct machine_dir *d, const json_t *objec
     d->machine->switchover_start = json_is_true(json_object_get(json_object_get(object, "stream"), "switchover_start"));
 }
 
+/* Nothing is opened but what this program would have made. */
+static inline void check_name(struct machine_dir *d, const char *what, const char *is, const char *must) {
+    if (strcmp(is, must) != 0)
+        bad(d, "the \"file\" of %s is \"%.100s\"; must be \"%.100s\"", what, is, must);
+}
+
 static inline void read_block(struct machine_dir *d, const json_t *object) {
     struct rmig_qemu_block block = {.name = ""};
     copy_name(d, block.name, "name", get_text(d, object, "name"));
@@ -343,9 +341,7 @@ static inline void read_block(struct machine_dir *d, const json_t *object) {
     const char *file = get_text(d, object, "file");
     if (d->program->code != EXIT_OK)
         return;
-    struct image *image = add_image(d->machine, &block);
-    free(image->file);
-    image->file = (char *)checked(strdup(file));
+    check_name(d, block.name, file, add_image(d->machine, &block)->file);
 }
 
 static inline void read_blocks(struct machine_dir *d, const json_t *object) {
@@ -375,18 +371,19 @@ static inline void read_whole_machine(struct machine_dir *d, const json_t *objec
     read_configuration(d, object);
     read_blocks(d, object);
     d->machine->state_bytes = get_number(d, state, "length", 1, INT64_MAX);
-    d->state_path = join(d->path, get_text(d, state, "file"));
+    check_name(d, "state", get_text(d, state, "file"), STATE_FILE);
 }
 
 static inline int read_machine_file(struct machine_dir *d) {
     json_error_t error;
-    char *path = join(d->path, MACHINE_FILE);
-    FILE *file = fopen(path, "re");
-    free(path);
-    if (file == NULL)
+    int fd = open_below(d->fd, MACHINE_FILE, O_RDONLY);
+    struct stat st;
+    if (fd < 0 || fstat(fd, &st) < 0)
         return bad(d, "cannot be read: %s", strerror(errno));
-    json_t *object = json_loadf(file, JSON_REJECT_DUPLICATES, &error);
-    fclose(file);
+    json_t *object = S_ISREG(st.st_mode) ? json_loadfd(fd, JSON_REJECT_DUPLICATES, &error) : NULL;
+    close(fd);
+    if (!S_ISREG(st.st_mode))
+        return bad(d, "is not a regular file");
     if (object == NULL)
         return bad(d, "line %d: %s", error.line, error.text);
     read_whole_machine(d, object);
@@ -394,42 +391,58 @@ static inline int read_machine_file(struct machine_dir *d) {
     return d->program->code == EXIT_OK ? 0 : -1;
 }
 
-static inline int check_file(struct machine_dir *d, int fd, const char *path, uint64_t length) {
+static inline int check_file(struct machine_dir *d, int fd, const char *file, uint64_t length) {
     struct stat st;
     if (fd < 0 || fstat(fd, &st) < 0)
-        return fail(d->program, EXIT_FILES, "cannot read %s: %s", path, strerror(errno));
+        return fail(d->program, EXIT_FILES, "cannot read %s/%s: %s", d->path, file,
+                    errno == ELOOP ? "it is a symbolic link, which may lead out of the directory" : strerror(errno));
     if (!S_ISREG(st.st_mode))
-        return fail(d->program, EXIT_FILES, "%s is not a regular file", path);
+        return fail(d->program, EXIT_FILES, "%s/%s is not a regular file", d->path, file);
     if ((uint64_t)st.st_size != length)
-        return fail(d->program, EXIT_FILES, "%s has %lld bytes; " MACHINE_FILE " says %" PRIu64, path,
+        return fail(d->program, EXIT_FILES, "%s/%s has %lld bytes; " MACHINE_FILE " says %" PRIu64, d->path, file,
                     (long long)st.st_size, length);
     return 0;
 }
 
-static inline int open_image(struct machine_dir *d, struct image *image, bool writable) {
-    char *path = join(d->path, image->file);
+static inline int open_image(struct machine_dir *d, int ram, struct image *image, bool writable) {
     int protection = writable ? PROT_READ | PROT_WRITE : PROT_READ;
-    image->fd = open(path, (writable ? O_RDWR : O_RDONLY) | O_CLOEXEC | O_NONBLOCK);
+    const char *name = image->file + sizeof RAM_DIR; // behind the slash
+    image->fd = open_below(ram, name, writable ? O_RDWR : O_RDONLY);
     if (image->fd < 0 && writable && errno != ENOENT && errno != EISDIR) {
         protection = PROT_READ;
-        image->fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+        image->fd = open_below(ram, name, O_RDONLY);
     }
-    int rc = check_file(d, image->fd, path, image->block.length);
-    free(path);
-    return rc < 0 ? -1 : map_image(d->program, image, protection);
+    if (check_file(d, image->fd, image->file, image->block.length) < 0)
+        return -1;
+    return map_image(d->program, image, protection);
+}
+
+static inline int open_images(struct machine_dir *d, bool writable) {
+    int rc = 0, ram = open_below(d->fd, RAM_DIR, O_RDONLY | O_DIRECTORY);
+    if (ram < 0)
+        return fail(d->program, EXIT_FILES, "cannot read %s/" RAM_DIR ": %s", d->path, strerror(errno));
+    for (uint32_t i = 0; i < d->machine->image_count && rc == 0; i++)
+        rc = open_image(d, ram, &d->machine->image[i], writable);
+    close(ram);
+    return rc;
 }
 
 /* Reads machine.json into an empty machine, maps the RAM of all its blocks and opens the state of its devices.
    writable: where that is allowed, though nothing is written: some adapters cannot register memory that is mapped
-   read-only. d: program, machine and path are filled in. d->state_path is the caller's to free. */
+   read-only. d: program, machine and path are filled in. No link is followed but path. */
 static inline int open_machine_dir(struct machine_dir *d, bool writable, int *state_fd) {
-    if (read_machine_file(d) < 0)
-        return -1;
-    for (uint32_t i = 0; i < d->machine->image_count; i++)
-        if (open_image(d, &d->machine->image[i], writable) < 0)
-            return -1;
-    *state_fd = open(d->state_path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
-    return check_file(d, *state_fd, d->state_path, d->machine->state_bytes);
+    d->fd = open(d->path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    if (d->fd < 0)
+        return bad(d, "%s", strerror(errno));
+    int rc = read_machine_file(d);
+    if (rc == 0)
+        rc = open_images(d, writable);
+    if (rc == 0) {
+        *state_fd = open_below(d->fd, STATE_FILE, O_RDONLY);
+        rc = check_file(d, *state_fd, STATE_FILE, d->machine->state_bytes);
+    }
+    close(d->fd);
+    return rc;
 }
 
 #endif

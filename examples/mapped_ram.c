@@ -34,7 +34,7 @@ struct run {
     struct rmig_mapped_writer *writer;
     struct whole_file out; // what is being written
     int state_fd;
-    char *state_path; // of what is being saved
+    bool in_place;
     bool different;
     json_t *result;
 };
@@ -79,14 +79,32 @@ static int on_progress(void *user, const struct rmig_stats *stats) {
 
 // >>names: what is written gets its own when it is whole
 
-static int open_part(struct run *r, const char *path) {
+static int open_part(struct run *r, const char *path, int flags) {
     struct rmig_error err;
-    return whole_file_open(&r->out, path, &err) < 0 ? fail_rmig(&r->p, EXIT_FILES, &err) : 0;
+    return whole_file_open(&r->out, path, flags, &err) < 0 ? fail_rmig(&r->p, EXIT_FILES, &err) : 0;
+}
+
+/* What the file has before --offset is not ours: it stays. */
+static int open_snapshot(struct run *r, const char *path) {
+    struct rmig_error err;
+    int flags = WHOLE_FILE_MAY_BE_IN_PLACE | (r->in_place ? WHOLE_FILE_IN_PLACE : 0);
+    if (open_part(r, path, flags) < 0)
+        return -1;
+    return whole_file_keep(&r->out, r->opt.offset, &cancelled, &err) < 0 ? fail_rmig(&r->p, EXIT_FILES, &err) : 0;
 }
 
 static int commit(struct run *r) {
     struct rmig_error err;
     return whole_file_commit(&r->out, !r->opt.no_sync, &err) < 0 ? fail_rmig(&r->p, EXIT_FILES, &err) : 0;
+}
+
+/* What is written must not be what is read: it would be gone when it is still needed. */
+static int refuse_same(struct run *r, int fd, const char *from) {
+    struct stat in, out;
+    const char *to = r->out.target;
+    if (fd < 0 || fstat(fd, &in) < 0 || stat(to, &out) < 0 || in.st_ino != out.st_ino || in.st_dev != out.st_dev)
+        return 0;
+    return fail(&r->p, EXIT_USAGE, "%s is what is read (%s): name another file", r->out.path, from);
 }
 
 // >>reading
@@ -196,7 +214,7 @@ static int do_info(struct run *r) {
     r->opt.incomplete = true;
     if (open_reader(r, r->arg[0], &r->fd, &r->reader) < 0)
         return -1;
-    if (fstat(r->fd, &st) < 0)
+    if (fstat(r->fd, &st) < 0 || (S_ISBLK(st.st_mode) && (st.st_size = lseek(r->fd, 0, SEEK_END)) < 0))
         return fail(&r->p, EXIT_FILES, "%s: %s", r->file, strerror(errno));
     if (r->p.json)
         json_object_set_new(r->result, "info", info_json(r, &st));
@@ -280,7 +298,7 @@ static int do_extract(struct run *r) {
     const struct rmig_mapped_block *b;
     uint32_t block = 0;
     if (open_reader(r, r->arg[0], &r->fd, &r->reader) < 0 || find_block(r, r->arg[1], &block) < 0 ||
-        open_part(r, r->arg[2]) < 0)
+        open_part(r, r->arg[2], 0) < 0 || refuse_same(r, r->fd, r->arg[0]) < 0)
         return -1;
     rmig_mapped_reader_blocks(r->reader, &b);
     uint64_t page = b[block].page_size;
@@ -289,8 +307,9 @@ static int do_extract(struct run *r) {
                     strerror(errno));
     if (each_piece(r, block, write_piece, &page) < 0)
         return -1;
-    if (!r->opt.no_sync && fsync(r->out.fd) < 0)
-        return fail(&r->p, EXIT_FILES, "cannot bring %s to the disk: %s", r->out.part, strerror(errno));
+    struct rmig_error err;
+    if (!r->opt.no_sync && whole_file_sync(&r->out, &err) < 0)
+        return fail_rmig(&r->p, EXIT_FILES, &err);
     return commit(r);
 }
 
@@ -468,7 +487,6 @@ static int do_load(struct run *r) {
 static int read_dir(struct run *r) {
     struct machine_dir dir = {.program = &r->p, .machine = &r->machine, .path = r->arg[0]};
     int rc = open_machine_dir(&dir, false, &r->state_fd);
-    r->state_path = dir.state_path;
     if (rc == 0 && is_ignore_shared(&r->machine.configuration))
         return fail(&r->p, EXIT_FILES,
                     "%s: the machine has the capability x-ignore-shared, with which no QEMU before 11.0 loads a file",
@@ -502,16 +520,21 @@ static int save_state(struct run *r) {
     while ((got = read(r->state_fd, piece, sizeof piece)) > 0)
         if (rmig_mapped_writer_put(r->writer, piece, (size_t)got) < 0)
             return fail_writer(r);
-    return got < 0 ? fail(&r->p, EXIT_FILES, "cannot read %s: %s", r->state_path, strerror(errno)) : 0;
+    return got < 0 ? fail(&r->p, EXIT_FILES, "cannot read %s/" STATE_FILE ": %s", r->arg[0], strerror(errno)) : 0;
 }
 
 static int do_save(struct run *r) {
     struct rmig_error err;
-    if (read_dir(r) < 0 || open_part(r, r->arg[1]) < 0)
+    if (read_dir(r) < 0 || open_snapshot(r, r->arg[1]) < 0)
         return -1;
     const struct rmig_mapped_machine machine = {.configuration = r->machine.configuration,
                                                 .section_id = r->machine.section_id,
                                                 .switchover_start = r->machine.switchover_start};
+    for (uint32_t i = 0; i < r->machine.image_count; i++)
+        if (refuse_same(r, r->machine.image[i].fd, r->machine.image[i].file) < 0)
+            return -1;
+    if (refuse_same(r, r->state_fd, STATE_FILE) < 0)
+        return -1;
     r->file = r->out.part;
     if (rmig_mapped_writer_open(r->out.fd, &r->opt, &r->writer, &err) < 0)
         return fail_file(r, &err);
@@ -572,16 +595,21 @@ enum key {
     KEY_NO_SYNC = 0x100,
     KEY_EVERY,
     KEY_NO_URING,
+    KEY_IN_PLACE,
     KEY_JSON
 };
 
 static const struct argp_option option_table[] = {
     {"threads", KEY_THREADS, "N", 0, "load and save by N threads, 1 to 64 (default 1)", 0},
     {"direct", KEY_DIRECT, NULL, 0, "direct I/O: past the page cache", 0},
-    {"offset", KEY_OFFSET, "SIZE", 0, "where the stream begins in the file, as in QEMU's file:PATH,offset= (default 0)",
-     0},
+    {"offset", KEY_OFFSET, "SIZE", 0,
+     "where the stream begins in the file, as in QEMU's file:PATH,offset= (default 0); what lies before is kept", 0},
     {"align", KEY_ALIGN, "SIZE", 0, "save: page regions begin at multiples of it (default 1M)", 0},
     {"every-page", KEY_EVERY, NULL, 0, "save: write pages of zeros too", 0},
+    {"in-place", KEY_IN_PLACE, NULL, 0,
+     "save: into FILE itself, which must be there: a file, or a block device. What it holds behind --offset is lost at "
+     "once, whatever comes",
+     0},
     {"no-sync", KEY_NO_SYNC, NULL, 0, "do not wait until what is written is on the disk", 0},
     {"no-uring", KEY_NO_URING, NULL, 0, "do without io_uring", 0},
     {"json", KEY_JSON, NULL, 0, "print the result as JSON, one object", 0},
@@ -603,7 +631,7 @@ static const char doc[] = "Looks at snapshot files in QEMU's mapped-ram format, 
                           "  2  bad usage, or a bad parameter\n"
                           "  3  a file cannot be read or written\n"
                           "  5  a file is not a whole snapshot, or what it holds does not fit\n"
-                          "  7  cancelled by SIGINT or SIGTERM";
+                          "  7  cancelled by SIGINT, SIGTERM or SIGHUP";
 
 static const struct {
     const char *name;
@@ -649,6 +677,9 @@ static error_t parse_option(int key, char *arg, struct argp_state *state) {
     case KEY_NO_SYNC:
         r->opt.no_sync = true;
         return 0;
+    case KEY_IN_PLACE:
+        r->in_place = true;
+        return 0;
     case KEY_NO_URING:
         r->opt.no_uring = true;
         return 0;
@@ -667,6 +698,8 @@ static error_t parse_option(int key, char *arg, struct argp_state *state) {
         else if (r->args != commands[r->command].args)
             argp_error(state, "%s wants %u arguments, see --help", commands[r->command].name,
                        commands[r->command].args);
+        else if (r->in_place && commands[r->command].run != do_save)
+            argp_error(state, "--in-place is for save");
         return 0;
     default:
         return ARGP_ERR_UNKNOWN;
@@ -685,7 +718,6 @@ static void clean_up(struct run *r) {
         if (fds[i] >= 0)
             close(fds[i]);
     whole_file_free(&r->out);
-    free(r->state_path);
     json_decref(r->result);
 }
 

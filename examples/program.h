@@ -96,9 +96,11 @@ static inline void on_cancel(int number) {
 
 /* Beyond a limit of the file size writes fail, as on a full disk. */
 static inline void catch_signals(void (*on_bus_error)(int)) {
-    struct sigaction cancel = {.sa_handler = on_cancel}, bus = {.sa_handler = on_bus_error};
+    struct sigaction cancel = {.sa_handler = on_cancel}, bus = {.sa_handler = on_bus_error}, hangup;
     sigaction(SIGINT, &cancel, NULL);
     sigaction(SIGTERM, &cancel, NULL);
+    if (sigaction(SIGHUP, NULL, &hangup) == 0 && hangup.sa_handler != SIG_IGN) // nohup
+        sigaction(SIGHUP, &cancel, NULL);
     sigaction(SIGBUS, &bus, NULL);
     signal(SIGPIPE, SIG_IGN);
     signal(SIGXFSZ, SIG_IGN);

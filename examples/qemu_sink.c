@@ -27,7 +27,7 @@ struct run {
     const char *address;
     const char *dir, *file; // one of them is NULL
     uint64_t max_size;
-    bool sparse;
+    bool sparse, in_place;
 
     struct whole_file out; // DIR.part or FILE.part
     int state_fd;
@@ -100,13 +100,8 @@ static int write_state(struct run *r, const uint8_t *p, size_t n) {
 /* Before a source is kept waiting. */
 static int make_dir_part(struct run *r) {
     struct rmig_error err;
-    struct stat st;
-    if (whole_file_open_dir(&r->out, r->dir, &err) < 0) {
-        if (err.provider_code == EEXIST && lstat(r->dir, &st) < 0)
-            return fail(&r->c.p, EXIT_FILES,
-                        "%s exists: another " PROGRAM " writes it, or one was killed; then remove it", r->out.part);
+    if (whole_file_open_dir(&r->out, r->dir, &err) < 0)
         return fail_rmig(&r->c.p, EXIT_FILES, &err);
-    }
     if (create_ram_dir(&r->c.p, &r->out) < 0)
         return -1;
     r->state_fd = create_in_dir(&r->c.p, &r->out, STATE_FILE);
@@ -200,7 +195,9 @@ static int make_file_part(struct run *r) {
     struct rmig_error err;
     r->c.snapshot.progress = on_progress;
     r->c.snapshot.progress_user = r;
-    if (whole_file_open_only(&r->out, r->file, &err) < 0)
+    int flags = WHOLE_FILE_ONLY | WHOLE_FILE_MAY_BE_IN_PLACE | (r->in_place ? WHOLE_FILE_IN_PLACE : 0);
+    if (whole_file_open(&r->out, r->file, flags, &err) < 0 ||
+        whole_file_keep(&r->out, r->c.snapshot.offset, &cancelled, &err) < 0)
         return fail_rmig(&r->c.p, EXIT_FILES, &err);
     r->state_fd = memfd_create("device-state", MFD_CLOEXEC);
     if (r->state_fd < 0)
@@ -224,17 +221,39 @@ static int start_writer(struct run *r) {
     return rmig_mapped_writer_start(r->writer, &machine) < 0 ? fail_writer(r) : 0;
 }
 
-/* Is there room for so many bytes of pages, and for what goes round them? */
+static bool is_device(const struct run *r) {
+    struct stat st;
+    return fstat(r->out.fd, &st) == 0 && S_ISBLK(st.st_mode);
+}
+
+/* How many bytes can still be written; UINT64_MAX: nobody says. */
+static uint64_t find_room(const struct run *r) {
+    struct statvfs fs;
+    if (is_device(r)) {
+        uint64_t size = (uint64_t)lseek(r->out.fd, 0, SEEK_END), end = rmig_mapped_writer_size(r->writer);
+        return size > end ? size - end : 0;
+    }
+    if (fstatvfs(r->out.fd, &fs) < 0 || fs.f_blocks == 0) // some file systems have no such number
+        return UINT64_MAX;
+    return (uint64_t)(geteuid() == 0 ? fs.f_bfree : fs.f_bavail) * fs.f_frsize;
+}
+
+/* Is there room for so many bytes of pages, and for what goes round them? A device has its room laid out. */
 static int check_room(struct run *r, uint64_t pages) {
     const struct machine *m = &r->c.machine;
-    struct statvfs fs;
-    uint64_t needed = pages + m->ram_bytes / PAGE / 8 + m->image_count * (uint64_t)3 * PAGE + STATE_ROOM;
+    bool device = is_device(r);
+    uint64_t needed = STATE_ROOM, room = find_room(r);
     char need[32], have[32];
-    if (fstatvfs(r->out.fd, &fs) < 0 || fs.f_blocks == 0) // some file systems have no such number
-        return 0;
-    uint64_t room = (uint64_t)(geteuid() == 0 ? fs.f_bfree : fs.f_bavail) * fs.f_frsize;
+    if (!device)
+        needed += pages + m->ram_bytes / PAGE / 8 + m->image_count * (uint64_t)3 * PAGE;
     if (room >= needed)
         return 0;
+    if (device)
+        return fail(&r->c.p, EXIT_FILES,
+                    "%s: the device is too short: behind the RAM it has %s left, and %s may be needed "
+                    "for the state of the devices",
+                    r->out.part, rmig_size_format(room / RMIG_MIB * RMIG_MIB, have, sizeof have),
+                    rmig_size_format(needed, need, sizeof need));
     return fail(&r->c.p, EXIT_FILES, "%s: its file system has room for %s, and up to %s may be needed%s", r->out.part,
                 rmig_size_format(room / RMIG_MIB * RMIG_MIB, have, sizeof have),
                 rmig_size_format((needed / RMIG_MIB + 1) * RMIG_MIB, need, sizeof need),
@@ -245,8 +264,10 @@ static int check_room(struct run *r, uint64_t pages) {
 /* What can be wrong with the machine, the file system or a limit is said before anything is moved. */
 static int prepare_file(struct run *r) {
     uint64_t length = r->c.machine.ram_bytes + r->c.snapshot.offset; // the file will be longer
-    if (start_writer(r) < 0 || (!r->sparse && check_room(r, r->c.machine.ram_bytes) < 0))
+    if (start_writer(r) < 0 || ((!r->sparse || is_device(r)) && check_room(r, r->c.machine.ram_bytes) < 0))
         return -1;
+    if (is_device(r))
+        return 0;
     if (length > INT64_MAX || ftruncate(r->out.fd, (off_t)length) < 0)
         return fail(&r->c.p, EXIT_FILES, "%s: cannot have the %" PRIu64 " bytes of RAM and more: %s", r->out.part,
                     r->c.machine.ram_bytes, strerror(length > INT64_MAX ? EFBIG : errno));
@@ -292,14 +313,17 @@ static int copy_state(struct run *r) {
 
 /* State without an end, of a QEMU that describes no devices or that was broken off: the writer finishes no such file,
    so it gets an end, which is cut off again. It is then what such a QEMU would have written itself: a QEMU may load it,
-   and readers say that it has no end. */
+   and readers say that it has no end. On a device an older end may lie behind it: there the magic is taken away. */
 static int finish_without_end(struct run *r) {
+    static const uint8_t no_magic[8];
     uint8_t end[64];
-    struct stat st;
     int n = rmig_qemu_encode_end(end, sizeof end, "{}", 2);
     if (n < 0 || rmig_mapped_writer_put(r->writer, end, (size_t)n) < 0 || rmig_mapped_writer_finish(r->writer) < 0)
         return fail_writer(r);
-    if (fstat(r->out.fd, &st) < 0 || ftruncate(r->out.fd, st.st_size - n) < 0 || fsync(r->out.fd) < 0)
+    bool cut = is_device(r) ? pwrite(r->out.fd, no_magic, sizeof no_magic, (off_t)r->c.snapshot.offset) ==
+                                  (ssize_t)sizeof no_magic
+                            : ftruncate(r->out.fd, (off_t)rmig_mapped_writer_size(r->writer) - n) == 0;
+    if (!cut || fsync(r->out.fd) < 0)
         return fail(&r->c.p, EXIT_FILES, "cannot end %s: %s", r->out.part, strerror(errno));
     return 0;
 }
@@ -645,7 +669,7 @@ static int receive(struct run *r) {
 
 // >>arguments and main
 
-enum key { KEY_LISTEN = 'l', KEY_SNAPSHOT = 's', KEY_MAX_SIZE = 0x100, KEY_SPARSE };
+enum key { KEY_LISTEN = 'l', KEY_SNAPSHOT = 's', KEY_MAX_SIZE = 0x100, KEY_SPARSE, KEY_IN_PLACE };
 
 static const struct argp_option option_table[] = {
     {"listen", KEY_LISTEN, "HOST:PORT", 0, "where to listen; port 0: any free one, which is printed", 0},
@@ -655,6 +679,10 @@ static const struct argp_option option_table[] = {
     {"max-size", KEY_MAX_SIZE, "SIZE", 0, "refuse a machine of more bytes in all (default 1T)", 0},
     {"sparse", KEY_SPARSE, NULL, 0,
      "begin also where the file system of FILE has no room for all RAM: pages of zeros take none", 2},
+    {"in-place", KEY_IN_PLACE, NULL, 0,
+     "into FILE itself, which must be there: a file, or a block device. What it holds behind --offset is lost when a "
+     "migration begins, whatever comes of it",
+     2},
     {NULL, 0, NULL, 0, NULL, 0},
 };
 
@@ -665,15 +693,8 @@ static const char doc[] =
     "FILE can be loaded by QEMU 9.0 and later (-incoming file:FILE, capability mapped-ram). The RAM is received into "
     "memory, and written to FILE.part, in the last round if the source has one, as QEMU does.\n\n" EXIT_STATUS_DOC;
 
-static char *without_slash(char *path) { // its neighbour DIR.part is made
-    size_t n = strlen(path);
-    while (n > 1 && path[n - 1] == '/')
-        path[--n] = '\0';
-    return path;
-}
-
 static void check_arguments(const struct run *r, struct argp_state *state) {
-    const char *option = r->sparse ? "--sparse" : r->c.snapshot_option;
+    const char *option = r->sparse ? "--sparse" : r->in_place ? "--in-place" : r->c.snapshot_option;
     if (r->address == NULL)
         argp_error(state, "--listen HOST:PORT is wanted");
     else if (r->dir == NULL && r->file == NULL)
@@ -702,10 +723,13 @@ static error_t parse_option(int key, char *arg, struct argp_state *state) {
     case KEY_SPARSE:
         r->sparse = true;
         return 0;
+    case KEY_IN_PLACE:
+        r->in_place = true;
+        return 0;
     case ARGP_KEY_ARG:
         if (r->dir != NULL)
             argp_error(state, "unexpected argument %s", arg);
-        r->dir = without_slash(arg);
+        r->dir = arg;
         return 0;
     case ARGP_KEY_SUCCESS:
         check_arguments(r, state);

@@ -203,9 +203,8 @@ static int check_stream(struct run *r) {
 
 static int open_directory(struct run *r) {
     struct machine_dir dir = {.program = &r->c.p, .machine = &r->c.machine, .path = r->from};
-    int rc = open_machine_dir(&dir, true, &r->state_fd);
-    r->state_path = dir.state_path;
-    return rc;
+    r->state_path = join(r->from, STATE_FILE);
+    return open_machine_dir(&dir, true, &r->state_fd);
 }
 
 static int open_inputs(struct run *r) {

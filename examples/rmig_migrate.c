@@ -278,40 +278,19 @@ static int open_for_sending(struct run *r, struct image *image) {
     return 0;
 }
 
-static bool is_plain(unsigned char c) {
-    return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9') || c == '_' || c == '-' ||
-           c == '.';
-}
-
-/* A file name made of a block's name, which a peer chose: all that is not plain becomes %XX, and so does a leading dot
-   and the dot of a final ".part". Different names stay different, and none looks like another's unfinished file. */
-static char *safe_name(const char *name) {
-    size_t n = strlen(name), at = 0;
-    size_t part_dot = n >= 5 && strcmp(name + n - 5, ".part") == 0 ? n - 5 : 0;
-    char *out = checked(malloc(3 * n + 1));
-    for (size_t i = 0; i < n; i++) {
-        if (is_plain((unsigned char)name[i]) && !(name[i] == '.' && (i == 0 || i == part_dot)))
-            out[at++] = name[i];
-        else
-            at += (size_t)snprintf(out + at, 4, "%%%02X", (unsigned char)name[i]);
-    }
-    out[at] = '\0';
-    return out;
-}
-
 static int open_part(struct run *r, struct image *image, const char *what) {
     struct rmig_error err;
     struct stat st;
     if (!r->opt.force && lstat(image->path, &st) == 0)
         return fail(&r->p, EXIT_FILES, "%s: %s exists: remove it, or give --force", what, image->path);
-    return whole_file_open_only(&image->file, image->path, &err) == RMIG_OK
+    return whole_file_open(&image->file, image->path, WHOLE_FILE_ONLY, &err) == RMIG_OK
                ? 0
                : fail(&r->p, EXIT_FILES, "%s: %s", what, err.text);
 }
 
 static int open_for_receiving(struct run *r, struct image *image) {
     char what[RMIG_NAME_MAX + 16];
-    char *safe = safe_name(image->name);
+    char *safe = checked(safe_name(image->name, true));
     snprintf(what, sizeof what, "block %.*s", RMIG_NAME_MAX, safe);
     if (image->path == NULL)
         image->path = join(r->opt.out_dir, safe);
@@ -856,6 +835,7 @@ static int receive_all(struct run *r) {
     return commit(r);
 }
 
+/* Of the directory in which a file will be made. */
 static int check_dir(struct run *r, const char *dir) {
     struct stat st;
     if (stat(dir, &st) < 0 || (S_ISDIR(st.st_mode) ? access(dir, W_OK | X_OK) < 0 : (errno = ENOTDIR) != 0))
@@ -869,9 +849,12 @@ static int check_outputs(struct run *r) {
     if (check_dir(r, r->opt.out_dir) < 0)
         return -1;
     for (size_t i = 0; i <= r->opt.blocks.count; i++) {
-        char *copy = checked(strdup(i < r->opt.blocks.count ? r->opt.blocks.at[i].path : r->state.path));
-        int rc = check_dir(r, dirname(copy));
-        free(copy);
+        struct rmig_error err;
+        char *target = whole_file_resolve(i < r->opt.blocks.count ? r->opt.blocks.at[i].path : r->state.path, &err);
+        if (target == NULL)
+            return fail_rmig(&r->p, EXIT_FILES, &err);
+        int rc = check_dir(r, dirname(target));
+        free(target);
         if (rc < 0)
             return -1;
     }
@@ -916,7 +899,7 @@ static json_t *name_json(const char *name) {
     json_t *value = json_string(name);
     if (value != NULL)
         return value;
-    char *safe = safe_name(name);
+    char *safe = checked(safe_name(name, true));
     value = (json_t *)checked(json_string(safe));
     free(safe);
     return value;
@@ -1104,7 +1087,7 @@ static const char doc[] =
     "  4  no connection: fabric, listen, connect, or nobody came\n"
     "  5  the migration failed; the receiver keeps nothing\n"
     "  6  the handover broke off, or a file got no name: the receiver has FILE.part\n"
-    "  7  cancelled by SIGINT or SIGTERM";
+    "  7  cancelled by SIGINT, SIGTERM or SIGHUP";
 
 static void parse_block(struct options *opt, const char *arg, struct argp_state *state) {
     const char *equals = strchr(arg, '=');

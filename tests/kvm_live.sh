@@ -171,6 +171,18 @@ loads() { # GUEST OPTION...
     }
 }
 
+# By a link, into the file that is there.
+in_place() { # GUEST
+    local inode
+    cp "$tmp/$1.snap" "$tmp/place" && ln -sf place "$tmp/place.link" && inode=$(stat -c %i "$tmp/place") &&
+        live 0 'is whole' save "$tmp/place.link" --in-place --guest "$1" --ram 16M --run-before 0 --run-after 0 &&
+        [ "$(stat -c %i "$tmp/place")" = "$inode" ] && [ -L "$tmp/place.link" ] && timeout 60 "$mapped_ram" verify "$tmp/place" &&
+        live 0 'right' load "$tmp/place" --run-after 0 && [ "$(field ram_bytes)" = 16777216 ] || return 1
+    live 3 'not done within the --timeout' save "$tmp/place" --in-place --guest "$1" --ram 64M --run-before 0 --run-after 0 \
+        --timeout 1 && field_is verified 1 && live 3 'did not finish' load "$tmp/place" &&
+        live 3 'what is written in place must be there' save "$tmp/nowhere" --in-place --guest "$1" --ram 16M --run-after 0
+}
+
 # The other way to say it.
 as_local() { # GUEST
     live 0 'is whole' local --save "$tmp/local.snap" --no-sync --guest "$1" --ram 64M --run-before 0 --run-after 0 &&
@@ -206,7 +218,7 @@ snapshot_fails() { # GUEST TEXT OPTION...
         [ ! -e "$tmp/old.part" ]
 }
 
-signal_while_saving() { # GUEST
+signal_while_saving() { # GUEST SIGNAL
     local i status saver
     echo old >"$tmp/old"
     "$program" save "$tmp/old" --guest "$1" --ram 256M --dirty-rate 0 --run-before 0 --run-after 100 \
@@ -216,7 +228,7 @@ signal_while_saving() { # GUEST
         [ -e "$tmp/old.part" ] && break
         sleep 0.005
     done
-    kill -INT "$saver"
+    kill "-$2" "$saver"
     wait "$saver"
     status=$?
     if [ "$status" = 0 ]; then # it was faster
@@ -269,12 +281,12 @@ torn() { # GUEST
 
 # A snapshot with one block of 16 MiB and a device state of other contents.
 make_foreign() { # MACHINE BLOCK FILE
-    mkdir -p "$tmp/foreign/ram"
-    truncate -s 16M "$tmp/foreign/ram/block"
+    rm -rf "$tmp/foreign" && mkdir -p "$tmp/foreign/ram"
+    truncate -s 16M "$tmp/foreign/ram/$2"
     printf '\4state \0\6\0\0\0\16{"devices":[]}' >"$tmp/foreign/state"
     cat >"$tmp/foreign/machine.json" <<END
 {"format": "rmig-qemu", "version": 1, "machine": "$1", "page_bits": null, "capabilities": [], "uuid": null,
- "section_id": 7, "blocks": [{"name": "$2", "file": "ram/block", "length": 16777216}],
+ "section_id": 7, "blocks": [{"name": "$2", "file": "ram/$2", "length": 16777216}],
  "state": {"file": "state", "length": 27}}
 END
     timeout 60 "$mapped_ram" save --quiet "$tmp/foreign" "$3"
@@ -316,7 +328,7 @@ END
 usage() {
     live 2 'save needs a FILE' save && live 2 'load needs a FILE' load &&
         live 2 'only one of them' local --save a --load b && live 2 'one word too many' save a b &&
-        live 2 'belongs to load' save a --lazy && live 2 'belong to local' demo --save a &&
+        live 2 'belongs to load' save a --lazy && live 2 'belongs to save' load a --in-place && live 2 'belong to local' demo --save a &&
         live 2 'from 1 to 64' save a --threads 65
 }
 
@@ -336,7 +348,9 @@ snapshots() { # GUEST
         --timeout 1
     check "a $1 guest runs on when it does not converge" snapshot_fails "$1" 'no convergence' \
         --dirty-rate 0 --working-set 32M --fill 0 --downtime 0 --max-rounds 2 --strict
-    check "a $1 guest runs on when a signal ends its snapshot" signal_while_saving "$1"
+    check "a $1 guest runs on when a signal ends its snapshot" signal_while_saving "$1" INT
+    check "a $1 guest runs on when its terminal is closed" signal_while_saving "$1" HUP
+    check "a $1 guest is saved in place" in_place "$1"
     check "a $1 guest that is not loaded in time" not_in_time "$1"
 }
 

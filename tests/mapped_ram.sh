@@ -12,9 +12,11 @@ cd "$(dirname "$0")/.." || exit 1
 program=$1
 build=$2
 tmp=$(mktemp -d)
+device= # a loop device of ours
 tidy() {
     jobs -p | xargs -r kill 2>/dev/null
     wait
+    [ -z "$device" ] || losetup -d "$device"
     rm -rf "$tmp"
 }
 trap tidy EXIT
@@ -138,7 +140,8 @@ END
 read_only() {
     mkdir -p "$tmp/ro"
     ends 3 'Read-only file system' unshare -m sh -c \
-        'mount -t tmpfs -o ro none "$1/ro" && timeout 60 "$2" save "$1/a" "$1/ro/s"' sh "$tmp" "$program"
+        'mount -t tmpfs none "$1/ro" && : >"$1/ro/s" && mount -o remount,ro "$1/ro" && timeout 60 "$2" save "$1/a" "$1/ro/s"' \
+        sh "$tmp" "$program" && ! grep -q in-place "$tmp/err"
 }
 
 can_inject() { strace -qq -o /dev/null -e trace=none true 2>/dev/null; }
@@ -269,6 +272,269 @@ killed() { # TIMES OPTION...
     [ "$torn" -gt 0 ] || { echo "too few to tell"; return 1; }
 }
 
+# >>the place of a file
+
+# What lies before --offset is another's: it stays, with its holes, whether the save succeeds or not.
+before_the_offset_stays() {
+    local at=40000000
+    { head -c 5000 /dev/urandom; head -c 20000000 /dev/zero; head -c 19995000 /dev/urandom; } >"$tmp/header" # all of $at
+    cp "$tmp/header" "$tmp/h" && echo 'an older image' >>"$tmp/h"
+    ends 3 'File too large' prlimit --fsize=50000000 "$program" save --offset ${at}B "$tmp/a" "$tmp/h" &&
+        cmp "$tmp/h" <(cat "$tmp/header" && echo 'an older image') && [ ! -e "$tmp/h.part" ] || return 1
+    mapped save --offset ${at}B "$tmp/a" "$tmp/h" && cmp -n $at "$tmp/h" "$tmp/header" &&
+        mapped verify --offset ${at}B "$tmp/h" || return 1
+    rm -f "$tmp/sparse" && truncate -s $((at - 5000)) "$tmp/sparse" && printf 'end' >>"$tmp/sparse"
+    mapped save --offset ${at}B "$tmp/a" "$tmp/sparse" && mapped verify --offset ${at}B "$tmp/sparse" &&
+        [ "$(tail -c +$((at - 4999)) "$tmp/sparse" | head -c 3)" = end ] || return 1
+    [ "$(du -k "$tmp/sparse" | cut -f1)" -lt 9500 ] || { echo "holes took $(du -k "$tmp/sparse")"; return 1; }
+}
+
+# Of a descriptor that other file systems do not copy for.
+before_the_offset_by_hand() {
+    head -c 300000 /dev/urandom >"$tmp/header" && cp "$tmp/header" "$tmp/h" || return 1
+    timeout 60 strace -f -qq -o "$tmp/calls" -e trace=copy_file_range -e inject=copy_file_range:error=EXDEV "$program" \
+        save --offset 300000B "$tmp/a" "$tmp/h" && grep -q EXDEV "$tmp/calls" && cmp -n 300000 "$tmp/h" "$tmp/header" &&
+        mapped verify --offset 300000B "$tmp/h" || return 1
+    ends 3 'cannot copy what' timeout 60 strace -f -qq -o "$tmp/calls" -e trace=copy_file_range,pread64 -e \
+        inject=copy_file_range:error=EIO "$program" save --offset 300000B "$tmp/b" "$tmp/h" && [ ! -e "$tmp/h.part" ] &&
+        mapped verify --offset 300000B "$tmp/h"
+}
+
+two_images() {
+    local size
+    mapped save "$tmp/a" "$tmp/s1" && size=$(stat -c %s "$tmp/s1") && cat "$tmp/s1" "$tmp/s1" >"$tmp/both" || return 1
+    ends 5 "ends at file offset $size, and another one begins at file offset $size" mapped verify "$tmp/both" &&
+        ends 5 '"whole":false' mapped info --json "$tmp/both" && ends 5 'another one' mapped load "$tmp/both" "$tmp/both.d" &&
+        [ ! -e "$tmp/both.d" ] || return 1
+    mapped save --offset 64M "$tmp/b" "$tmp/s1" && mapped verify --offset 64M "$tmp/s1" &&
+        ends 5 "ends at file offset $size, and another one begins at file offset 67108864" mapped verify "$tmp/s1" || return 1
+    mapped save "$tmp/a" "$tmp/s1" && truncate -s +1M "$tmp/s1" &&
+        ends 5 "something was appended: a run of zeros begins at file offset $size" mapped verify "$tmp/s1"
+}
+
+bad_name() { # PERL WORD...: machine.json, as $j, goes through the expression
+    local perl=$1 text=$2
+    rm -rf "$tmp/bad" && cp -r "$tmp/a" "$tmp/bad" && perl -MJSON::PP -e 'my $p = $ARGV[0]; open my $in, "<", $p or die;
+        local $/; my $j = decode_json(<$in>); eval($ARGV[1]); die $@ if $@; open my $out, ">", $p or die;
+        print $out encode_json($j)' "$tmp/bad/machine.json" "$perl" || return 1
+    ends 3 "$text" mapped save "$tmp/bad" "$tmp/of.bad" && [ ! -e "$tmp/of.bad" ]
+}
+
+# Nothing is read but what load would have made, below the directory.
+names_of_a_machine() {
+    cp "$tmp/a/ram/rom" "$tmp/secret" && cp "$tmp/a/state" "$tmp/secret.state" || return 1
+    bad_name '$j->{blocks}[1]{file} = "../secret"' 'the "file" of rom is "../secret"; must be "ram/rom"' &&
+        bad_name '$j->{blocks}[1]{file} = "'"$tmp/secret"'"' 'must be "ram/rom"' &&
+        bad_name '$j->{blocks}[1]{file} = "ram/../ram/rom"' 'must be "ram/rom"' &&
+        bad_name '$j->{state}{file} = "../secret.state"' 'the "file" of state is "../secret.state"; must be "state"' || return 1
+    rm -rf "$tmp/bad" && cp -r "$tmp/a" "$tmp/bad" && ln -sf ../../secret "$tmp/bad/ram/rom" &&
+        ends 3 'ram/rom: it is a symbolic link' mapped save "$tmp/bad" "$tmp/of.bad" || return 1
+    rm -rf "$tmp/bad" && cp -r "$tmp/a" "$tmp/bad" && ln -sf ../secret.state "$tmp/bad/state" &&
+        ends 3 'state: it is a symbolic link' mapped save "$tmp/bad" "$tmp/of.bad" || return 1
+    rm -rf "$tmp/bad" "$tmp/bad.ram" && cp -r "$tmp/a" "$tmp/bad" && mv "$tmp/bad/ram" "$tmp/bad.ram" &&
+        ln -s ../bad.ram "$tmp/bad/ram" && ends 3 "cannot read $tmp/bad/ram" mapped save "$tmp/bad" "$tmp/of.bad" || return 1
+    ln -s a "$tmp/link.to.a" && mapped save "$tmp/link.to.a" "$tmp/of.link" && mapped verify "$tmp/of.link"
+}
+
+# A link is what it leads to, also when nothing is there yet.
+links_are_followed() {
+    mkdir -p "$tmp/disk" "$tmp/names" && echo old >"$tmp/disk/s" && ln -s ../disk/s "$tmp/names/s" || return 1
+    mapped save "$tmp/a" "$tmp/names/s" && [ -L "$tmp/names/s" ] && mapped verify "$tmp/disk/s" || return 1
+    ln -s "$tmp/disk/new" "$tmp/disk/2" && ln -s ../disk/2 "$tmp/names/2" && mapped save "$tmp/a" "$tmp/names/2" &&
+        [ -L "$tmp/names/2" ] && [ -L "$tmp/disk/2" ] && [ ! -L "$tmp/disk/new" ] && mapped verify "$tmp/disk/new" || return 1
+    ln -s ../disk/dir "$tmp/names/dir" && mapped load "$tmp/disk/s" "$tmp/names/dir" && [ -L "$tmp/names/dir" ] &&
+        same_machine "$tmp/a" "$tmp/disk/dir" || return 1
+    ln -s ../disk/ram "$tmp/names/ram" && mapped extract "$tmp/disk/s" pc.ram "$tmp/names/ram" && [ -L "$tmp/names/ram" ] &&
+        cmp "$tmp/disk/ram" "$tmp/a/ram/pc.ram" || return 1
+    ln -s round "$tmp/names/round" && ends 3 'Too many levels' mapped save "$tmp/a" "$tmp/names/round" &&
+        [ -z "$(find "$tmp/disk" "$tmp/names" -name '*.part')" ]
+}
+
+mode_stays() {
+    mapped save "$tmp/a" "$tmp/m" && [ "$(stat -c %a "$tmp/m")" = 600 ] && chmod 4664 "$tmp/m" &&
+        mapped save "$tmp/b" "$tmp/m" && [ "$(stat -c %a "$tmp/m")" = 4664 ] || { stat "$tmp/m"; return 1; }
+}
+
+owner_stays() {
+    mapped save "$tmp/a" "$tmp/m" && chown 65534:12345 "$tmp/m" && chmod 640 "$tmp/m" && mapped save "$tmp/b" "$tmp/m" &&
+        [ "$(stat -c '%u %g %a' "$tmp/m")" = '65534 12345 640' ] || { stat "$tmp/m"; return 1; }
+}
+
+nobody() { # COMMAND...: as a user who may do little; what $tmp/open has is open to all
+    rm -rf "$tmp/open" && chmod 711 "$tmp" && mkdir "$tmp/open" && cp -r "$program" "$tmp/a" "$tmp/open" &&
+        chmod -R a+rX "$tmp/open"
+}
+
+as_nobody() { setpriv --reuid=65534 --regid=65534 --clear-groups -- timeout 60 "$tmp/open/$(basename "$program")" "$@"; }
+
+# A file of another user is not silently taken from that user.
+owner_that_cannot_stay() {
+    nobody && mkdir -m 777 "$tmp/open/dir" && echo old >"$tmp/open/dir/s" || return 1
+    ends 3 'is of user 0 and group 0, and what replaces it cannot be' as_nobody save "$tmp/open/a" "$tmp/open/dir/s" &&
+        [ "$(ls -A "$tmp/open/dir")" = s ] && [ "$(cat "$tmp/open/dir/s")" = old ]
+}
+
+# A prepared file in a directory that may not be written.
+in_a_closed_directory() {
+    nobody && mkdir "$tmp/open/dir" && echo old >"$tmp/open/dir/s" && chmod 666 "$tmp/open/dir/s" || return 1
+    ends 3 'Permission denied; --in-place writes into' as_nobody save "$tmp/open/a" "$tmp/open/dir/s" &&
+        [ "$(cat "$tmp/open/dir/s")" = old ] || return 1
+    as_nobody save --in-place "$tmp/open/a" "$tmp/open/dir/s" && mapped verify "$tmp/open/dir/s" &&
+        mapped diff "$tmp/open/dir/s" "$tmp/sa" && [ "$(stat -c '%u %a' "$tmp/open/dir/s")" = '0 666' ]
+}
+
+in_place() {
+    local inode
+    mapped save "$tmp/b" "$tmp/p" && inode=$(stat -c %i "$tmp/p") && mapped save --in-place "$tmp/a" "$tmp/p" &&
+        [ "$(stat -c %i "$tmp/p")" = "$inode" ] && mapped diff "$tmp/p" "$tmp/sa" && [ ! -e "$tmp/p.part" ] &&
+        ends 3 'what is written in place must be there' mapped save --in-place "$tmp/a" "$tmp/p2" &&
+        [ ! -e "$tmp/p2" ] && ends 3 'neither a regular file nor a block device' mapped save --in-place "$tmp/a" /dev/null &&
+        ends 3 'is being written by another process' flock "$tmp/p" timeout 20 "$program" save --in-place "$tmp/b" "$tmp/p" &&
+        mapped diff "$tmp/p" "$tmp/sa" && ends 2 '--in-place is for save' mapped verify --in-place "$tmp/p"
+}
+
+# Until the last moment what is there is no snapshot, and what lies before it stays.
+in_place_and_failed() {
+    head -c 5000 /dev/urandom >"$tmp/header" && cp "$tmp/header" "$tmp/p" && mapped save --offset 5000B "$tmp/b" "$tmp/p" || return 1
+    ends 3 'File too large' prlimit --fsize=9000000 "$program" save --in-place --offset 5000B "$tmp/a" "$tmp/p" &&
+        cmp -n 5000 "$tmp/p" "$tmp/header" && ends 5 '' mapped verify --offset 5000B "$tmp/p" || return 1
+    mapped save --in-place --offset 5000B "$tmp/a" "$tmp/p" && mapped verify --offset 5000B "$tmp/p" &&
+        cmp -n 5000 "$tmp/p" "$tmp/header"
+}
+
+# The magic of the older snapshot is gone from the disk before anything else is written.
+in_place_the_magic_goes_first() { # FILE
+    mapped save ${2:+"$2"} "$tmp/b" "$1" || return 1
+    timeout 60 strace -f -qq -o "$tmp/calls" -e trace=pwrite64,fsync,ftruncate,io_uring_setup -e inject=fsync:error=EIO:when=1 \
+        "$program" save --in-place "$tmp/a" "$1" >"$tmp/out" 2>&1
+    [ $? = 3 ] && grep -q 'brought to the disk: Input/output error' "$tmp/out" &&
+        [ "$(grep -v SIG "$tmp/calls" | sed 's/^[0-9]* *\([a-z0-9]*\)(.*/\1/' | tr '\n' ' ')" = 'pwrite64 fsync ' ] &&
+        ends 5 'no magic' mapped verify "$1" || { cat "$tmp/out" "$tmp/calls"; return 1; }
+}
+
+# Whatever the moment of a kill, the file is no snapshot, or the new one.
+in_place_killed() { # TIMES FILE
+    local i torn=0
+    for ((i = 0; i < $1; i++)); do
+        mapped save --in-place "$tmp/b" "$2" || return 1
+        "$program" save --in-place "$tmp/a" "$2" >/dev/null 2>&1 &
+        sleep "0.0$(printf %02d $((RANDOM % 100)))"
+        kill -9 $! 2>/dev/null
+        wait $! 2>/dev/null
+        if mapped verify "$2" >/dev/null 2>&1; then
+            mapped diff "$2" "$tmp/sa" >/dev/null || mapped diff "$2" "$tmp/sb" >/dev/null ||
+                { echo "run $i: what is there passes as whole, and is neither"; return 1; }
+        else
+            torn=$((torn + 1))
+        fi
+    done
+    echo "$torn of $1 were torn"
+}
+
+on_a_device() {
+    truncate -s 64M "$tmp/disk.img" && head -c 67108864 /dev/urandom >"$tmp/disk.img" || return 1
+    ends 3 '--in-place writes into a block device' mapped save "$tmp/a" "$device" &&
+        mapped save --in-place "$tmp/a" "$device" && mapped verify "$device" && mapped diff "$device" "$tmp/sa" &&
+        ends 0 '"whole":true' mapped info --json "$device" && rm -rf "$tmp/back" && mapped load "$device" "$tmp/back" &&
+        same_machine "$tmp/a" "$tmp/back" || return 1
+    mapped save --in-place --direct --threads 2 --offset 4096B "$tmp/b" "$device" && mapped diff --offset 4096B "$device" "$device" &&
+        ends 3 'the device has 67108864 bytes' mapped save --in-place --offset 60M "$tmp/a" "$device" &&
+        mapped verify --offset 4096B "$device" && in_place_the_magic_goes_first "$device" --in-place
+}
+
+# A file that is put in its place meanwhile, by a writer who does not write in place.
+in_place_and_replaced() {
+    local i status
+    cp "$tmp/sb" "$tmp/p" && cp "$tmp/sb" "$tmp/p2" || return 1
+    timeout 60 strace -f -qq -o "$tmp/calls" -e trace=fsync -e inject=fsync:delay_enter=3000000:when=2 "$program" \
+        save --in-place "$tmp/a" "$tmp/p" >"$tmp/out" 2>&1 &
+    for ((i = 0; i < 2000; i++)); do
+        mapped verify --quiet "$tmp/p" >/dev/null 2>&1 || break
+    done
+    mv "$tmp/p2" "$tmp/p"
+    wait $!
+    status=$?
+    [ "$status" = 3 ] && grep -q 'removed or replaced' "$tmp/out" && mapped diff "$tmp/p" "$tmp/sb" ||
+        { echo "exit status $status"; cat "$tmp/out"; return 1; }
+}
+
+# An operator's slips: what is read is named as what is written, or no name at all.
+not_over_what_is_read() {
+    rm -rf "$tmp/c" && cp -r "$tmp/a" "$tmp/c" && ends 2 'is what is read (ram/pc.ram)' mapped save "$tmp/c" "$tmp/c/ram/pc.ram" &&
+        ends 2 'is what is read (state)' mapped save --in-place "$tmp/c" "$tmp/c/state" && same_machine "$tmp/a" "$tmp/c" &&
+        ends 2 'is what is read' mapped extract "$tmp/sa" pc.ram "$tmp/sa" && mapped verify "$tmp/sa" &&
+        ends 3 'the name of a file is missing' mapped save "$tmp/a" '' &&
+        ends 3 'the name of a file is missing' mapped save "$tmp/a" "$tmp/nodir/" && ends 3 'not a regular file' mapped save "$tmp/a" "$tmp/a" &&
+        mapped load "$tmp/sa" "$tmp/slash//" && same_machine "$tmp/a" "$tmp/slash" &&
+        ends 3 'the name of a directory is missing' mapped load "$tmp/sa" '' && [ -z "$(find "$tmp" . -maxdepth 1 -name '*.part')" ]
+}
+
+device_in_use() {
+    mkfs.ext4 -q -F "$device" && mkdir -p "$tmp/mnt" && unshare -m sh -c 'mount "$1" "$2" && "$3" save --in-place "$4" "$1"' sh \
+        "$device" "$tmp/mnt" "$program" "$tmp/a" >"$tmp/out" 2>&1
+    [ $? = 3 ] && grep -q 'Device or resource busy' "$tmp/out" || { cat "$tmp/out"; return 1; }
+}
+
+long_names() { # of files; a block's are qemu_examples.sh's
+    local name letters
+    name=$(printf 'n%.0s' {1..255})
+    letters=$(printf '\xc3\xa4%.0s' {1..127})
+    mapped save "$tmp/a" "$tmp/$name" && mapped verify "$tmp/$name" && mapped save "$tmp/b" "$tmp/$name" &&
+        mapped save "$tmp/a" "$tmp/$letters" && mapped load "$tmp/$name" "$tmp/${name%n}d" && same_machine "$tmp/b" "$tmp/${name%n}d" &&
+        mapped extract "$tmp/$letters" rom "$tmp/${letters}x" && cmp "$tmp/${letters}x" "$tmp/a/ram/rom" &&
+        ends 3 'File name too long' mapped save "$tmp/a" "$tmp/${name}n" && [ -z "$(find "$tmp" -name '*.part')" ]
+}
+
+hangup_ignored() { # by nohup
+    (trap '' HUP; exec "$program" save "$tmp/a" "$tmp/old") >"$tmp/out" 2>&1 &
+    local saver=$! i
+    for ((i = 0; i < 2000; i++)); do
+        [ -e "$tmp/old.part" ] && break
+        sleep 0.005
+    done
+    kill -HUP "$saver"
+    wait "$saver" || { cat "$tmp/out"; return 1; }
+    mapped verify "$tmp/old"
+}
+
+places() {
+    mapped save "$tmp/a" "$tmp/sa" && mapped save "$tmp/b" "$tmp/sb" || { not_ok 'snapshots to compare with'; return; }
+    check 'what lies before --offset stays' before_the_offset_stays
+    check 'a second image behind the first is refused' two_images
+    check 'names that load would not have given are refused' names_of_a_machine
+    check 'a link is what it leads to' links_are_followed
+    check 'the mode of a file that is replaced stays' mode_stays
+    check 'in place' in_place
+    check 'in place, and it fails' in_place_and_failed
+    cp "$tmp/sb" "$tmp/sp"
+    check 'in place, killed 20 times' in_place_killed 20 "$tmp/sp"
+    check 'not over what is read' not_over_what_is_read
+    check 'long names' long_names
+    check 'cancelled by SIGHUP' cancelled HUP
+    check 'nohup' hangup_ignored
+    if can_inject; then
+        check 'what lies before --offset is copied by hand' before_the_offset_by_hand
+        check 'in place, and replaced meanwhile' in_place_and_replaced
+        check 'in place the older magic goes first' in_place_the_magic_goes_first "$tmp/sp"
+    fi
+    if [ "$(id -u)" = 0 ] && command -v setpriv >/dev/null; then
+        check 'the owner of a file that is replaced stays' owner_stays
+        check 'a file whose owner cannot stay is not replaced' owner_that_cannot_stay
+        check 'a prepared file in a closed directory' in_a_closed_directory
+    else
+        skip 'owners' 'not root, or not installed: setpriv'
+    fi
+    truncate -s 64M "$tmp/disk.img"
+    if device=$(losetup --find --show "$tmp/disk.img" 2>/dev/null); then
+        check 'a block device' on_a_device
+        check 'a block device, killed 10 times' in_place_killed 10 "$device"
+        check 'a block device that is in use' device_in_use
+    else
+        device=
+        skip 'a block device' 'no loop device can be had'
+    fi
+}
+
 alone() {
     make_machine "$tmp/a" 1 && make_machine "$tmp/b" 2 || { not_ok 'machines to save' 'they could not be made'; done_testing; }
     check 'saved and loaded' saved_and_loaded
@@ -308,6 +574,7 @@ alone() {
     else
         skip 'calls that fail' 'not installed: strace'
     fi
+    places
     check 'killed 50 times' killed 50
     check 'killed 50 times, with threads and without waiting for the disk' killed 50 --threads 3 --no-sync
 }
@@ -365,6 +632,25 @@ read_from_qemu() { # MODE FILE [OFFSET]
     qemu_saves "$@" && stop src || return 1
     local at=${3:+--offset=${3}B}
     mapped verify ${at:+"$at"} "$2" && mapped extract ${at:+"$at"} "$2" pc.ram "$tmp/x" && cmp "$tmp/x" "$tmp/wanted.ram"
+}
+
+# Two images in one file: each can be had by QEMU alone, and here neither passes for more than it is.
+two_of_qemu() {
+    read_from_qemu plain "$tmp/two" && read_from_qemu plain "$tmp/two" 134217728 &&
+        ends 5 'another one begins at file offset 134217728' mapped verify "$tmp/two" &&
+        ends 5 'another one' mapped extract "$tmp/two" pc.ram "$tmp/y" && [ ! -e "$tmp/y" ]
+}
+
+# A file of ours behind one of QEMU's leaves that alone, and QEMU loads either.
+ours_behind_theirs() {
+    rm -rf "$tmp/vm" && mapped load "$tmp/theirs" "$tmp/vm" && cp --sparse=always "$tmp/theirs" "$tmp/two" &&
+        mapped save --offset 128M "$tmp/vm" "$tmp/two" && cmp -n "$(stat -c %s "$tmp/theirs")" "$tmp/two" "$tmp/theirs" || return 1
+    local at
+    for at in '' 134217728; do
+        truncate -s 0 "$tmp/dst.ram"
+        start dst -S -incoming defer
+        qemu_loads plain "$tmp/two" $at && cmp "$tmp/dst.ram" "$tmp/wanted.ram" && stop dst || return 1
+    done
 }
 
 # What QEMU saved, written again with these options, is loaded by QEMU; saved by it again, no page differs.
@@ -437,6 +723,8 @@ with_qemu() {
     check 'a file of QEMU with multifd' read_from_qemu multifd "$tmp/theirs.multifd"
     check 'a file of QEMU with multifd and direct-io' read_from_qemu direct "$tmp/theirs.direct"
     check 'a file of QEMU at an offset' read_from_qemu plain "$tmp/theirs.offset" 4608
+    check 'two files of QEMU in one' two_of_qemu
+    check 'one of ours behind one of QEMU' ours_behind_theirs
     check 'written again, QEMU loads it' loaded_by_qemu plain
     check 'written again by threads with pages of 64 KiB alignment, with multifd' loaded_by_qemu multifd --threads 3 --align 64K
     check 'written again past the page cache, with multifd and direct-io' loaded_by_qemu direct --direct

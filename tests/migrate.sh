@@ -324,6 +324,7 @@ file_errors() {
     check 'a file that exists is not replaced' existing_stays
     check '--force replaces a file that exists' existing_is_replaced
     check 'one file for two blocks is refused' one_file_twice
+    check 'a link is what it leads to' links_are_followed
     check 'a block that the source has not is refused' unknown_block
     check 'more than --max-size is refused' too_large
     check 'more state than --max-size leaves is refused' too_much_state
@@ -365,6 +366,45 @@ existing_is_replaced() {
     send=(--block "ram=$tmp/odd")
     recv=(--block "ram=$tmp/precious" --force)
     both 0 0 && cmp "$tmp/odd" "$tmp/precious"
+}
+
+# A link is what it leads to, and what is there keeps its owner and mode.
+links_are_followed() {
+    local mine
+    mkdir -p "$tmp/disk" && rm -rf "$tmp/disk/"* && echo older >"$tmp/disk/ram" && chmod 4664 "$tmp/disk/ram" || return 1
+    [ "$(id -u)" != 0 ] || chown 65534:12345 "$tmp/disk/ram" && chmod 4664 "$tmp/disk/ram" || return 1
+    mine=$(stat -c '%u %g %a' "$tmp/disk/ram")
+    rm -f "$tmp/link" "$tmp/link2" "$tmp/state.link" && ln -s disk/ram "$tmp/link" && ln -s "$tmp/disk/new" "$tmp/link2" &&
+        ln -s disk/state "$tmp/state.link" || return 1
+    send=(--block "ram=$tmp/odd" --block "new=$tmp/page" --state "$tmp/device")
+    recv=(--block "ram=$tmp/link" --block "new=$tmp/link2" --state "$tmp/state.link")
+    both 5 3 && says "$tmp/recv.err" exists --force && [ "$(cat "$tmp/disk/ram")" = older ] || return 1
+    recv+=(--force)
+    both 0 0 && [ -L "$tmp/link" ] && [ -L "$tmp/link2" ] && [ -L "$tmp/state.link" ] && cmp "$tmp/odd" "$tmp/disk/ram" &&
+        cmp "$tmp/page" "$tmp/disk/new" && cmp "$tmp/device" "$tmp/disk/state" &&
+        [ "$(stat -c '%u %g %a' "$tmp/disk/ram")" = "$mine" ] && [ "$(stat -c %a "$tmp/disk/new")" = 600 ] &&
+        [ "$(find "$tmp/disk" "$tmp" -maxdepth 1 -name '*.part')" = '' ] || { ls -l "$tmp" "$tmp/disk"; return 1; }
+}
+
+# One that has opened FILE.part, and waits, while it becomes another's FILE.
+second_receiver() {
+    start_recv 127.0.0.1 || return 1
+    local first=$receiver to=$address second
+    timeout -k 5 60 "$program" send --connect "$to" --block "ram=$tmp/odd" --set max-bandwidth=6M >"$tmp/first" 2>&1 &
+    local sender=$!
+    wait_for "[ -e $out/ram.part ]" && kill -STOP "$(real_pid "$sender")" || return 1
+    : >"$tmp/recv.out"
+    ASAN_OPTIONS=detect_leaks=0 timeout -k 5 60 strace -f -qq -o "$tmp/calls" -e trace=flock -e inject=flock:delay_enter=12000000 \
+        "$program" recv --listen 127.0.0.1:0 --out "$out" >"$tmp/recv.out" 2>"$tmp/recv.err" &
+    receiver=$!
+    listens || return 1
+    timeout -k 5 60 "$program" send --connect "$(sed -n 's/^listening on //p' "$tmp/recv.out")" --block "ram=$tmp/page" >"$tmp/send.out" \
+        2>"$tmp/send.err" &
+    second=$!
+    wait_for "ls -l /proc/\$(real_pid \$(real_pid $receiver))/fd | grep -q ram.part" && kill -CONT "$(real_pid "$sender")" || return 1
+    wait "$sender" && wait "$first" && same "$tmp/odd" ram || { cat "$tmp/first"; return 1; }
+    ends "$second" 5 20 send && ends "$receiver" 3 20 recv && says "$tmp/recv.err" ram.part 'another process' && same "$tmp/odd" ram &&
+        names_are ram
 }
 
 one_file_twice() {
@@ -486,6 +526,25 @@ hostile_names() {
     printf '%s\n' %252E %2E. %2E.%2Fup %2Ehidden %2Fabs%2Folute a%0Ab x x%2Epart | sort >"$tmp/wanted"
     ls -A "$out" | sort | diff "$tmp/wanted" - || return 1
     [ ! -e "$tmp/up" ] && same "$tmp/byte" x && same "$tmp/page" x%2Epart
+}
+
+# 255 bytes, 100 letters of two bytes, and two that differ where they are cut.
+long_names() {
+    local n letters slashes
+    n=$(printf 'n%.0s' {1..255})
+    letters=$(printf '\xc3\xa4%.0s' {1..100})
+    slashes=$(printf '/%.0s' {1..200})
+    send=(--block "$n=$tmp/page" --block "$letters=$tmp/odd" --block "${letters}x=$tmp/byte" --block "$slashes=$tmp/device"
+        --state "$tmp/byte")
+    recv=(--json)
+    both 0 0 && [ "$(find "$out" -type f | wc -l)" = 5 ] && same "$tmp/page" "$n" && same "$tmp/byte" state || return 1
+    N=$(printf '%%2F%.0s' {1..79})%- json "$tmp/recv.out" '$j->{blocks}[3]{file} =~ m{/\Q$ENV{N}\E[0-9a-f]{16}$}' || return 1
+    local i wanted=("$tmp/page" "$tmp/odd" "$tmp/byte" "$tmp/device")
+    for i in 0 1 2 3; do
+        cmp "${wanted[$i]}" "$(tail -1 "$tmp/recv.out" |
+            perl -MJSON::PP -e 'print decode_json(<STDIN>)->{blocks}[$ARGV[0]]{file}' $i)" || return 1
+    done
+    refused 3 'File name too long' -- recv --listen 127.0.0.1:0 --out "$out" --block "x=$out/$n$n"
 }
 
 state_poses_as_block() {
@@ -706,6 +765,7 @@ disk() {
         skip 'disks that fail' "$(command -v strace >/dev/null && echo 'strace may not trace here' || echo 'not installed: strace')"
         return
     fi
+    check 'a second receiver does not empty what is whole' second_receiver
     check 'the disk fails' disk_fails fsync:error=EIO:when=1
     check 'the disk fails at the last file' disk_fails fsync:error=EIO:when=7
     check 'the disk takes longer than the source would wait' slow_disk
@@ -911,6 +971,7 @@ check 'FI_PROVIDER in the environment, and --provider' filtered_providers --prov
 file_errors
 disk
 check 'hostile block names stay in the folder' hostile_names
+check 'block names that are too long for files' long_names
 check 'a block named as the state is refused' state_poses_as_block
 check 'the receiver is killed' kill_receiver KILL
 check 'the sender is killed' kill_sender KILL
@@ -919,6 +980,7 @@ check 'the sender is frozen' kill_sender STOP
 check 'the sender is interrupted' cancel sender INT
 check 'the receiver is interrupted' cancel receiver INT
 check 'the sender is terminated' cancel sender TERM
+check 'the terminal of the receiver is closed' cancel receiver HUP
 check 'a waiting receiver is interrupted' cancel_waiting
 check 'nobody listens' nobody_listens
 check 'nobody comes' nobody_comes

@@ -9,7 +9,8 @@ sink_program=$1
 source_program=$2
 mapped_program=$(dirname "$sink_program")/mapped_ram
 tmp=$(mktemp -d)
-trap 'umount "$tmp/small" 2>/dev/null; rm -rf "$tmp"' EXIT
+loop= # a loop device of ours
+trap 'umount "$tmp/small" 2>/dev/null; [ -z "$loop" ] || losetup -d "$loop"; rm -rf "$tmp"' EXIT
 out=$tmp/out
 over=(--fabric ofi --provider tcp)
 
@@ -103,6 +104,12 @@ make_machine() {
             my ($name, $file) = /^(.*)=(.*)$/s or die;
             (my $safe = $name) =~ s/([^A-Za-z0-9_.-])/sprintf "%%%02X", ord $1/ge;
             $safe =~ s/^\./%2E/;
+            if (length $safe > 255) { # cut, and a hash instead: FNV-1a of 64 bits
+                my $hash = -3750763034362895579;
+                { use integer; $hash = ($hash ^ ord $_) * 0x100000001b3 for split //, $name; }
+                $safe = substr($safe, 0, 237) =~ s/%.?$//r . sprintf "%%-%016x", $hash;
+            }
+            utf8::decode($name) or die;
             system("cp", "--sparse=always", $file, "$dir/ram/$safe") == 0 or die;
             push @list, {name => $name, file => "ram/$safe", length => -s $file};
         }
@@ -131,7 +138,9 @@ make_machines() {
     head -c 4096 /dev/zero >"$tmp/zero"
     make_machine "$tmp/vm" "pc.ram=$tmp/sparse" "/rom@etc/acpi/tables=$tmp/tables" "../up=$tmp/tables" ".hidden=$tmp/zero" \
         "a%41 b=$tmp/zero" || return 1
-    make_machine "$tmp/large" "pc.ram=$tmp/big"
+    make_machine "$tmp/large" "pc.ram=$tmp/big" &&
+        make_machine "$tmp/long" "$(printf '/%.0s' {1..200})=$tmp/tables" "$(printf 'n%.0s' {1..255})=$tmp/zero" \
+            "$(printf '\xc3\xa4%.0s' {1..100})=$tmp/tables" "$(printf '\xc3\xa4%.0s' {1..99})x=$tmp/zero"
 }
 
 # edited MACHINE PERL: a copy of the directory whose machine.json, as $j, went through the expression
@@ -244,6 +253,11 @@ bad_directories() {
     check 'a uuid that is none' bad_directory '$j->{uuid} = "x"' '"uuid" is missing, or neither'
     check 'page bits that are none' bad_directory '$j->{page_bits} = 99' '"page_bits" is missing, or no number from 10 to 30'
     check 'a RAM file of another length' bad_file 'truncate -s 8192 ram/pc.ram' ram/pc.ram '8192 bytes' 25165824
+    check 'a RAM file outside the directory' bad_directory '$j->{blocks}[0]{file} = "../vm/ram/pc.ram"' \
+        'of pc.ram is "../vm/ram/pc.ram"; must be "ram/pc.ram"'
+    check 'a state file outside the directory' bad_directory '$j->{state}{file} = "../vm/state"' 'must be "state"'
+    check 'a RAM file that is a link' bad_file 'ln -sf ../../vm/ram/pc.ram ram/pc.ram' ram/pc.ram 'symbolic link'
+    check 'a state file that is a link' bad_file 'ln -sf ../vm/state state' "$tmp/bad/state" 'symbolic link'
     check 'a missing RAM file' bad_file 'rm ram/pc.ram' ram/pc.ram 'No such file'
     check 'a RAM file that is a directory' bad_file 'rm ram/pc.ram; mkdir ram/pc.ram' ram/pc.ram
     check 'a missing state file' bad_file 'rm state' "$tmp/bad/state" 'No such file'
@@ -252,7 +266,7 @@ bad_directories() {
 }
 
 twice_named() {
-    edited "$tmp/vm" '$j->{blocks}[4]{name} = $j->{blocks}[3]{name}' &&
+    edited "$tmp/vm" '$j->{blocks}[4] = {%{$j->{blocks}[3]}}' &&
         refused 2 '.hidden' -- "$source_program" "${over[@]}" "$tmp/bad" 127.0.0.1:1
 }
 
@@ -652,9 +666,19 @@ handovers() {
     check '--timeout while the last bytes leave' slow_last_send
 }
 
-long_name() {
-    edited "$tmp/vm" '$j->{blocks}[0]{name} = "/" x 200' && both 5 3 "$tmp/bad" &&
-        says "$tmp/sink.err" 'ram/%2F%2F' 'File name too long' && nothing_left
+# A directory whose name is as long as a name can be.
+longest_directory() {
+    local out
+    out=$tmp/$(printf 'd%.0s' {1..255})
+    moved "$tmp/vm" && [ -z "$(find "$tmp" -maxdepth 1 -name '*.part')" ]
+}
+
+# What a link leads to need not be there yet.
+directory_by_a_link() {
+    mkdir -p "$tmp/disk" && rm -rf "$tmp/disk/vm" "$out" && ln -sfn disk/vm "$tmp/link" || return 1
+    sink_into "$tmp/link" && source_from "$tmp/vm" && wait "$sink" && [ -L "$tmp/link" ] && [ ! -e "$tmp/link.part" ] || return 1
+    local out=$tmp/disk/vm
+    same_machine "$tmp/vm" && refused 3 "$tmp/link" exists -- "$sink_program" "${over[@]}" --listen 127.0.0.1:0 "$tmp/link"
 }
 
 streams() {
@@ -1037,6 +1061,88 @@ file_killed() { # TIMES
     [ "$torn" -gt 0 ]
 }
 
+# What lies before --offset is another's.
+keeps_what_lies_before() {
+    head -c 300000 /dev/urandom >"$tmp/header" && cp "$tmp/header" "$snap" && echo more >>"$snap" || return 1
+    start_file_sink --offset 300000B || return 1
+    kill -TERM "$(real_pid "$sink")"
+    ends "$sink" 7 3 qemu_sink && no_part && cmp "$snap" <(cat "$tmp/header" && echo more) || return 1
+    by_file_at 300000 && cmp -n 300000 "$snap" "$tmp/header"
+}
+
+by_file_at() { # OFFSET OPTION...: into what is at $snap
+    local at="--offset=$1B"
+    shift
+    sink_options=("$at" "$@")
+    both_file 0 0 "$tmp/vm"
+    local rc=$?
+    sink_options=()
+    rm -f "$tmp/saved"
+    [ $rc = 0 ] && no_part && mapped save "$at" "$tmp/vm" "$tmp/saved" && mapped diff "$at" "$tmp/saved" "$snap"
+}
+
+file_by_a_link() {
+    mkdir -p "$tmp/disk" && rm -f "$snap" && echo older >"$tmp/disk/s" && chmod 640 "$tmp/disk/s" && ln -s disk/s "$snap" || return 1
+    by_file_at 0 && [ -L "$snap" ] && mapped verify --quiet "$tmp/disk/s" && [ "$(stat -c %a "$tmp/disk/s")" = 640 ] || return 1
+    rm "$tmp/disk/s" && by_file_at 0 && [ -L "$snap" ] && mapped verify --quiet "$tmp/disk/s"
+    local rc=$?
+    rm -f "$snap"
+    return $rc
+}
+
+in_place() {
+    rm -f "$snap" && refused 3 "$snap" 'must be there' -- "$sink_program" "${over[@]}" --listen 127.0.0.1:0 --in-place --snapshot "$snap" &&
+        refused 2 --in-place --snapshot -- "$sink_program" "${over[@]}" --listen 127.0.0.1:0 --in-place "$out" &&
+        mapped save "$tmp/large" "$snap" && local inode && inode=$(stat -c %i "$snap") && by_file_at 0 --in-place &&
+        [ "$(stat -c %i "$snap")" = "$inode" ] && by_file_at 5000 --in-place && by_file_at 5000 --in-place --direct
+}
+
+# Nothing that could be mistaken for a snapshot is left, and what lies before stays.
+in_place_cancelled() {
+    head -c 5000 /dev/urandom >"$tmp/header" && cp "$tmp/header" "$snap" && mapped save --offset 5000B "$tmp/vm" "$snap" || return 1
+    start_file_sink --set io-timeout=2s --in-place --offset 5000B || return 1
+    kill -TERM "$(real_pid "$sink")"
+    ends "$sink" 7 3 qemu_sink && mapped verify --quiet --offset 5000B "$snap" || return 1 # none had begun
+    start_file_sink --set io-timeout=2s --in-place --offset 5000B || return 1
+    timeout -k 5 60 "$source_program" "${over[@]}" --set max-bandwidth=4M --set io-timeout=2s "$tmp/large" "$address" \
+        >"$tmp/source.out" 2>"$tmp/source.err" &
+    source=$!
+    wait_for "! $mapped_program verify --quiet --offset 5000B $snap >/dev/null 2>&1" || return 1
+    kill -HUP "$(real_pid "$sink")"
+    ends "$sink" 7 6 qemu_sink && ends "$source" 5 6 qemu_source && no_part && cmp -n 5000 "$snap" "$tmp/header" || return 1
+    mapped verify --offset 5000B "$snap" >"$tmp/info" 2>&1
+    [ $? = 5 ] || { cat "$tmp/info"; return 1; }
+}
+
+on_a_device() {
+    local snap=$loop
+    by_file_at 0 --in-place && both 0 0 "$loop" && same_machine "$tmp/vm" && by_file_at 4096 --in-place --direct || return 1
+    sink_options=(--in-place --offset=48M)
+    both_file 5 3 "$tmp/vm"
+    local rc=$?
+    sink_options=()
+    [ $rc = 0 ] && says "$tmp/sink.err" "$loop" 'the device has 67108864 bytes' || return 1
+    sink_options=(--in-place --sparse --offset=24M)
+    both_file 5 3 "$tmp/large"
+    rc=$?
+    sink_options=()
+    [ $rc = 0 ] && says "$tmp/sink.err" 'the device is too short' 'state of the devices'
+}
+
+files_and_their_places() {
+    check 'what lies before --offset stays' keeps_what_lies_before
+    check 'a link to a file is what it leads to' file_by_a_link
+    check 'in place' in_place
+    check 'in place, and cancelled' in_place_cancelled
+    truncate -s 64M "$tmp/disk.img"
+    if loop=$(losetup --find --show "$tmp/disk.img" 2>/dev/null); then
+        check 'on a block device' on_a_device
+    else
+        loop=
+        skip 'on a block device' 'no loop device can be had'
+    fi
+}
+
 files_of_sources_like_qemu() {
     if ! make_like_qemu 2>"$tmp/cc"; then
         not_ok 'a source like QEMU is built' "$(cat "$tmp/cc")"
@@ -1071,6 +1177,8 @@ snapshots() {
     check 'a directory comes to the place of a file' file_name_is_taken
     check 'the source is interrupted, a file' file_cancelled source INT
     check 'the sink is interrupted, a file' file_cancelled sink INT
+    check 'the terminal of the sink is closed, a file' file_cancelled sink HUP
+    files_and_their_places
     check 'a waiting sink is terminated, a file' file_cancel_waiting
     check 'RAM of more than --max-size, a file' too_large_for_max_size
     check 'a file that may not be so long' file_limit
@@ -1106,7 +1214,9 @@ check 'a directory comes to the place of what is received' name_is_taken
 check 'a directory without a parent' missing_parent
 check 'RAM of more than --max-size' too_large
 check 'device state of more than --max-size' too_much_state
-check 'a block whose name is too long for a file' long_name
+check 'blocks whose names are too long for files' moved "$tmp/long"
+check 'a directory of the longest name' longest_directory
+check 'a link to a directory is what it leads to' directory_by_a_link
 check 'machine.json cannot be created' no_machine_json
 check 'the sink is killed' stop_sink KILL
 check 'the source is killed' stop_source KILL
@@ -1115,6 +1225,7 @@ check 'the source is frozen' stop_source STOP
 check 'the source is interrupted' cancel source INT
 check 'the sink is interrupted' cancel sink INT
 check 'the sink is terminated' cancel sink TERM
+check 'the terminal of the sink is closed' cancel sink HUP
 check 'a waiting sink is interrupted' cancel_waiting
 check 'nobody comes' nobody_comes
 check '--timeout in mid-migration, at either end' too_slow

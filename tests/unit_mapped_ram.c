@@ -12,6 +12,7 @@
 
 #include <criterion/criterion.h>
 #include <inttypes.h>
+#include <linux/capability.h>
 #include <signal.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
@@ -942,6 +943,61 @@ Test(mapped_lazy, huge_pages_are_refused_and_keep_what_they_hold) {
     close(fd);
 }
 
+static int lazy_start(struct rmig_error *err) {
+    struct rmig_mapped_options opt = {.no_sync = true};
+    struct ram ram = {"ram", new_memory(8192), 8192};
+    struct rmig_block_desc desc = describe(&ram, 0);
+    int fd = new_file();
+    fill(ram.mem, 8192);
+    uint8_t first = ram.mem[0];
+    save_file(fd, &opt, &ram, 1);
+    struct rmig_mapped_reader *r = open_reader(fd, &opt);
+    cr_assert_eq(rmig_mapped_reader_add_block(r, &desc), RMIG_OK);
+    int status = rmig_mapped_reader_load_start(r);
+    *err = *rmig_mapped_reader_error(r);
+    if (status == RMIG_OK)
+        cr_assert_eq(*(volatile uint8_t *)ram.mem, first);
+    if (status == RMIG_OK)
+        cr_assert_eq(rmig_mapped_reader_load_wait(r, RMIG_FOREVER), RMIG_OK);
+    rmig_mapped_reader_close(r);
+    close(fd);
+    return status;
+}
+
+static bool may_call_userfaultfd(void) {
+    int fd = (int)syscall(SYS_userfaultfd, O_CLOEXEC);
+    if (fd >= 0)
+        close(fd);
+    return fd >= 0;
+}
+
+// Whom the system call refuses may have been let in by the device.
+Test(mapped_lazy, the_device_of_userfaultfd_is_tried, .timeout = 60) {
+    struct rmig_error err;
+    struct __user_cap_header_struct header = {.version = _LINUX_CAPABILITY_VERSION_3};
+    struct __user_cap_data_struct caps[2];
+    cr_assert_eq(syscall(SYS_capget, &header, caps), 0);
+    caps[0].effective &= ~(1u << CAP_SYS_PTRACE);
+    caps[0].permitted &= ~(1u << CAP_SYS_PTRACE);
+    cr_assert_eq(syscall(SYS_capset, &header, caps), 0);
+    int device = open("/dev/userfaultfd", O_RDWR | O_CLOEXEC);
+    if (device < 0 || may_call_userfaultfd())
+        cr_skip_test("the device is not there, or anybody may call userfaultfd");
+    close(device);
+    int status = lazy_start(&err);
+    cr_assert_eq(status, RMIG_OK, "%s", err.text);
+}
+
+Test(mapped_lazy, who_may_not_have_userfaultfd_hears_of_its_device, .timeout = 60) {
+    struct rmig_error err;
+    if (geteuid() == 0)
+        cr_assert_eq(setresuid(65534, 65534, 65534), 0);
+    if (may_call_userfaultfd() || access("/dev/userfaultfd", R_OK | W_OK) == 0)
+        cr_skip_test("anybody may have userfaultfd");
+    cr_assert_eq(lazy_start(&err), RMIG_ERR_SETUP);
+    cr_assert(strstr(err.text, "or access to /dev/userfaultfd") != NULL, "%s", err.text);
+}
+
 Test(mapped_lazy, memory_that_does_not_suit_is_refused) {
     struct rmig_mapped_options opt = {.no_sync = true, .page_size = 1024};
     struct ram ram = {"ram", new_memory(8192) + 1024, 4096};
@@ -1093,7 +1149,72 @@ Test(mapped_refuses, every_beginning_of_a_file) {
 Test(mapped_refuses, bytes_behind_the_end) {
     int fd = small_file();
     write_at(fd, "x", 1, size_of(fd));
-    expect_refused(fd, NULL, "or something was appended");
+    expect_refused(fd, NULL, "something was appended: what is no snapshot begins at file offset 36928");
+    close(fd);
+}
+
+// The first end is the end, whatever the rest ends in.
+Test(mapped_refuses, what_follows_the_first_end) {
+    static const char again[] = "\0\6\0\0\0\2{}", more[] = "\4more\0\6\0\0\0\2{}";
+    const struct {
+        const char *bytes;
+        size_t n;
+        uint64_t behind; // the end
+        const char *text;
+    } tail[] = {
+        {again, sizeof again - 1, 0, "ends at file offset 36928, and something was appended"},
+        {more, sizeof more - 1, 0, "what is no snapshot begins at file offset 36928"},
+        {more, sizeof more - 1, 100000, "what is no snapshot begins at file offset 136928"},
+        {START "\0\6\0\0\0\2{}", sizeof START + 7, 0, "another one begins at file offset 36928"},
+        {START "\0\6\0\0\0\2{}", sizeof START + 7, (uint64_t)1 << 40,
+         "another one begins at file offset 1099511664704"},
+    };
+    for (size_t i = 0; i < sizeof tail / sizeof tail[0]; i++) {
+        int fd = small_file();
+        cr_assert_eq(size_of(fd), 36928);
+        write_at(fd, tail[i].bytes, tail[i].n, 36928 + tail[i].behind);
+        expect_refused(fd, NULL, tail[i].text);
+        close(fd);
+    }
+}
+
+Test(mapped_refuses, zeros_behind_the_end) {
+    int fd = small_file();
+    cr_assert_eq(ftruncate(fd, 50000), 0);
+    expect_refused(fd, NULL, "a run of zeros begins at file offset 36928");
+    close(fd);
+}
+
+// Whatever the hole's place in a piece that is read, and however long it is.
+Test(mapped_read, device_state_with_holes_has_its_end, .timeout = 60) {
+    static const char end[] = "\0\6\0\0\0\2{}";
+    for (uint64_t hole = 1; hole < (uint64_t)1 << 42; hole = hole * 5 + 3) {
+        int fd = small_file();
+        cr_assert_eq(ftruncate(fd, 36928 - STATE_SIZE + 7), 0); // "\4device"
+        write_at(fd, end, sizeof end - 1, 36928 - STATE_SIZE + 7 + hole);
+        struct rmig_mapped_reader *r = open_reader(fd, NULL);
+        cr_assert_eq(rmig_mapped_reader_state_size(r), 7 + hole + sizeof end - 1);
+        rmig_mapped_reader_close(r);
+        close(fd);
+    }
+}
+
+// A crash while an older snapshot is written over must not leave one: what was there is none from the start on.
+Test(mapped_layout, an_older_snapshot_is_none_as_soon_as_another_begins) {
+    struct ram ram = {"ram", new_memory(8192), 8192};
+    int fd = small_file();
+    ram.mem[0] = 1;
+    struct rmig_mapped_writer *w = start_writer(fd, &small_opt, &ram, 1);
+    uint64_t end = rmig_mapped_writer_size(w);
+    cr_assert_lt(end, 36928);
+    expect_refused(fd, NULL, "its writer did not finish");
+    save_all(w, &ram, 1);
+    expect_refused(fd, NULL, "no magic");
+    OK(w, rmig_mapped_writer_put(w, STATE, STATE_SIZE));
+    OK(w, rmig_mapped_writer_finish(w));
+    cr_assert_eq(rmig_mapped_writer_size(w), end + STATE_SIZE);
+    cr_assert_eq(rmig_mapped_writer_size(w), size_of(fd));
+    rmig_mapped_writer_close(w);
     close(fd);
 }
 
@@ -1371,6 +1492,7 @@ Test(mapped_refuses, null_in_place_of_an_object) {
     cr_expect_eq(rmig_mapped_writer_finish(NULL), RMIG_ERR_ARGUMENT);
     cr_expect_str_neq(rmig_mapped_writer_error(NULL)->text, "");
     rmig_mapped_writer_stats(NULL, &stats);
+    cr_expect_eq(rmig_mapped_writer_size(NULL), 0);
     cr_expect_eq(stats.rounds, 0);
     rmig_mapped_reader_close(NULL);
     rmig_mapped_reader_forgive(NULL);

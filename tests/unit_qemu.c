@@ -634,6 +634,8 @@ static const char *const state_head = LIST EOS "7e 00000001 03 00000001 " EOS "7
 
 // The rule, the slow way: collect everything, look backwards.
 static bool ends_with_description(const uint8_t *p, size_t n) {
+    if (n == 0 || p[n - 1] != '}')
+        return false;
     for (size_t json = 1; json + 6 <= n; json++) {
         const uint8_t *q = p + n - json;
         if (q[0] == 0)
@@ -698,6 +700,7 @@ Test(qemu, near_misses_of_the_end_are_none) {
         "00",
         "00 06 00000000",
         "00 06 00000002 \"[]\"",
+        "00 06 00000002 \"{]\"",
         "00 07 00000002 \"{}\"",
         "01 06 00000002 \"{}\"",
         "06 00000002 \"{}\"",
@@ -972,6 +975,7 @@ Test(qemu, encoders_refuse_what_no_reader_takes) {
     cr_expect_eq(rmig_qemu_encode_word(out, sizeof out, RMIG_QEMU_WORD_MEM_SIZE), RMIG_ERR_ARGUMENT);
     cr_expect_eq(rmig_qemu_encode_command(out, sizeof out, RMIG_QEMU_COMMAND_PACKAGED, 0), RMIG_ERR_ARGUMENT);
     cr_expect_eq(rmig_qemu_encode_end(out, sizeof out, "[]", 2), RMIG_ERR_ARGUMENT);
+    cr_expect_eq(rmig_qemu_encode_end(out, sizeof out, "{]", 2), RMIG_ERR_ARGUMENT);
     cr_expect_eq(rmig_qemu_encode_end(out, sizeof out, "{}", 0), RMIG_ERR_ARGUMENT);
     cr_expect_eq(rmig_qemu_encode_end(out, sizeof out, "{}", 3), RMIG_ERR_ARGUMENT); // with its final NUL
     cr_expect_eq(rmig_qemu_encode_end(out, sizeof out, "{}", 0x1000000), RMIG_ERR_ARGUMENT);
