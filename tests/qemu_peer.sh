@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # qemu_peer.sh BUILD GROUP...: qemu_sink and qemu_source of BUILD with stock QEMUs at the other end: 7.2, the one that
-# is installed, and 10.0, of Debian's backports. Reports as TAP.
+# is installed, 10.0 and 11 (11.1 or later), of Debian's backports. Reports as TAP.
 #
 # All of it runs in a small virtual machine with RDMA devices, which tests/vm makes in BUILD; one is started for all
 # groups named. Where that cannot be, they are skipped and say why; with CI=true that is a failure.
@@ -11,6 +11,7 @@
 #   refuses    what a QEMU may not ask for, and who is no QEMU
 #   files      QEMU to snapshot file to QEMU, and a snapshot file of QEMU's to QEMU; a disk that is full
 #   libfabric  a QEMU that migrates to qemu_sink over libfabric's verbs provider
+#   chunks     QEMU 11, whose chunk size can be set: both ways, paused and running, equal sizes and unequal ones
 #   asan       some of the above with the programs of BUILD/asan
 # shellcheck disable=SC2016,SC2034,SC2317,SC2319 # evaluated later; used by name; called by check
 set -u
@@ -31,7 +32,7 @@ inside=
 build=$1
 shift
 for group; do
-    case $group in moves | runs | refuses | files | libfabric | asan) ;; *) usage ;; esac
+    case $group in moves | runs | refuses | files | libfabric | chunks | asan) ;; *) usage ;; esac
 done
 made=$build/qemu_peer
 
@@ -84,7 +85,9 @@ if [ -z "$inside" ]; then
     prepare=make_all
     needs=(rping ib_write_bw)
     vm_options=(--memory 1280 --timeout 500)
-    in_machine "stock QEMU as the peer: $*" "$build" 'vm qemu10' tests/qemu_peer.sh --inside "$build" "$@"
+    parts='vm qemu10'
+    [[ " $* " != *' chunks '* ]] || parts+=' qemu11'
+    in_machine "stock QEMU as the peer: $*" "$build" "$parts" tests/qemu_peer.sh --inside "$build" "$@"
 fi
 
 # >>inside
@@ -145,14 +148,16 @@ program() { # VERSION
     case $1 in
     7.2) echo qemu-system-x86_64 ;;
     10.0) echo "$build/vm/qemu-10.0/run" ;;
+    11) echo "$build/vm/qemu-11/run" ;;
     esac
 }
 
-machine() { # VERSION...: a machine that all of them know
-    [ "$*" != '10.0 10.0' ] && echo pc-q35-7.2 || echo q35
+machine() { # VERSION VERSION: one that both know
+    [ "$1" = "$2" ] && echo q35 || echo pc-q35-7.2
 }
 
 declare -A pid to from # of each QEMU, by the name that a test gives it: its process, QMP to it and from it
+declare -A chunk       # of QEMU 11, likewise: its chunk size in MiB, where it is not to be its default
 qmp_id=0
 
 # Its RAM is $tmp/test/END.ram, which may be there already.
@@ -170,7 +175,9 @@ start_qemu() { # END VERSION MACHINE OPTION...
         -chardev "pipe,id=qmp,path=$qmp" -mon chardev=qmp,mode=control "$@" "${guest[@]/END/$end}" \
         </dev/null >"$tmp/test/$end.log" 2>&1 &
     pid[$end]=$!
-    qmp "$end" qmp_capabilities
+    qmp "$end" qmp_capabilities || return 1
+    [ -z "${chunk[$end]:-}" ] ||
+        qmp "$end" migrate-set-parameters "{\"x-rdma-chunk-size\": $((chunk[$end] * 1048576))}"
 }
 
 # Runs a command; sets answer, one line. Returns 1 when QEMU refuses, 2 when it does not answer.
@@ -616,6 +623,13 @@ group_libfabric() {
     peer '10.0 that does not, with a return path' serves 10.0 return-path
     peer '7.2 cannot be the sink' cannot_be_reached 7.2
     fabric=(--fabric verbs)
+}
+
+# >>chunks
+
+group_chunks() {
+    local from_caps='' on_caps='' registrations=1
+    peer '11 at 1 MiB, its default, back, on from there' moves 11 11
 }
 
 group_asan() {
