@@ -325,6 +325,15 @@ directory_holds() { # END RAM
 
 # >>moves
 
+asked_for() { # "LEAST MOST": so many registrations, as qemu_sink --trace tells; "" if that does not matter
+    local asked
+    [ -n "$1" ] || return 0
+    asked=$(grep -c 'recv REGISTER_REQUEST' "$tmp/test/sink.log")
+    [ "$asked" -ge "${1% *}" ] && [ "$asked" -le "${1#* }" ] && return
+    echo "the source asked for $asked registrations, ${1% *} to ${1#* } wanted"
+    return 1
+}
+
 # What a machine.json says of the machine itself.
 facts() { # DIR
     perl -MJSON::PP -0777 -ne 'my $j = decode_json($_); delete @$j{qw(stream state capabilities section_id)};
@@ -332,14 +341,14 @@ facts() { # DIR
 }
 
 # Source QEMU, directory, QEMU, and with on_caps another directory. The words in from_caps and on_caps are capabilities
-# of the two QEMUs; registrations: of the first sink, at least.
+# of the two QEMUs; registrations: of the first sink, at least; requests: what the first QEMU asks for, least and most.
 moves() { # VERSION VERSION
     local machine
     machine=$(machine "$1" "$2")
     cp --sparse=always "$image" "$tmp/test/first.ram" && start_qemu first "$1" "$machine" &&
         capabilities first "$from_caps" && into_directory first &&
-        [ "$(figure sink.out registrations)" -ge "$registrations" ] && directory_holds first "$image" &&
-        kill "${pid[first]}" && rm "$tmp/test/first.ram" && into_qemu second "$2" "$machine" &&
+        [ "$(figure sink.out registrations)" -ge "$registrations" ] && asked_for "${requests:-}" &&
+        directory_holds first "$image" && kill "${pid[first]}" && rm "$tmp/test/first.ram" && into_qemu second "$2" "$machine" &&
         cmp "$image" "$tmp/test/second.ram" || return 1
     [ -n "$on_caps" ] || { qmp second cont && is_running second true; return; }
     mv "$out" "$tmp/test/before"
@@ -627,9 +636,27 @@ group_libfabric() {
 
 # >>chunks
 
+# A QEMU asks for each of its chunks that is not all zero: all of the RAM's 64 at 1 MiB, and beside them a few of
+# smaller blocks.
 group_chunks() {
-    local from_caps='' on_caps='' registrations=1
-    peer '11 at 1 MiB, its default, back, on from there' moves 11 11
+    local from_caps='' on_caps='' registrations=1 requests
+    sink_options=(--trace)
+    chunk=([first]=1024 [second]=1)
+    requests='1 8' on_caps=return-path peer '11 at 1 GiB, to 11 at 1 MiB, on from there with a return path' moves 11 11
+    chunk=([first]=32 [second]=1024)
+    requests='2 9' from_caps=return-path on_caps='rdma-pin-all return-path' peer \
+        '11 at 32 MiB with a return path, to 11 at 1 GiB, on from there pinned whole' moves 11 11
+    chunk=()
+    requests='64 71' peer '11 at its default of 1 MiB, to 10.0' moves 11 10.0
+    chunk=([second]=32)
+    requests='64 71' peer '7.2, to 11 at 32 MiB' moves 7.2 11
+    # shellcheck disable=SC2054
+    guest=(-serial "file:$tmp/test/END.serial" -drive "file=$made/guest.img,format=raw,if=none,id=disk,readonly=on"
+        -device virtio-blk-pci,drive=disk)
+    chunk=([first]=1024 [second]=32)
+    peer '11 at 1 GiB that runs cancels, and goes to 11 at 32 MiB' runs_on 11 11 cancelled_by_qemu
+    guest=(-S)
+    chunk=() sink_options=()
 }
 
 group_asan() {
