@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# fetch.sh BUILD [vm] [qemu10] [qemu11]: makes BUILD/vm whole; without a part, all three.
-#   vm      vmlinuz and initrd.gz: Debian's kernel, its modules for RDMA in software, siw built from its source, busybox
-#   qemu10  qemu-10.0/run: QEMU 10.0 of Debian 13, or of Debian 12's backports, beside the one that is installed
-#   qemu11  qemu-11/run: QEMU 11.1 or a later 11 of Debian 13's backports, with all libraries that it needs, C's too
+# fetch.sh BUILD [vm] [qemu10] [qemu11] [debian13]: makes BUILD/vm whole; without a part, the first three.
+#   vm        vmlinuz and initrd.gz: Debian's kernel, its modules for RDMA in software, siw built from its source, busybox
+#   qemu10    qemu-10.0/run: QEMU 10.0 of Debian 13, or of Debian 12's backports, beside the one that is installed
+#   qemu11    qemu-11/run: QEMU 11.1 or a later 11 of Debian 13's backports, with all libraries that it needs, C's too
+#   debian13  debian-13: a root of Debian 13's with what a checkout needs to begin with, by debootstrap, as root
 # Packages are downloaded with apt-get and unpacked in BUILD, nothing is installed. A part that is there is left alone.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
@@ -17,6 +18,7 @@ die() {
 kernel_recipe=2
 qemu_recipe=2
 qemu11_recipe=1
+debian13_recipe=1
 
 # >>packages
 
@@ -251,17 +253,39 @@ END
 
 part_qemu11() { grep -qs "^$qemu11_recipe " "$vm/qemu-11/stamp" || make_qemu11; }
 
+# >>debian
+
+# What debootstrap mounts is gone when it ends, however it does.
+make_debian13() {
+    local new=$vm/new.debian mirror output
+    command -v debootstrap >/dev/null || die "debootstrap is not installed (Debian package debootstrap)"
+    [ "$(id -u)" = 0 ] || die "only root can make a root of Debian 13's"
+    private_apt "$vm/new.apt" trixie
+    mirror=$(sed -nE 's/^(URIs:|deb( \[[^]]*\])?) +([^ ]+).*/\3/p' "$vm/new.apt/sources"/derived.* | head -1)
+    output=$(unshare --mount --pid --fork --kill-child debootstrap --variant=minbase \
+        --include=git,make,gcc,ca-certificates trixie "$new" "$mirror" 2>&1) || {
+        printf '%s\n' "$output" | tail -20 >&2
+        die "debootstrap could not make a root of Debian 13's (is there a network?)"
+    }
+    echo "$debian13_recipe" >"$new.stamp"
+    rm -rf "$vm/debian-13"
+    mv "$new" "$vm/debian-13"
+    mv "$new.stamp" "$vm/debian-13.stamp"
+}
+
+part_debian13() { grep -qsx "$debian13_recipe" "$vm/debian-13.stamp" || make_debian13; }
+
 # >>main
 
-[ $# -ge 1 ] || die "usage: fetch.sh BUILD [vm] [qemu10] [qemu11]"
+[ $# -ge 1 ] || die "usage: fetch.sh BUILD [vm] [qemu10] [qemu11] [debian13]"
 mkdir -p "$1/vm"
 vm=$(cd "$1/vm" && pwd)
 shift
 [ $# -gt 0 ] || set -- vm qemu10 qemu11
 for part in "$@"; do
     case $part in
-    vm | qemu10 | qemu11) ;;
-    *) die "\"$part\" is no part; there are: vm, qemu10, qemu11" ;;
+    vm | qemu10 | qemu11 | debian13) ;;
+    *) die "\"$part\" is no part; there are: vm, qemu10, qemu11, debian13" ;;
     esac
 done
 
