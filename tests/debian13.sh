@@ -18,7 +18,7 @@ if ! reason=$(timeout -k 5 1200 tests/vm/fetch.sh "$build" debian13 2>&1); then
 fi
 
 copy_tree() {
-    rm -rf "$root" && cp -a "$build/vm/debian-13" "$root" && mkdir "$root/rmig" || return 1
+    rm -rf --one-file-system "$root" && cp -a "$build/vm/debian-13" "$root" && mkdir "$root/rmig" || return 1
     cp /etc/resolv.conf "$root/etc/resolv.conf"
     tar -c --exclude=./build --exclude=./.git . | tar -x --no-same-owner -C "$root/rmig"
 }
@@ -40,7 +40,7 @@ shown() { # the end of what it prints, which is long
 
 is_13() { there 60 sh -c '. /etc/os-release && [ "$VERSION_ID" = 13 ]'; }
 
-trap 'rm -rf "$root"' EXIT
+trap 'rm -rf --one-file-system "$root"' EXIT
 check 'a copy of the root, and of this tree' copy_tree
 check 'it is Debian 13' is_13
 check 'make deps demo' shown there 1200 make deps demo
