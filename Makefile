@@ -50,9 +50,10 @@ PACKAGES := gcc g++ libc6-dev pkg-config perl procps libfabric-dev libibverbs-de
 	liburing-dev libcriterion-dev clang libclang-rt-dev clang-tidy cppcheck valgrind \
 	qemu-system-x86 ibverbs-providers rdmacm-utils perftest iproute2 xz-utils binutils strace
 BENCH_PACKAGES := gnuplot-nox
+DEBIAN13_PACKAGES := debootstrap
 
 # With `make deps demo` nothing may be compiled before the packages are there, with -j too.
-AFTER_DEPS := $(filter deps deps-bench,$(MAKECMDGOALS))
+AFTER_DEPS := $(filter deps deps-bench deps-debian13,$(MAKECMDGOALS))
 
 all: examples
 examples: $(addprefix $(B)/,$(EXAMPLES))
@@ -64,6 +65,7 @@ help:
 	@echo 'make check            every test, every build variant, static analysis, a short fuzz'
 	@echo 'make quick            every suite once, as it comes'
 	@echo 'make check-rdma       over RoCE and iWARP alone, in a VM; RDMA_DEV= RDMA_ADDR= [RDMA_ADDR6=]: on that adapter'
+	@echo 'make check-debian13   the commands of README in a fresh Debian 13 (root; make deps-debian13)'
 	@echo 'make lint             clang-tidy and cppcheck'
 	@echo 'make fuzz             fuzz the decoders, FUZZ_SECONDS=60 for each target'
 	@echo 'make costs            what any machine measures alike, against bench/costs.limits, into $(B)/costs.json'
@@ -81,6 +83,9 @@ deps:
 
 deps-bench:
 	@.ci/deps $(PACKAGES) $(BENCH_PACKAGES)
+
+deps-debian13:
+	@.ci/deps $(PACKAGES) $(DEBIAN13_PACKAGES)
 
 demo: $(B)/kvm_live
 	$(B)/kvm_live demo --json $(B)/demo.json
@@ -148,6 +153,7 @@ RDMA_BINARIES := $(addprefix $(B)/,plain/fabric_conformance plain/rdma verbs/hos
 	qemu_sink qemu_source asan/qemu_sink asan/qemu_source)
 rdma_line = 'tap rdma/$(subst $() ,-,$(1)) 700 tests/rdma.sh $(B) $(1)'
 VM_LINES := 'tap rdma/qemu 700 tests/qemu_peer.sh $(B) moves runs refuses libfabric asan' \
+	'tap rdma/qemu-chunks 700 tests/qemu_peer.sh $(B) chunks' \
 	'tap rdma/qemu-files 300 tests/qemu_peer.sh $(B) files' \
 	$(call rdma_line,rxe ofi) $(call rdma_line,siw migrate limits link) \
 	$(call rdma_line,rxe conformance session limits) $(call rdma_line,siw conformance session) \
@@ -187,6 +193,9 @@ endif
 
 check-rdma: | $(AFTER_DEPS)
 	@$(call run_lines,$(RDMA_BINARIES),$(RDMA_LINES))
+
+check-debian13: | $(AFTER_DEPS)
+	@$(call run_lines,,'tap debian13 7200 tests/debian13.sh $(B)')
 
 lint: | $(AFTER_DEPS)
 	@$(call run_lines,,$(LINT_LINES))
@@ -229,6 +238,6 @@ uninstall:
 clean:
 	rm -rf $(B)
 
-.PHONY: all examples help deps deps-bench demo check quick check-rdma lint fuzz check-binaries quick-binaries costs \
-	figures bench bench-rdma bench-file install uninstall clean
+.PHONY: all examples help deps deps-bench deps-debian13 demo check quick check-rdma check-debian13 lint fuzz \
+	check-binaries quick-binaries costs figures bench bench-rdma bench-file install uninstall clean
 .DELETE_ON_ERROR:

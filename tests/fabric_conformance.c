@@ -4,6 +4,20 @@
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
+#include <rdma/fi_domain.h>
+#include <stdbool.h>
+
+/* libfabric's fi_mr_reg, which newer releases make so that a region that no peer may reach has no key. */
+static bool keyless;
+static int reg_like_newer(struct fid_domain *domain, const void *p, size_t n, uint64_t access, uint64_t offset,
+                          uint64_t key, uint64_t flags, struct fid_mr **mr, void *context) {
+    int ret = fi_mr_reg(domain, p, n, access, offset, key, flags, mr, context);
+    if (ret == 0 && keyless && (access & (FI_REMOTE_READ | FI_REMOTE_WRITE)) == 0)
+        (*mr)->key = FI_KEY_NOTAVAIL;
+    return ret;
+}
+#define fi_mr_reg reg_like_newer
+
 #define RMIG_IMPLEMENTATION
 #include "../rmig.h"
 #include "../rmig_fabric_ofi.h"
@@ -1469,7 +1483,7 @@ static void refuse_write(struct world *w, unsigned access, spoiler *spoil) {
     for (size_t i = 0; i < 3 * GUARD; i++)
         cr_assert_eq(memory[i], 0x5a, "%s: byte %td of the region was written", w->name, (ptrdiff_t)i - GUARD);
     send_message(w, &other_a, &other_p);
-    if (dst.mr.key != 0)
+    if (dst.mr.handle != NULL)
         deregister(w, &dst);
     munmap(memory, 3 * GUARD);
     drop(w, &src);
@@ -1511,7 +1525,7 @@ static void spoil_wrap(struct world *w, struct rmig_write *write, struct region 
 static void spoil_region(struct world *w, struct rmig_write *write, struct region *dst) {
     (void)write;
     deregister(w, dst);
-    dst->mr.key = 0;
+    dst->mr.handle = NULL;
 }
 
 static void spoil_nothing(struct world *w, struct rmig_write *write, struct region *dst) {
@@ -1527,6 +1541,27 @@ CONFORMANCE(a_write_whose_end_wraps_around_is_refused) { refuse_write(w, ALL_ACC
 CONFORMANCE(a_write_after_deregistration_is_refused) { refuse_write(w, ALL_ACCESS, spoil_region); }
 CONFORMANCE(a_write_to_memory_not_meant_for_the_peer_is_refused) {
     refuse_write(w, RMIG_ACCESS_LOCAL_READ | RMIG_ACCESS_LOCAL_WRITE, spoil_nothing);
+}
+
+Test(ofi, a_region_that_the_peer_may_not_write_needs_no_key, .timeout = 120) {
+    const unsigned local = RMIG_ACCESS_LOCAL_READ | RMIG_ACCESS_LOCAL_WRITE;
+    struct world w = {.name = "ofi, tcp, as newer libfabric"};
+    struct end a, p;
+    keyless = true;
+    open_ofi_tcp(&w);
+    connect_pair(&w, &a, &p);
+    struct region src = region(&w, &a, GUARD, local), dst = region(&w, &p, GUARD, ALL_ACCESS);
+    cr_assert_eq(src.mr.key, 0, "key 0x%llx, none was given", (unsigned long long)src.mr.key);
+    fill(src.p, GUARD);
+    struct rmig_write write = make_write(&src, 0, &dst, 0, GUARD, 1, true);
+    write_all(&w, &a, &write, 1);
+    settle(&w, &a, &p, &write, 1);
+    cr_assert_arr_eq(src.p, dst.p, GUARD);
+    drop(&w, &src);
+    drop(&w, &dst);
+    leave_pair(&w, &a, &p);
+    refuse_write(&w, local, spoil_nothing);
+    world_close(&w);
 }
 
 /* A connection that was granted nothing, with all that another connection of the same fabric was granted. */

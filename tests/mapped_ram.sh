@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# mapped_ram.sh PROGRAM BUILD: the example mapped_ram, alone and both ways with stock QEMU 10.0 on this host: what it
-# wrote is read, and what is written here, in other layouts, is loaded by it and its guest goes on. Reports as TAP.
-# Without a network BUILD/vm/qemu-10.0 (tests/vm/fetch.sh) must be there; else the part with QEMU is skipped, which with
-# CI=true is a failure.
+# mapped_ram.sh PROGRAM BUILD: the example mapped_ram, alone and both ways with stock QEMU 10.0 and 11 on this host: what
+# they wrote is read, and what is written here, in other layouts, is loaded by them and their guest goes on. Reports as
+# TAP. Without a network BUILD/vm/qemu-10.0 and qemu-11 (tests/vm/fetch.sh) must be there; else what needs them is
+# skipped, which with CI=true is a failure.
 # shellcheck disable=SC2015,SC2016,SC2119,SC2120,SC2317 # a && b || fail; perl and sh in quotes; called by check
 set -u
 cd "$(dirname "$0")/.." || exit 1
@@ -581,7 +581,7 @@ alone() {
 
 # >>QEMU
 
-qemu=$build/vm/qemu-10.0/run
+qemu= # that takes part
 
 start() { # END OPTION...
     local end=$1
@@ -710,15 +710,22 @@ torn_for_qemu() {
     if wait "$pid"; then echo 'QEMU loaded a torn file'; return 1; fi
 }
 
-with_qemu() {
+# Sets qemu, or says why not.
+take_qemu() { # PART FOLDER: of fetch.sh
     local reason
-    if ! reason=$(timeout -k 5 900 tests/vm/fetch.sh "$build" qemu10 2>&1); then
-        if [ "${CI:-}" = true ]; then not_ok 'QEMU 10.0' "$reason"; else skip 'QEMU 10.0' "${reason//$'\n'/; }"; fi
-        return
-    fi
+    qemu=$build/vm/$2/run
+    reason=$(timeout -k 5 900 tests/vm/fetch.sh "$build" "$1" 2>&1) && return
+    if [ "${CI:-}" = true ]; then not_ok "$2" "$reason"; else skip "$2" "${reason//$'\n'/; }"; fi
+    return 1
+}
+
+make_guests() {
     tests/vm/ram_image.pl "$tmp/wanted.ram" 64 8 && gcc -m32 -c tests/vm/counter_guest.S -o "$tmp/guest.o" &&
-        ld -m elf_i386 -Ttext=0x7c00 --oformat=binary "$tmp/guest.o" -o "$tmp/guest.img" ||
-        { not_ok 'a guest' 'it could not be made'; return; }
+        ld -m elf_i386 -Ttext=0x7c00 --oformat=binary "$tmp/guest.o" -o "$tmp/guest.img"
+}
+
+with_qemu_10() {
+    take_qemu qemu10 qemu-10.0 || return
     check 'a file of QEMU' read_from_qemu plain "$tmp/theirs"
     check 'a file of QEMU with multifd' read_from_qemu multifd "$tmp/theirs.multifd"
     check 'a file of QEMU with multifd and direct-io' read_from_qemu direct "$tmp/theirs.direct"
@@ -736,6 +743,17 @@ with_qemu() {
     check 'QEMU refuses what was not finished' torn_for_qemu
 }
 
+with_qemu_11() {
+    take_qemu qemu11 qemu-11 || return
+    check 'a file of QEMU 11' read_from_qemu plain "$tmp/theirs"
+    check 'a file of QEMU 11 with multifd and direct-io' read_from_qemu direct "$tmp/theirs.direct"
+    check 'written again, QEMU 11 loads it' loaded_by_qemu plain --align 64K
+    check 'written again past the page cache, QEMU 11 loads it with multifd and direct-io' loaded_by_qemu direct --direct
+    check 'a guest that runs in QEMU 11 goes on' goes_on plain
+}
+
 alone
-with_qemu
+check 'guests for QEMU' make_guests
+with_qemu_10
+with_qemu_11
 done_testing

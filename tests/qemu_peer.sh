@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # qemu_peer.sh BUILD GROUP...: qemu_sink and qemu_source of BUILD with stock QEMUs at the other end: 7.2, the one that
-# is installed, and 10.0, of Debian's backports. Reports as TAP.
+# is installed, 10.0 and 11 (11.1 or later), of Debian's backports. Reports as TAP.
 #
 # All of it runs in a small virtual machine with RDMA devices, which tests/vm makes in BUILD; one is started for all
 # groups named. Where that cannot be, they are skipped and say why; with CI=true that is a failure.
@@ -11,6 +11,7 @@
 #   refuses    what a QEMU may not ask for, and who is no QEMU
 #   files      QEMU to snapshot file to QEMU, and a snapshot file of QEMU's to QEMU; a disk that is full
 #   libfabric  a QEMU that migrates to qemu_sink over libfabric's verbs provider
+#   chunks     QEMU 11, whose chunk size can be set: both ways, paused and running, equal sizes and unequal ones
 #   asan       some of the above with the programs of BUILD/asan
 # shellcheck disable=SC2016,SC2034,SC2317,SC2319 # evaluated later; used by name; called by check
 set -u
@@ -31,7 +32,7 @@ inside=
 build=$1
 shift
 for group; do
-    case $group in moves | runs | refuses | files | libfabric | asan) ;; *) usage ;; esac
+    case $group in moves | runs | refuses | files | libfabric | chunks | asan) ;; *) usage ;; esac
 done
 made=$build/qemu_peer
 
@@ -84,7 +85,9 @@ if [ -z "$inside" ]; then
     prepare=make_all
     needs=(rping ib_write_bw)
     vm_options=(--memory 1280 --timeout 500)
-    in_machine "stock QEMU as the peer: $*" "$build" 'vm qemu10' tests/qemu_peer.sh --inside "$build" "$@"
+    parts='vm qemu10'
+    [[ " $* " != *' chunks '* ]] || parts+=' qemu11'
+    in_machine "stock QEMU as the peer: $*" "$build" "$parts" tests/qemu_peer.sh --inside "$build" "$@"
 fi
 
 # >>inside
@@ -145,14 +148,16 @@ program() { # VERSION
     case $1 in
     7.2) echo qemu-system-x86_64 ;;
     10.0) echo "$build/vm/qemu-10.0/run" ;;
+    11) echo "$build/vm/qemu-11/run" ;;
     esac
 }
 
-machine() { # VERSION...: a machine that all of them know
-    [ "$*" != '10.0 10.0' ] && echo pc-q35-7.2 || echo q35
+machine() { # VERSION VERSION: one that both know
+    [ "$1" = "$2" ] && echo q35 || echo pc-q35-7.2
 }
 
 declare -A pid to from # of each QEMU, by the name that a test gives it: its process, QMP to it and from it
+declare -A chunk       # of QEMU 11, likewise: its chunk size in MiB, where it is not to be its default
 qmp_id=0
 
 # Its RAM is $tmp/test/END.ram, which may be there already.
@@ -170,7 +175,9 @@ start_qemu() { # END VERSION MACHINE OPTION...
         -chardev "pipe,id=qmp,path=$qmp" -mon chardev=qmp,mode=control "$@" "${guest[@]/END/$end}" \
         </dev/null >"$tmp/test/$end.log" 2>&1 &
     pid[$end]=$!
-    qmp "$end" qmp_capabilities
+    qmp "$end" qmp_capabilities || return 1
+    [ -z "${chunk[$end]:-}" ] ||
+        qmp "$end" migrate-set-parameters "{\"x-rdma-chunk-size\": $((chunk[$end] * 1048576))}"
 }
 
 # Runs a command; sets answer, one line. Returns 1 when QEMU refuses, 2 when it does not answer.
@@ -318,6 +325,15 @@ directory_holds() { # END RAM
 
 # >>moves
 
+asked_for() { # "LEAST MOST": so many registrations, as qemu_sink --trace tells; "" if that does not matter
+    local asked
+    [ -n "$1" ] || return 0
+    asked=$(grep -c 'recv REGISTER_REQUEST' "$tmp/test/sink.log")
+    [ "$asked" -ge "${1% *}" ] && [ "$asked" -le "${1#* }" ] && return
+    echo "the source asked for $asked registrations, ${1% *} to ${1#* } wanted"
+    return 1
+}
+
 # What a machine.json says of the machine itself.
 facts() { # DIR
     perl -MJSON::PP -0777 -ne 'my $j = decode_json($_); delete @$j{qw(stream state capabilities section_id)};
@@ -325,14 +341,14 @@ facts() { # DIR
 }
 
 # Source QEMU, directory, QEMU, and with on_caps another directory. The words in from_caps and on_caps are capabilities
-# of the two QEMUs; registrations: of the first sink, at least.
+# of the two QEMUs; registrations: of the first sink, at least; requests: what the first QEMU asks for, least and most.
 moves() { # VERSION VERSION
     local machine
     machine=$(machine "$1" "$2")
     cp --sparse=always "$image" "$tmp/test/first.ram" && start_qemu first "$1" "$machine" &&
         capabilities first "$from_caps" && into_directory first &&
-        [ "$(figure sink.out registrations)" -ge "$registrations" ] && directory_holds first "$image" &&
-        kill "${pid[first]}" && rm "$tmp/test/first.ram" && into_qemu second "$2" "$machine" &&
+        [ "$(figure sink.out registrations)" -ge "$registrations" ] && asked_for "${requests:-}" &&
+        directory_holds first "$image" && kill "${pid[first]}" && rm "$tmp/test/first.ram" && into_qemu second "$2" "$machine" &&
         cmp "$image" "$tmp/test/second.ram" || return 1
     [ -n "$on_caps" ] || { qmp second cont && is_running second true; return; }
     mv "$out" "$tmp/test/before"
@@ -616,6 +632,31 @@ group_libfabric() {
     peer '10.0 that does not, with a return path' serves 10.0 return-path
     peer '7.2 cannot be the sink' cannot_be_reached 7.2
     fabric=(--fabric verbs)
+}
+
+# >>chunks
+
+# A QEMU asks for each of its chunks that is not all zero: all of the RAM's 64 at 1 MiB, and beside them a few of
+# smaller blocks.
+group_chunks() {
+    local from_caps='' on_caps='' registrations=1 requests
+    sink_options=(--trace)
+    chunk=([first]=1024 [second]=1)
+    requests='1 8' on_caps=return-path peer '11 at 1 GiB, to 11 at 1 MiB, on from there with a return path' moves 11 11
+    chunk=([first]=32 [second]=1024)
+    requests='2 9' from_caps=return-path on_caps='rdma-pin-all return-path' peer \
+        '11 at 32 MiB with a return path, to 11 at 1 GiB, on from there pinned whole' moves 11 11
+    chunk=()
+    requests='64 71' peer '11 at its default of 1 MiB, to 10.0' moves 11 10.0
+    chunk=([second]=32)
+    requests='64 71' peer '7.2, to 11 at 32 MiB' moves 7.2 11
+    # shellcheck disable=SC2054
+    guest=(-serial "file:$tmp/test/END.serial" -drive "file=$made/guest.img,format=raw,if=none,id=disk,readonly=on"
+        -device virtio-blk-pci,drive=disk)
+    chunk=([first]=1024 [second]=32)
+    peer '11 at 1 GiB that runs cancels, and goes to 11 at 32 MiB' runs_on 11 11 cancelled_by_qemu
+    guest=(-S)
+    chunk=() sink_options=()
 }
 
 group_asan() {

@@ -22,7 +22,7 @@ exit_statuses() {
 
 targets_exist() {
     local target
-    for target in $(grep -ohE '^ {4}make [a-z -]+' README.md docs/*.md | sed 's/^ *make //; s/  .*//'); do
+    for target in $(grep -ohE '^ {4}make [a-z0-9 -]+' README.md docs/*.md | sed 's/^ *make //; s/  .*//'); do
         make -n "$target" >/dev/null 2>"$tmp/make" || { echo "make $target:"; cat "$tmp/make"; return 1; }
     done
 }

@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# fetch.sh BUILD [vm] [qemu10]: makes BUILD/vm whole; without a part, both.
-#   vm      vmlinuz and initrd.gz: Debian's kernel, its modules for RDMA in software, siw built from its source, busybox
-#   qemu10  qemu-10.0/run: QEMU 10.0 of Debian's backports, beside the one that is installed
+# fetch.sh BUILD [vm] [qemu10] [qemu11] [debian13]: makes BUILD/vm whole; without a part, the first three.
+#   vm        vmlinuz and initrd.gz: Debian's kernel, its modules for RDMA in software, siw built from its source, busybox
+#   qemu10    qemu-10.0/run: QEMU 10.0 of Debian 13, or of Debian 12's backports, beside the one that is installed
+#   qemu11    qemu-11/run: QEMU 11.1 or a later 11 of Debian 13's backports, with all libraries that it needs, C's too
+#   debian13  debian-13: a root of Debian 13's with what a checkout needs to begin with, by debootstrap, as root
 # Packages are downloaded with apt-get and unpacked in BUILD, nothing is installed. A part that is there is left alone.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
@@ -15,6 +17,8 @@ die() {
 # Raise a number when what the part holds has changed: what is there is then made again.
 kernel_recipe=2
 qemu_recipe=2
+qemu11_recipe=1
+debian13_recipe=1
 
 # >>packages
 
@@ -137,12 +141,19 @@ part_vm() {
 
 # >>qemu
 
-# A private configuration of apt: backports of the machine's own sources, and nothing of the machine's state.
-private_apt() { # FOLDER
-    local apt=$1 codename sourcelist='' sourceparts='' file
+# Debian's name for this machine's release.
+own_codename() {
     # shellcheck source=/dev/null
-    codename=$(. /etc/os-release && echo "${VERSION_CODENAME:-}")
-    [ -n "$codename" ] || die "/etc/os-release has no VERSION_CODENAME: this is not Debian"
+    (. /etc/os-release && [ -n "${VERSION_CODENAME:-}" ] && echo "$VERSION_CODENAME") ||
+        die "/etc/os-release has no VERSION_CODENAME: this is not Debian"
+}
+
+# A private configuration of apt: these suites of the machine's own sources, and nothing of the machine's state, so that
+# for apt nothing is installed.
+private_apt() { # FOLDER SUITE...
+    local apt=$1 codename sourcelist='' sourceparts='' file
+    shift
+    codename=$(own_codename)
     mkdir -p "$apt/sources" "$apt/lists/partial" "$apt/cache/archives/partial" "$apt/empty"
     : >"$apt/status"
     eval "$(apt-config shell sourcelist Dir::Etc::sourcelist/f sourceparts Dir::Etc::sourceparts/d)"
@@ -150,7 +161,7 @@ private_apt() { # FOLDER
     for file in "$sourcelist" "$sourceparts"/*.list "$sourceparts"/*.sources; do
         [ -r "$file" ] && files+=("$file")
     done
-    perl "$here/backports.pl" "$codename" "$apt/sources" "${files[@]}" || exit 1
+    perl "$here/suites.pl" "$codename" "$*" "$apt/sources" "${files[@]}" || exit 1
     cat >"$apt/conf" <<END
 Dir::Etc::sourcelist "$apt/empty/none";
 Dir::Etc::sourceparts "$apt/sources";
@@ -169,17 +180,33 @@ END
     local output
     output=$(apt-get -qq "${apt_options[@]}" --error-on=any update 2>&1) || {
         printf '%s\n' "$output" >&2
-        die "the list of $codename-backports could not be downloaded (is there a network?)"
+        die "the lists of packages of $* could not be downloaded (is there a network?)"
     }
 }
 
-make_qemu() {
-    local new=$vm/new.qemu packages=$vm/new.packages-qemu version
-    private_apt "$vm/new.apt"
-    version=$(versions qemu-system-x86 | grep -E '^1:10\.0\.' | head -1) || true
-    [ -n "$version" ] ||
-        die "backports have no qemu-system-x86 10.0, only: $(versions qemu-system-x86 | tr '\n' ' ')"
+# Sets version: the newest QEMU that matches, of the suites that private_apt was given.
+choose_qemu() { # PATTERN NAME SUITES
+    version=$(versions qemu-system-x86 | grep -E "^1:$1" | head -1) || true
+    [ -n "$version" ] || die "$3: no qemu-system-x86 $2 there, only: $(versions qemu-system-x86 | tr '\n' ' ')"
     say "qemu $version"
+}
+
+# Puts vm/new.qemu in its place, when it starts and says that it is VERSION.
+keep_qemu() { # NAME PATTERN VERSION RECIPE
+    local new=$vm/new.qemu
+    chmod 755 "$new/run"
+    "$new/run" --version 2>"$vm/new.error" | grep -Eq "version $2" ||
+        die "qemu $3 does not start here: $(cat "$vm/new.error")"
+    echo "$4 $3" >"$new/stamp"
+    rm -rf "${vm:?}/$1"
+    mv "$new" "$vm/$1"
+}
+
+make_qemu10() {
+    local new=$vm/new.qemu packages=$vm/new.packages-qemu version codename
+    codename=$(own_codename)
+    private_apt "$vm/new.apt" "$codename" "$codename-backports"
+    choose_qemu '10\.0\.' 10.0 "$codename, $codename-backports"
     download "$packages" "qemu-system-x86=$version" "qemu-system-common=$version" "qemu-system-data=$version" || exit 1
     apt_options=()
     download "$packages" seabios ipxe-qemu || exit 1
@@ -193,27 +220,72 @@ export QEMU_MODULE_DIR="$here/usr/lib/x86_64-linux-gnu/qemu"
 exec "$here/usr/bin/qemu-system-x86_64" -L "$here/usr/share/qemu" -L "$here/usr/share/seabios" \
     -L "$here/usr/lib/ipxe/qemu" "$@"
 END
-    chmod 755 "$new/run"
-    "$new/run" --version 2>"$vm/new.error" | grep -q 'version 10\.0\.' ||
-        die "qemu $version does not start here: $(cat "$vm/new.error")"
-    echo "$qemu_recipe $version" >"$new/stamp"
-    rm -rf "$vm/qemu-10.0"
-    mv "$new" "$vm/qemu-10.0"
+    keep_qemu qemu-10.0 '10\.0\.' "$version" "$qemu_recipe"
 }
 
-part_qemu10() { grep -qs "^$qemu_recipe " "$vm/qemu-10.0/stamp" || make_qemu; }
+part_qemu10() { grep -qs "^$qemu_recipe " "$vm/qemu-10.0/stamp" || make_qemu10; }
+
+# It needs newer libraries than this machine may have. It is started by its own loader, without a chroot, so that it sees
+# the files that its peers see.
+make_qemu11() {
+    local new=$vm/new.qemu version output
+    private_apt "$vm/new.apt" trixie trixie-backports
+    choose_qemu '11\.([1-9]|[1-9][0-9])\.' '11.1 or a later 11' 'trixie, trixie-backports'
+    output=$(apt-get -qq "${apt_options[@]}" -t trixie-backports --no-install-recommends --download-only -y install \
+        "qemu-system-x86=$version" ibverbs-providers 2>&1) || {
+        printf '%s\n' "$output" >&2
+        die "qemu $version, or a library that it needs, could not be downloaded (is there a network?)"
+    }
+    apt_options=()
+    unpack "$vm/new.apt/cache/archives" "$new"
+    rm -rf "${new:?}"/{etc,var} "$new"/usr/share/{doc,man,locale,icons,applications,perl5,alsa,lintian}
+    cat >"$new/run" <<'END'
+#!/bin/sh
+# This QEMU with its own loader, libraries, RDMA drivers, modules, firmware and ROMs.
+here=$(dirname "$(readlink -f "$0")")
+lib=$here/usr/lib/x86_64-linux-gnu
+export QEMU_MODULE_DIR="$lib/qemu" RDMAV_DRIVERS="$lib/libibverbs/librxe:$lib/libibverbs/libsiw"
+exec "$here/usr/lib64/ld-linux-x86-64.so.2" --library-path "$lib" "$here/usr/bin/qemu-system-x86_64" \
+    -L "$here/usr/share/qemu" -L "$here/usr/share/seabios" -L "$here/usr/lib/ipxe/qemu" "$@"
+END
+    keep_qemu qemu-11 '11\.[1-9]' "$version" "$qemu11_recipe"
+}
+
+part_qemu11() { grep -qs "^$qemu11_recipe " "$vm/qemu-11/stamp" || make_qemu11; }
+
+# >>debian
+
+# What debootstrap mounts is gone when it ends, however it does.
+make_debian13() {
+    local new=$vm/new.debian mirror output
+    command -v debootstrap >/dev/null || die "debootstrap is not installed (Debian package debootstrap)"
+    [ "$(id -u)" = 0 ] || die "only root can make a root of Debian 13's"
+    private_apt "$vm/new.apt" trixie
+    mirror=$(sed -nE 's/^(URIs:|deb( \[[^]]*\])?) +([^ ]+).*/\3/p' "$vm/new.apt/sources"/derived.* | head -1)
+    output=$(unshare --mount --pid --fork --kill-child debootstrap --variant=minbase \
+        --include=git,make,gcc,ca-certificates trixie "$new" "$mirror" 2>&1) || {
+        printf '%s\n' "$output" | tail -20 >&2
+        die "debootstrap could not make a root of Debian 13's (is there a network?)"
+    }
+    echo "$debian13_recipe" >"$new.stamp"
+    rm -rf "$vm/debian-13"
+    mv "$new" "$vm/debian-13"
+    mv "$new.stamp" "$vm/debian-13.stamp"
+}
+
+part_debian13() { grep -qsx "$debian13_recipe" "$vm/debian-13.stamp" || make_debian13; }
 
 # >>main
 
-[ $# -ge 1 ] || die "usage: fetch.sh BUILD [vm] [qemu10]"
+[ $# -ge 1 ] || die "usage: fetch.sh BUILD [vm] [qemu10] [qemu11] [debian13]"
 mkdir -p "$1/vm"
 vm=$(cd "$1/vm" && pwd)
 shift
-[ $# -gt 0 ] || set -- vm qemu10
+[ $# -gt 0 ] || set -- vm qemu10 qemu11
 for part in "$@"; do
     case $part in
-    vm | qemu10) ;;
-    *) die "\"$part\" is no part; there are: vm, qemu10" ;;
+    vm | qemu10 | qemu11 | debian13) ;;
+    *) die "\"$part\" is no part; there are: vm, qemu10, qemu11, debian13" ;;
     esac
 done
 

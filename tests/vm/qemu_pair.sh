@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
-# qemu_pair.sh [--build BUILD] [--device rxe|siw] [--size MIB] [--running] SOURCE DESTINATION [pin-all]
+# qemu_pair.sh [--build BUILD] [--device rxe|siw] [--size MIB] [--data MIB] [--chunk MIB] [--running]
+#     SOURCE DESTINATION [pin-all]
 #
 # To be run by run.sh: stock QEMU migrates to stock QEMU by RDMA; SOURCE and DESTINATION are versions, 7.2 (the one that
-# is installed) or 10.0 (BUILD/vm/qemu-10.0). The RAM of both is compared byte by byte. With --running the guest is
+# is installed), 10.0 (BUILD/vm/qemu-10.0) or 11 (BUILD/vm/qemu-11), of which --chunk sets the chunk size. The RAM of
+# both is compared byte by byte; --data of it are not zero, an eighth if it is not said. With --running the guest is
 # counter_guest.S and runs on: each of its pages is checked at either end, and that it goes on at the destination.
 # Prints what was measured; exit status 1 when anything is not as it must be.
 set -uo pipefail
@@ -16,12 +18,16 @@ die() {
 build=build
 device=rxe
 size=64
+data=
+chunk=
 running=
 while [ $# -gt 0 ]; do
     case $1 in
     --build) build=$2 && shift ;;
     --device) device=$2 && shift ;;
     --size) size=$2 && shift ;;
+    --data) data=$2 && shift ;;
+    --chunk) chunk=$2 && shift ;;
     --running) running=yes ;;
     *) break ;;
     esac
@@ -36,18 +42,22 @@ siw) address=${SIW_ADDR:-} ;;
 esac
 [ -n "$address" ] || die "there is no $device device here: this runs inside the VM, by run.sh"
 [[ $size =~ ^(6[4-9]|[7-9][0-9]|[1-9][0-9]{2,4})$ ]] || die "--size is \"$size\", it must be a number of MiB from 64 on"
+[[ $data =~ ^[0-9]{0,5}$ ]] || die "--data is \"$data\", it must be a number of MiB"
+[[ $chunk =~ ^[0-9]{0,4}$ ]] || die "--chunk is \"$chunk\", it must be a number of MiB, a power of two up to 1024"
+[ -z "$chunk" ] || [ "$1 $2" = '11 11' ] || die "--chunk is for QEMU 11 at both ends, not $1 and $2"
 
 program() { # VERSION
     case $1 in
     7.2) echo qemu-system-x86_64 ;;
     10.0) echo "$build/vm/qemu-10.0/run" ;;
-    *) die "no QEMU \"$1\": there are 7.2 and 10.0" ;;
+    11) echo "$build/vm/qemu-11/run" ;;
+    *) die "no QEMU \"$1\": there are 7.2, 10.0 and 11" ;;
     esac
 }
 src_program=$(program "$1") || exit 1
 dst_program=$(program "$2") || exit 1
-machine=pc-q35-7.2 # what both versions know
-[ "$1 $2" = "10.0 10.0" ] && machine=q35
+machine=pc-q35-7.2 # what all versions know
+[ "$1" = "$2" ] && machine=q35
 
 tmp=$(mktemp -d /dev/shm/pair.XXXXXX)
 # shellcheck disable=SC2317 # called by the trap
@@ -96,7 +106,7 @@ if [ -n "$running" ]; then
     truncate -s "${size}M" "$tmp/src.ram"
     start src "$src_program"
 else
-    "$here/ram_image.pl" "$tmp/src.ram" "$size" $((size / 8)) || die "no image"
+    "$here/ram_image.pl" "$tmp/src.ram" "$size" "${data:-$((size / 8))}" || die "no image"
     cp --sparse=always "$tmp/src.ram" "$tmp/wanted.ram"
     start src "$src_program" -S
 fi
@@ -113,6 +123,11 @@ fi
 if [ -n "$pin_all" ]; then
     for end in src dst; do
         quietly $end migrate-set-capabilities '{"capabilities": [{"capability": "rdma-pin-all", "state": true}]}'
+    done
+fi
+if [ -n "$chunk" ]; then
+    for end in src dst; do
+        quietly $end migrate-set-parameters "{\"x-rdma-chunk-size\": $((chunk * 1048576))}"
     done
 fi
 quietly src migrate-set-parameters '{"max-bandwidth": 10000000000, "downtime-limit": 2000}'

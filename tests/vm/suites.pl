@@ -1,12 +1,11 @@
 #!/usr/bin/env perl
-# backports.pl CODENAME FOLDER FILE...: apt's sources for CODENAME-backports, made from the sources of CODENAME in the
-# files: the same places, keys and options, another suite. One-line (.list) and deb822 (.sources) files.
+# suites.pl CODENAME "SUITE..." FOLDER FILE...: apt's sources for these suites, made from the sources of CODENAME in the
+# files: the same places, keys and options, other suites. One-line (.list) and deb822 (.sources) files.
 use strict;
 use warnings;
 
-my ($codename, $folder, @files) = @ARGV;
-die "usage: backports.pl CODENAME FOLDER FILE...\n" if !defined $folder;
-my $backports = "$codename-backports";
+my ($codename, $suites, $folder, @files) = @ARGV;
+die "usage: suites.pl CODENAME \"SUITE...\" FOLDER FILE...\n" if !defined $folder;
 my (%lines, %stanzas);
 
 sub is_base { my ($suite) = @_; return $suite eq $codename || $suite =~ /^(old)*stable$/; }
@@ -15,7 +14,8 @@ sub one_line {
     my ($text) = @_;
     for (split /\n/, $text) {
         my ($options, $place, $suite, $rest) = /^\s*deb\s+(\[[^]]*\]\s+)?(\S+)\s+(\S+)\s+(\S[^#]*)/ or next;
-        $lines{ 'deb ' . ($options // '') . "$place $backports $rest" } = 1 if is_base($suite);
+        next if !is_base($suite);
+        $lines{ 'deb ' . ($options // '') . "$place $_ $rest" } = 1 for split ' ', $suites;
     }
     return;
 }
@@ -26,9 +26,9 @@ sub deb822 {
     $text =~ s/^#.*\n//mg;
     for my $stanza (split /\n\s*\n/, $text) {
         next if $stanza !~ /^Types:.*\bdeb\b(?!-)/mi || $stanza =~ /^Enabled:\s*no\b/mi;
-        my ($suites) = $stanza =~ /^Suites:((?:.*)(?:\n[ \t].*)*)/mi or next;
-        next if !grep { is_base($_) } split ' ', $suites;
-        $stanza =~ s/^Suites:.*(?:\n[ \t].*)*/Suites: $backports/mi;
+        my ($own) = $stanza =~ /^Suites:((?:.*)(?:\n[ \t].*)*)/mi or next;
+        next if !grep { is_base($_) } split ' ', $own;
+        $stanza =~ s/^Suites:.*(?:\n[ \t].*)*/Suites: $suites/mi;
         $stanza =~ s/^Types:.*(?:\n[ \t].*)*/Types: deb/mi;
         $stanza =~ s/\n+\z//;
         $stanzas{"$stanza\n"} = 1;
