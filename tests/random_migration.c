@@ -21,6 +21,7 @@
 #define BLOCKS_MAX 6
 #define STREAM_MAX 700000
 #define ALL_DONE 2 // beside RMIG_OK and RMIG_PENDING
+#define STATE_END 0xff // version 1: the last byte of the device state, and no other
 
 struct guest_block {
     char name[32];
@@ -257,7 +258,10 @@ static uint64_t sink_step(void *user, uint64_t now) {
             r->got_size += n;
         break;
     case RMIG_SINK_DISCONNECTED: // version 1: the reader of the stream knows whether this is the end
-        status = r->got_size == r->state_size ? rmig_sink_complete(r->sink) : (rmig_sink_cancel(r->sink), RMIG_OK);
+        if (r->got_size > 0 && r->got[r->got_size - 1] == STATE_END)
+            status = rmig_sink_complete(r->sink);
+        else
+            rmig_sink_cancel(r->sink);
         break;
     case RMIG_SINK_TAKE:
         status = rmig_sink_take(r->sink);
@@ -420,7 +424,9 @@ static void open_run(struct run *r, uint64_t seed, bool v1, bool faults, bool ve
     r->state = malloc(STREAM_MAX);
     r->got = malloc(STREAM_MAX + 1);
     for (size_t i = 0; i < r->state_size; i++)
-        r->state[i] = (uint8_t)next_random(r);
+        r->state[i] = v1 ? (uint8_t)below(r, STATE_END) : (uint8_t)next_random(r);
+    if (v1)
+        r->state[r->state_size++] = STATE_END;
     if (faults)
         random_faults(r, &w);
     if (verbose) {
