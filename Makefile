@@ -40,6 +40,17 @@ FLAGS_ndebug := -O3 -DNDEBUG $(URING)
 FLAGS_clang := -O2
 CC_clang := $(CLANG)
 
+# On machines of other kinds, under qemu-user: what needs no device. Those whose compiler is here.
+ARCH_SUITES := unit_wire unit_params unit_blocks unit_chunk_merge unit_zero unit_qemu random_migration
+ARCHES := $(foreach a,s390x aarch64,$(if $(shell command -v $(a)-linux-gnu-gcc),$(a)))
+define arch_flags
+CC_$(1) := $(1)-linux-gnu-gcc
+FLAGS_$(1) := -Og -D_DEFAULT_SOURCE -isystem tests/arch
+LIBS_$(1) := -static -pthread -Wl,--wrap=open
+$(addprefix $(B)/$(1)/,$(ARCH_SUITES)): tests/arch/criterion/criterion.h
+endef
+$(foreach a,$(ARCHES),$(eval $(call arch_flags,$(a))))
+
 # What each kind of program links with; asked for in recipes, since `make deps` may install it in the same run.
 RDMA_LIBS := libfabric libibverbs librdmacm
 EXAMPLE_LIBS := $(URING) $$(pkg-config --cflags --libs $(RDMA_LIBS) jansson liburing) -pthread
@@ -48,7 +59,8 @@ TEST_LIBS := $$(pkg-config --cflags --libs criterion $(RDMA_LIBS) jansson liburi
 # Packages of Debian and its kin.
 PACKAGES := gcc g++ libc6-dev pkg-config perl procps libfabric-dev libibverbs-dev librdmacm-dev libjansson-dev \
 	liburing-dev libcriterion-dev clang libclang-rt-dev clang-tidy cppcheck valgrind \
-	qemu-system-x86 ibverbs-providers rdmacm-utils perftest iproute2 xz-utils binutils strace
+	qemu-system-x86 ibverbs-providers rdmacm-utils perftest iproute2 xz-utils binutils strace \
+	gcc-s390x-linux-gnu libc6-dev-s390x-cross gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user
 BENCH_PACKAGES := gnuplot-nox
 
 # With `make deps demo` nothing may be compiled before the packages are there, with -j too.
@@ -64,6 +76,7 @@ help:
 	@echo 'make check            every test, every build variant, static analysis, a short fuzz'
 	@echo 'make quick            every suite once, as it comes'
 	@echo 'make check-rdma       over RoCE and iWARP alone, in a VM; RDMA_DEV= RDMA_ADDR= [RDMA_ADDR6=]: on that adapter'
+	@echo 'make check-arch       the suites without devices on s390x and aarch64, under qemu-user'
 	@echo 'make lint             clang-tidy and cppcheck'
 	@echo 'make fuzz             fuzz the decoders, FUZZ_SECONDS=60 for each target'
 	@echo 'make costs            what any machine measures alike, against bench/costs.limits, into $(B)/costs.json'
@@ -113,7 +126,7 @@ $(addprefix $(B)/fuzz/,$(FUZZERS)): $(B)/fuzz/%: tests/%.c | $(AFTER_DEPS)
 define test_rules
 $$(addprefix $(B)/$(1)/,$(2)): $(B)/$(1)/%: tests/%.c $$(wildcard tests/override.h) | $$(AFTER_DEPS)
 	@mkdir -p $$(@D) && echo "  build $$@"
-	$$(Q)$$(or $$(CC_$(1)),$$(CC)) $$(STD) $$(WARN) -Werror $$(FLAGS_$(1)) -MMD -MP -MF $$@.d $$< -o $$@ $$(TEST_LIBS)
+	$$(Q)$$(or $$(CC_$(1)),$$(CC)) $$(STD) $$(WARN) -Werror $$(FLAGS_$(1)) -MMD -MP -MF $$@.d $$< -o $$@ $$(or $$(LIBS_$(1)),$$(TEST_LIBS))
 TEST_BINARIES += $$(addprefix $(B)/$(1)/,$(2))
 endef
 $(eval $(call test_rules,plain,$(SUITES)))
@@ -121,6 +134,7 @@ $(eval $(call test_rules,asan,$(SUITES)))
 $(eval $(call test_rules,tsan,$(TSAN_SUITES)))
 $(eval $(call test_rules,verbs,hostile_peer))
 $(foreach s,$(SWITCHES),$(eval $(call test_rules,$(s),$(UNIT))))
+$(foreach a,$(ARCHES),$(eval $(call test_rules,$(a),$(ARCH_SUITES))))
 
 FUZZ_BINARIES := $(addprefix $(B)/fuzz/,$(FUZZERS))
 CHECK_BINARIES := $(TEST_BINARIES) $(FUZZ_BINARIES) $(addprefix $(B)/,$(EXAMPLES)) \
@@ -153,6 +167,7 @@ VM_LINES := 'tap rdma/qemu 700 tests/qemu_peer.sh $(B) moves runs refuses libfab
 	$(call rdma_line,rxe conformance session limits) $(call rdma_line,siw conformance session) \
 	$(call rdma_line,rxe hostile) $(call rdma_line,rxe migrate link)
 RDMA_LINES = $(if $(RDMA_DEV),$(call rdma_line,here conformance ofi session migrate hostile),$(VM_LINES))
+ARCH_LINES := 'tap arch 900 tests/arch.sh $(B) $(ARCH_SUITES)'
 LINT_LINES := 'tap lint 900 tests/lint.sh'
 FUZZ_LINES = 'tap fuzz 86400 tests/fuzz.sh $(1) $(FUZZ_BINARIES)'
 CHECK_LINES = $(VM_LINES) 'tap headers 900 tests/headers.sh' $(PLAIN_LINES) \
@@ -164,7 +179,7 @@ CHECK_LINES = $(VM_LINES) 'tap headers 900 tests/headers.sh' $(PLAIN_LINES) \
 	'tap figures 300 bench/figures.sh $(B) check' \
 	'tap valgrind 600 tests/valgrind.sh $(B)/minimal $(B)/plain' \
 	'tap install 120 tests/install.sh' \
-	$(LINT_LINES) $(call FUZZ_LINES,5)
+	$(ARCH_LINES) $(LINT_LINES) $(call FUZZ_LINES,5)
 
 # $(1): what to build first. $(2): lines to run. A program that does not build is a failure, and the rest still runs.
 run_lines = mkdir -p $(B); built=0; \
@@ -188,6 +203,9 @@ endif
 check-rdma: | $(AFTER_DEPS)
 	@$(call run_lines,$(RDMA_BINARIES),$(RDMA_LINES))
 
+check-arch: | $(AFTER_DEPS)
+	@$(call run_lines,arch-binaries,$(ARCH_LINES))
+
 lint: | $(AFTER_DEPS)
 	@$(call run_lines,,$(LINT_LINES))
 
@@ -195,6 +213,7 @@ fuzz: | $(AFTER_DEPS)
 	@$(call run_lines,$(FUZZ_BINARIES),$(call FUZZ_LINES,$(FUZZ_SECONDS)))
 
 check-binaries: $(CHECK_BINARIES)
+arch-binaries: $(foreach a,$(ARCHES),$(addprefix $(B)/$(a)/,$(ARCH_SUITES)))
 quick-binaries: $(addprefix $(B)/plain/,$(SUITES)) $(addprefix $(B)/,$(EXAMPLES))
 
 costs: $(COSTS) $(B)/bench/report | $(AFTER_DEPS)
@@ -229,6 +248,7 @@ uninstall:
 clean:
 	rm -rf $(B)
 
-.PHONY: all examples help deps deps-bench demo check quick check-rdma lint fuzz check-binaries quick-binaries costs \
+.PHONY: all examples help deps deps-bench demo check quick check-rdma check-arch lint fuzz check-binaries \
+	quick-binaries arch-binaries costs \
 	figures bench bench-rdma bench-file install uninstall clean
 .DELETE_ON_ERROR:
