@@ -77,6 +77,7 @@ help:
 	@echo 'make quick            every suite once, as it comes'
 	@echo 'make check-rdma       over RoCE and iWARP alone, in a VM; RDMA_DEV= RDMA_ADDR= [RDMA_ADDR6=]: on that adapter'
 	@echo 'make check-arch       the suites without devices on s390x and aarch64, under qemu-user'
+	@echo 'make soak             random migrations with fresh seeds, SECONDS=600; those that fail go to $(B)/soak/failed'
 	@echo 'make lint             clang-tidy and cppcheck'
 	@echo 'make fuzz             fuzz the decoders, FUZZ_SECONDS=60 for each target'
 	@echo 'make costs            what any machine measures alike, against bench/costs.limits, into $(B)/costs.json'
@@ -87,7 +88,7 @@ help:
 	@echo 'make install          headers and rmig.pc, PREFIX=/usr/local DESTDIR='
 	@echo 'make uninstall        remove them'
 	@echo 'make clean            remove $(B)/'
-	@echo 'Variables: V=1 (show commands) CC CLANG CFLAGS LDFLAGS PREFIX DESTDIR JOBS FUZZ_SECONDS'
+	@echo 'Variables: V=1 (show commands) CC CLANG CFLAGS LDFLAGS PREFIX DESTDIR JOBS FUZZ_SECONDS SECONDS'
 
 deps:
 	@.ci/deps $(PACKAGES)
@@ -154,6 +155,7 @@ PLAIN_LINES := $(call suite_lines,plain,$(SUITES)) \
 	'tap integration/kvm_live 300 tests/kvm_live.sh $(B)/kvm_live' \
 	'tap integration/qemu 600 tests/qemu_examples.sh $(B)/qemu_sink $(B)/qemu_source' \
 	'tap integration/mapped_ram 900 tests/mapped_ram.sh $(B)/mapped_ram $(B)' \
+	'tap soak 120 tests/soak_tool.sh $(B)/plain/random_migration' \
 	'tap readme 60 tests/readme.sh $(B)/rmig_migrate' \
 	'tap quick_start 400 tests/quick_start.sh'
 # Over RDMA devices: in virtual machines, or on the adapter that is named. The longest come first.
@@ -206,6 +208,11 @@ check-rdma: | $(AFTER_DEPS)
 check-arch: | $(AFTER_DEPS)
 	@$(call run_lines,arch-binaries,$(ARCH_LINES))
 
+SOAK := $(addsuffix /random_migration,$(B)/plain $(B)/asan)
+SECONDS ?= 600
+soak: $(SOAK) | $(AFTER_DEPS)
+	@tests/soak.sh $(SECONDS) $(JOBS) $(B)/soak $(SOAK)
+
 lint: | $(AFTER_DEPS)
 	@$(call run_lines,,$(LINT_LINES))
 
@@ -248,7 +255,7 @@ uninstall:
 clean:
 	rm -rf $(B)
 
-.PHONY: all examples help deps deps-bench demo check quick check-rdma check-arch lint fuzz check-binaries \
+.PHONY: all examples help deps deps-bench demo check quick check-rdma check-arch soak lint fuzz check-binaries \
 	quick-binaries arch-binaries costs \
 	figures bench bench-rdma bench-file install uninstall clean
 .DELETE_ON_ERROR:
