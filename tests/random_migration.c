@@ -8,8 +8,8 @@
    The one gap that no protocol can close is the last message of the handover; RMIG_ERR_HANDOVER says so.
 
    RMIG_SEED=n runs one seed of each family with a trace (RMIG_FAMILY=name: of one); RMIG_SEEDS=n that many of each.
-   RMIG_SOAK=FILE RMIG_SECONDS=n: seeds one after the other for that long. FILE says the first one, and then always which one
-   runs; at the end, the next. */
+   RMIG_SOAK=FILE RMIG_SECONDS=n: seeds one after the other for that long. FILE says the first one, and then always which
+   one runs; at the end, the next. */
 #define _GNU_SOURCE
 #include "counted_heap.h"
 
@@ -562,8 +562,8 @@ static uint64_t seconds_now(void) {
 static void soak(const char *path, const char *seconds, bool v1, bool faults) {
     char text[32] = "";
     int fd = open(path, O_RDWR | O_CLOEXEC);
-    cr_assert(fd >= 0 && seconds != NULL && pread(fd, text, sizeof text - 1, 0) > 0, "RMIG_SOAK=%s: not readable, empty, "
-              "or without RMIG_SECONDS", path);
+    cr_assert(fd >= 0 && seconds != NULL && pread(fd, text, sizeof text - 1, 0) > 0,
+              "RMIG_SOAK=%s: not readable, empty, or without RMIG_SECONDS", path);
     uint64_t seed = strtoull(text, NULL, 10), end = seconds_now() + strtoull(seconds, NULL, 10);
     do {
         run_seed(seed, v1, faults, false);
