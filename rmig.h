@@ -1257,8 +1257,8 @@ struct rmig_stats {
     uint64_t round_bytes, round_ns; // of the round that runs, or else of the last: written and zero; time since begin
     uint64_t round_saved; // bytes saved in that round
     uint64_t throughput; // bytes per second over the wire: now, while a round writes, or in the last round that did
-    uint64_t dirty_rate; // bytes per second: saved in this round over the time from the round before's begin to the last
-                         // save; in the first round, what is saved beyond all blocks once
+    uint64_t dirty_rate; // bytes per second: saved in this round over the time from the round before's begin to the
+                         // last save; in the first round, what is saved beyond all blocks once
     uint64_t message_rtt_ns; // shortest request to its reply
 };
 
@@ -4315,8 +4315,8 @@ static void rmig__wire_look(struct rmig_source *s) {
     w->mark[1].bytes = s->flight.bytes - rmig__outstanding(s);
 }
 
-/* Bytes per second over the wire since a mark; 0: too little to tell. A page that leaves before the pacer holds back the
-   next is no rate. */
+/* Bytes per second over the wire since a mark; 0: too little to tell. A page that leaves before the pacer holds back
+   the next is no rate. */
 static uint64_t rmig__wire_rate(const struct rmig_source *s, const struct rmig__wire_mark *since, bool over) {
     uint64_t busy = s->wire.ns - since->ns, written = s->flight.bytes - rmig__outstanding(s) - since->bytes;
     uint64_t limit = rmig_get(&s->ss.cfg, RMIG_PARAM_MAX_BANDWIDTH);

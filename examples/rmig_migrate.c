@@ -183,7 +183,8 @@ static void draw_source(struct run *r) {
     uint64_t left_ns = over ? 0 : rmig_expected_downtime_ns(&st, st.bytes_pending);
     snprintf(tail, sizeof tail, "%s of %s  %s/s  round %llu of %llu  %s",
              amount_text(st.round_bytes, done, sizeof done), amount_text(r->total, total, sizeof total),
-             amount_text(st.throughput, rate, sizeof rate), (unsigned long long)round, (unsigned long long)r->opt.rounds, left_text(left_ns, left, sizeof left));
+             amount_text(st.throughput, rate, sizeof rate), (unsigned long long)round,
+             (unsigned long long)r->opt.rounds, left_text(left_ns, left, sizeof left));
     draw_bar(st.round_bytes, r->total, tail);
 }
 

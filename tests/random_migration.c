@@ -8,8 +8,8 @@
    The one gap that no protocol can close is the last message of the handover; RMIG_ERR_HANDOVER says so.
 
    RMIG_SEED=n runs one seed of each family with a trace (RMIG_FAMILY=name: of one); RMIG_SEEDS=n that many of each.
-   RMIG_SOAK=FILE RMIG_SECONDS=n: seeds one after the other for that long. FILE says the first one, and then always which
-   one runs; at the end, the next. */
+   RMIG_SOAK=FILE RMIG_SECONDS=n: seeds one after the other for that long. FILE says the first one, and then always
+   which one runs; at the end, the next. */
 #define _GNU_SOURCE
 #include "counted_heap.h"
 

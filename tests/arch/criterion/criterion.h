@@ -1,7 +1,7 @@
-/* The few words of Criterion that the suites without a device use, for machines that Criterion has not been built for: the
-   same sources, each test in a process of its own, TAP on standard output. `--filter SUITE/TEST` (a pattern, any number of
-   them, the last one that fits counts; with a "!" before it, it keeps out what it fits) chooses what runs. A pattern that
-   fits nothing is a failure. */
+/* The few words of Criterion that the suites without a device use, for machines that Criterion has not been built for:
+   the same sources, each test in a process of its own, TAP on standard output. `--filter SUITE/TEST` (a pattern, any
+   number of them, the last one that fits counts; with a "!" before it, it keeps out what it fits) chooses what runs. A
+   pattern that fits nothing is a failure. */
 #ifndef RMIG_ARCH_CRITERION_H
 #define RMIG_ARCH_CRITERION_H
 
