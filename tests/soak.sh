@@ -47,14 +47,15 @@ run_slice() { # WORKER PROGRAM FAMILY SECONDS
 }
 
 worker() { # WORKER PROGRAM...
-    local worker=$1 tried=0 failed=0 stop=no turn=$1 left
+    local worker=$1 tried=0 failed=0 stop=no turn=$1 left # turn: which slice
     shift
     local programs=("$@")
     trap 'stop=yes' INT TERM
     printf '%020d\n' "$(od -An -N7 -tu8 /dev/urandom)" >"$dir/at.$worker"
-    while left=$((end - SECONDS)) && [ $left -gt 0 ] && [ $stop = no ] && [ $failed -lt $worst ]; do
+    # At least one slice, however long it took to come here.
+    while left=$((end - SECONDS)) && [ $stop = no ] && [ $failed -lt $worst ] && { [ $left -gt 0 ] || [ $turn = "$worker" ]; }; do
         run_slice "$worker" "${programs[turn / ${#families[@]} % ${#programs[@]}]}" "${families[turn % ${#families[@]}]}" \
-            $((left < slice ? left : slice))
+            $((left > slice ? slice : left > 0 ? left : 0))
         turn=$((turn + 1))
     done
     [ $failed -lt $worst ] || echo "worker $worker stops: $failed seeds failed"
