@@ -40,6 +40,17 @@ FLAGS_ndebug := -O3 -DNDEBUG $(URING)
 FLAGS_clang := -O2
 CC_clang := $(CLANG)
 
+# On machines of other kinds, under qemu-user: what needs no device. Those whose compiler is here.
+ARCH_SUITES := unit_wire unit_params unit_blocks unit_chunk_merge unit_zero unit_qemu random_migration
+ARCHES := $(foreach a,s390x aarch64,$(if $(shell command -v $(a)-linux-gnu-gcc),$(a)))
+define arch_flags
+CC_$(1) := $(1)-linux-gnu-gcc
+FLAGS_$(1) := -Og -D_DEFAULT_SOURCE -isystem tests/arch
+LIBS_$(1) := -static -pthread -Wl,--wrap=open
+$(addprefix $(B)/$(1)/,$(ARCH_SUITES)): tests/arch/criterion/criterion.h
+endef
+$(foreach a,$(ARCHES),$(eval $(call arch_flags,$(a))))
+
 # What each kind of program links with; asked for in recipes, since `make deps` may install it in the same run.
 RDMA_LIBS := libfabric libibverbs librdmacm
 EXAMPLE_LIBS := $(URING) $$(pkg-config --cflags --libs $(RDMA_LIBS) jansson liburing) -pthread
@@ -48,7 +59,8 @@ TEST_LIBS := $$(pkg-config --cflags --libs criterion $(RDMA_LIBS) jansson liburi
 # Packages of Debian and its kin.
 PACKAGES := gcc g++ libc6-dev pkg-config perl procps libfabric-dev libibverbs-dev librdmacm-dev libjansson-dev \
 	liburing-dev libcriterion-dev clang libclang-rt-dev clang-tidy cppcheck valgrind \
-	qemu-system-x86 ibverbs-providers rdmacm-utils perftest iproute2 xz-utils binutils strace
+	qemu-system-x86 ibverbs-providers rdmacm-utils perftest iproute2 xz-utils binutils strace \
+	gcc-s390x-linux-gnu libc6-dev-s390x-cross gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user
 BENCH_PACKAGES := gnuplot-nox
 DEBIAN13_PACKAGES := debootstrap
 
@@ -66,6 +78,8 @@ help:
 	@echo 'make quick            every suite once, as it comes'
 	@echo 'make check-rdma       over RoCE and iWARP alone, in a VM; RDMA_DEV= RDMA_ADDR= [RDMA_ADDR6=]: on that adapter'
 	@echo 'make check-debian13   the commands of README in a fresh Debian 13 (root; make deps-debian13)'
+	@echo 'make check-arch       the suites without devices on s390x and aarch64, under qemu-user'
+	@echo 'make soak             random migrations with fresh seeds, SECONDS=600; those that fail go to $(B)/soak/failed'
 	@echo 'make lint             clang-tidy and cppcheck'
 	@echo 'make fuzz             fuzz the decoders, FUZZ_SECONDS=60 for each target'
 	@echo 'make costs            what any machine measures alike, against bench/costs.limits, into $(B)/costs.json'
@@ -76,7 +90,7 @@ help:
 	@echo 'make install          headers and rmig.pc, PREFIX=/usr/local DESTDIR='
 	@echo 'make uninstall        remove them'
 	@echo 'make clean            remove $(B)/'
-	@echo 'Variables: V=1 (show commands) CC CLANG CFLAGS LDFLAGS PREFIX DESTDIR JOBS FUZZ_SECONDS'
+	@echo 'Variables: V=1 (show commands) CC CLANG CFLAGS LDFLAGS PREFIX DESTDIR JOBS FUZZ_SECONDS SECONDS'
 
 deps:
 	@.ci/deps $(PACKAGES)
@@ -118,7 +132,7 @@ $(addprefix $(B)/fuzz/,$(FUZZERS)): $(B)/fuzz/%: tests/%.c | $(AFTER_DEPS)
 define test_rules
 $$(addprefix $(B)/$(1)/,$(2)): $(B)/$(1)/%: tests/%.c $$(wildcard tests/override.h) | $$(AFTER_DEPS)
 	@mkdir -p $$(@D) && echo "  build $$@"
-	$$(Q)$$(or $$(CC_$(1)),$$(CC)) $$(STD) $$(WARN) -Werror $$(FLAGS_$(1)) -MMD -MP -MF $$@.d $$< -o $$@ $$(TEST_LIBS)
+	$$(Q)$$(or $$(CC_$(1)),$$(CC)) $$(STD) $$(WARN) -Werror $$(FLAGS_$(1)) -MMD -MP -MF $$@.d $$< -o $$@ $$(or $$(LIBS_$(1)),$$(TEST_LIBS))
 TEST_BINARIES += $$(addprefix $(B)/$(1)/,$(2))
 endef
 $(eval $(call test_rules,plain,$(SUITES)))
@@ -126,6 +140,7 @@ $(eval $(call test_rules,asan,$(SUITES)))
 $(eval $(call test_rules,tsan,$(TSAN_SUITES)))
 $(eval $(call test_rules,verbs,hostile_peer))
 $(foreach s,$(SWITCHES),$(eval $(call test_rules,$(s),$(UNIT))))
+$(foreach a,$(ARCHES),$(eval $(call test_rules,$(a),$(ARCH_SUITES))))
 
 FUZZ_BINARIES := $(addprefix $(B)/fuzz/,$(FUZZERS))
 CHECK_BINARIES := $(TEST_BINARIES) $(FUZZ_BINARIES) $(addprefix $(B)/,$(EXAMPLES)) \
@@ -145,6 +160,7 @@ PLAIN_LINES := $(call suite_lines,plain,$(SUITES)) \
 	'tap integration/kvm_live 300 tests/kvm_live.sh $(B)/kvm_live' \
 	'tap integration/qemu 600 tests/qemu_examples.sh $(B)/qemu_sink $(B)/qemu_source' \
 	'tap integration/mapped_ram 900 tests/mapped_ram.sh $(B)/mapped_ram $(B)' \
+	'tap soak 120 tests/soak_tool.sh $(B)/plain/random_migration' \
 	'tap readme 60 tests/readme.sh $(B)/rmig_migrate' \
 	'tap quick_start 400 tests/quick_start.sh'
 # Over RDMA devices: in virtual machines, or on the adapter that is named. The longest come first.
@@ -159,6 +175,7 @@ VM_LINES := 'tap rdma/qemu 700 tests/qemu_peer.sh $(B) moves runs refuses libfab
 	$(call rdma_line,rxe conformance session limits) $(call rdma_line,siw conformance session) \
 	$(call rdma_line,rxe hostile) $(call rdma_line,rxe migrate link)
 RDMA_LINES = $(if $(RDMA_DEV),$(call rdma_line,here conformance ofi session migrate hostile),$(VM_LINES))
+ARCH_LINES := 'tap arch 900 tests/arch.sh $(B) $(ARCH_SUITES)'
 LINT_LINES := 'tap lint 900 tests/lint.sh'
 FUZZ_LINES = 'tap fuzz 86400 tests/fuzz.sh $(1) $(FUZZ_BINARIES)'
 CHECK_LINES = $(VM_LINES) 'tap headers 900 tests/headers.sh' $(PLAIN_LINES) \
@@ -170,7 +187,7 @@ CHECK_LINES = $(VM_LINES) 'tap headers 900 tests/headers.sh' $(PLAIN_LINES) \
 	'tap figures 300 bench/figures.sh $(B) check' \
 	'tap valgrind 600 tests/valgrind.sh $(B)/minimal $(B)/plain' \
 	'tap install 120 tests/install.sh' \
-	$(LINT_LINES) $(call FUZZ_LINES,5)
+	$(ARCH_LINES) $(LINT_LINES) $(call FUZZ_LINES,5)
 
 # $(1): what to build first. $(2): lines to run. A program that does not build is a failure, and the rest still runs.
 run_lines = mkdir -p $(B); built=0; \
@@ -197,6 +214,14 @@ check-rdma: | $(AFTER_DEPS)
 check-debian13: | $(AFTER_DEPS)
 	@$(call run_lines,,'tap debian13 7200 tests/debian13.sh $(B)')
 
+check-arch: | $(AFTER_DEPS)
+	@$(call run_lines,arch-binaries,$(ARCH_LINES))
+
+SOAK := $(addsuffix /random_migration,$(B)/plain $(B)/asan)
+SECONDS ?= 600
+soak: $(SOAK) | $(AFTER_DEPS)
+	@tests/soak.sh $(SECONDS) $(JOBS) $(B)/soak $(SOAK)
+
 lint: | $(AFTER_DEPS)
 	@$(call run_lines,,$(LINT_LINES))
 
@@ -204,6 +229,7 @@ fuzz: | $(AFTER_DEPS)
 	@$(call run_lines,$(FUZZ_BINARIES),$(call FUZZ_LINES,$(FUZZ_SECONDS)))
 
 check-binaries: $(CHECK_BINARIES)
+arch-binaries: $(foreach a,$(ARCHES),$(addprefix $(B)/$(a)/,$(ARCH_SUITES)))
 quick-binaries: $(addprefix $(B)/plain/,$(SUITES)) $(addprefix $(B)/,$(EXAMPLES))
 
 costs: $(COSTS) $(B)/bench/report | $(AFTER_DEPS)
@@ -238,6 +264,6 @@ uninstall:
 clean:
 	rm -rf $(B)
 
-.PHONY: all examples help deps deps-bench deps-debian13 demo check quick check-rdma check-debian13 lint fuzz \
-	check-binaries quick-binaries costs figures bench bench-rdma bench-file install uninstall clean
+.PHONY: all examples help deps deps-bench deps-debian13 demo check quick check-rdma check-debian13 check-arch soak lint \
+	fuzz check-binaries quick-binaries arch-binaries costs figures bench bench-rdma bench-file install uninstall clean
 .DELETE_ON_ERROR:

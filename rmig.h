@@ -1258,7 +1258,7 @@ struct rmig_stats {
     uint64_t pages_written;
     uint64_t bytes_zero; // not written because zero
     uint64_t pages_zero;
-    uint64_t bytes_pending; // saved, not yet written
+    uint64_t bytes_pending; // saved, and not yet known to be in the sink's memory
     uint64_t rounds; // ended
     uint64_t writes_posted, writes_signalled;
     uint64_t registrations, deregistrations; // of guest RAM, at this end
@@ -1269,13 +1269,15 @@ struct rmig_stats {
     uint64_t setup_ns; // connect to blocks agreed
     uint64_t round_bytes, round_ns; // of the round that runs, or else of the last: written and zero; time since begin
     uint64_t round_saved; // bytes saved in that round
-    uint64_t throughput; // bytes per second in the last round that wrote anything
-    uint64_t dirty_rate; // bytes per second: saved in this round over the time since the round before began
+    uint64_t throughput; // bytes per second over the wire: now, while a round writes, or in the last round that did
+    uint64_t dirty_rate; // bytes per second: saved in this round over the time from the round before's begin to the
+                         // last save; in the first round, what is saved beyond all blocks once
     uint64_t message_rtt_ns; // shortest request to its reply
 };
 
-/* How long it takes to move `dirty` more bytes at the measured throughput, with the two messages that end a round.
-   RMIG_FOREVER when nothing was measured yet. Pure. */
+/* How long it takes to move `dirty` more bytes at the measured throughput, with the two messages that end a round: with
+   bytes_pending, what is left of the round that runs, or more than that where some of it is zero. RMIG_FOREVER when
+   nothing was measured yet. Pure. */
 RMIG_API uint64_t rmig_expected_downtime_ns(const struct rmig_stats *stats, uint64_t dirty);
 
 #ifdef __cplusplus
@@ -3444,6 +3446,19 @@ struct rmig__flight {
     bool full; // the limit is what ended the last turn's writes
 };
 
+struct rmig__wire_mark {
+    uint64_t ns, bytes; // of the wire's time, of what had arrived
+};
+
+/* What the wire does in a round. Time in which nothing but zero pages went by is left out. */
+struct rmig__wire {
+    bool began, busy;
+    uint64_t at; // when it was looked at last
+    uint64_t ns; // since the first write
+    uint64_t zero; // bytes_zero then
+    struct rmig__wire_mark begin, mark[2]; // mark: a second apart at least, for the rate now
+};
+
 struct rmig_source {
     struct rmig__session ss;
     struct rmig_blocks blocks;
@@ -3507,7 +3522,10 @@ struct rmig_source {
     bool flush, round_flush;
     enum rmig__finish finish;
 
-    uint64_t round_began, round_before, wrote_began, written_before;
+    uint64_t round_began, round_before;
+    struct rmig__wire wire;
+    uint64_t saved, saved_at; // round_saved when it was looked at last, and when it last grew
+    uint64_t ram; // bytes of all blocks
 };
 
 // --- opening and closing
@@ -3607,6 +3625,7 @@ static int rmig__source_tables(struct rmig_source *s) {
         b->dirty.pages = length / s->page_size + (length % s->page_size != 0);
         b->chunk = chunk;
         b->chunks = b->unregistered = rmig_chunk_count(length, s->chunk_size);
+        s->ram += b->dirty.pages * s->page_size;
         bits += (b->dirty.pages + 63) / 64;
         chunk += b->chunks;
     }
@@ -4371,15 +4390,46 @@ static bool rmig__settled(const struct rmig_source *s) {
     return s->pending == 0 && s->zero_count == 0 && s->windows == 0 && rmig__drained(s);
 }
 
+/* Bytes written and not known to have arrived. */
+static uint64_t rmig__outstanding(const struct rmig_source *s) {
+    return rmig__drained(s) ? 0 : s->flight.bytes - s->flight.done;
+}
+
+static void rmig__wire_look(struct rmig_source *s) {
+    struct rmig__wire *w = &s->wire;
+    uint64_t now = rmig__now(&s->ss), zero = s->ss.stats.bytes_zero;
+    if (w->began && (w->busy || zero == w->zero))
+        w->ns += now - w->at;
+    w->busy = rmig__outstanding(s) > 0 || s->windows > 0 || now < s->pace_until;
+    w->at = now;
+    w->zero = zero;
+    if (w->ns - w->mark[1].ns < 1000000000)
+        return;
+    w->mark[0] = w->mark[1];
+    w->mark[1].ns = w->ns;
+    w->mark[1].bytes = s->flight.bytes - rmig__outstanding(s);
+}
+
+/* Bytes per second over the wire since a mark; 0: too little to tell. A page that leaves before the pacer holds back
+   the next is no rate. */
+static uint64_t rmig__wire_rate(const struct rmig_source *s, const struct rmig__wire_mark *since, bool over) {
+    uint64_t busy = s->wire.ns - since->ns, written = s->flight.bytes - rmig__outstanding(s) - since->bytes;
+    uint64_t limit = rmig_get(&s->ss.cfg, RMIG_PARAM_MAX_BANDWIDTH);
+    bool telling = written >= RMIG_MIB || busy >= 100000000; // small rounds measure latency
+    if (busy == 0 || (!telling && !(over && s->ss.stats.throughput == 0)))
+        return 0;
+    uint64_t rate = (uint64_t)((double)written * 1e9 / (double)busy);
+    return limit != 0 ? rmig__min(rate, limit) : rate;
+}
+
 static int rmig__round_over(struct rmig_source *s) {
     struct rmig_stats *st = &s->ss.stats;
     uint64_t now = rmig__now(&s->ss);
     st->rounds++;
     st->round_ns = now - s->round_began;
-    uint64_t busy = now - s->wrote_began, written = st->bytes_written - s->written_before;
-    bool telling = written >= RMIG_MIB || (written > 0 && st->throughput == 0); // small rounds measure latency
-    if (telling && busy > 0)
-        st->throughput = (uint64_t)((double)written * 1e9 / (double)busy);
+    rmig__wire_look(s);
+    uint64_t rate = rmig__wire_rate(s, &s->wire.begin, true);
+    st->throughput = rate != 0 ? rate : st->throughput;
     s->in_round = false;
     rmig__trace(&s->ss, "round %llu over, %llu bytes", (unsigned long long)st->rounds,
                 (unsigned long long)st->round_bytes);
@@ -4655,8 +4705,9 @@ static int rmig__write_out(struct rmig_source *s, bool *moved) {
         bool room = s->queued < RMIG__WRITE_BATCH && outstanding + s->queued < s->depth && !s->flight.full;
         uint64_t allowed = room && s->pending > 0 ? rmig__pace(s) : 0;
         if (allowed > 0 && rmig__next_write(s, allowed, stride)) {
-            if (s->wrote_began == 0)
-                s->wrote_began = rmig__now(&s->ss);
+            if (!s->wire.began)
+                s->wire.at = rmig__now(&s->ss);
+            s->wire.began = s->wire.busy = true;
             continue;
         }
         if (s->queued == 0)
@@ -4823,13 +4874,22 @@ static int rmig__source_step(struct rmig_source *s) {
     return status == RMIG_OK ? rmig__source_timers(s) : status;
 }
 
+static void rmig__round_look(struct rmig_source *s) {
+    struct rmig_stats *st = &s->ss.stats;
+    rmig__wire_look(s);
+    if (st->round_saved != s->saved)
+        s->saved_at = st->round_ns == 0 ? s->round_began : s->wire.at;
+    s->saved = st->round_saved;
+    st->round_ns = s->wire.at - s->round_began;
+}
+
 static int rmig__source_progress(struct rmig_source *s) {
     int status = rmig__source_step(s);
     s->ss.failure_told = s->ss.failed != RMIG_OK;
     if (status != RMIG_OK)
         return status;
     if (s->in_round)
-        s->ss.stats.round_ns = rmig__now(&s->ss) - s->round_began;
+        rmig__round_look(s);
     return s->op == RMIG__OP_NONE ? RMIG_OK : RMIG_PENDING;
 }
 
@@ -4927,10 +4987,10 @@ RMIG__DEF int rmig_source_begin_round(struct rmig_source *s) {
     s->hole.block = UINT32_MAX;
     s->prelude = s->stream_fill > 0;
     s->round_before = s->round_began;
-    s->round_began = s->tokens_time = rmig__now(&s->ss);
-    s->wrote_began = 0;
-    s->written_before = s->ss.stats.bytes_written;
-    s->tokens = 0;
+    s->round_began = s->saved_at = s->tokens_time = rmig__now(&s->ss);
+    memset(&s->wire, 0, sizeof s->wire);
+    s->wire.begin.bytes = s->wire.mark[0].bytes = s->wire.mark[1].bytes = s->flight.bytes;
+    s->tokens = s->saved = 0;
     s->ss.stats.round_bytes = s->ss.stats.round_saved = s->ss.stats.round_ns = 0;
     rmig__trace(&s->ss, "round %llu begins", (unsigned long long)s->ss.stats.rounds + 1);
     return RMIG_OK;
@@ -5140,10 +5200,15 @@ RMIG__DEF void rmig_source_stats(const struct rmig_source *s, struct rmig_stats 
     if (s == NULL)
         return;
     *out = s->ss.stats;
-    out->bytes_pending = s->pending * s->page_size;
-    uint64_t span = s->round_began - s->round_before;
-    if (s->round_before != 0 && span > 0)
-        out->dirty_rate = (uint64_t)((double)out->round_saved * 1e9 / (double)span);
+    out->bytes_pending = s->pending * s->page_size + rmig__outstanding(s);
+    out->round_bytes -= rmig__min(out->round_bytes, rmig__outstanding(s));
+    uint64_t rate = s->in_round ? rmig__wire_rate(s, &s->wire.mark[0], false) : 0;
+    out->throughput = rate != 0 ? rate : out->throughput;
+    bool first = s->round_before == 0;
+    uint64_t span = s->saved_at - (first ? s->round_began : s->round_before);
+    uint64_t dirty = first ? out->round_saved - rmig__min(out->round_saved, s->ram) : out->round_saved;
+    if (span > 0)
+        out->dirty_rate = (uint64_t)((double)dirty * 1e9 / (double)span);
 }
 
 // >>sink: implementation

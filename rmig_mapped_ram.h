@@ -871,7 +871,7 @@ struct rmig_mapped_writer {
     uint32_t at_block; // end_round: the next page. What is before it is not dirty
     uint64_t at_page;
     struct rmig__mapped_holes holes;
-    uint64_t round_began, round_before;
+    uint64_t round_began, round_before, written_before;
     struct rmig_stats stats;
     struct rmig_error error;
     struct rmig_error refused; // the first call that left something out of the file, until it is forgiven
@@ -1269,6 +1269,7 @@ RMIG__DEF int rmig_mapped_writer_begin_round(struct rmig_mapped_writer *w) {
     w->state = RMIG__MAPPED_IN_ROUND;
     w->round_before = w->round_began;
     w->round_began = rmig__mapped_now();
+    w->written_before = w->stats.bytes_written;
     w->stats.round_bytes = w->stats.round_ns = w->stats.round_saved = 0;
     return RMIG_OK;
 }
@@ -1375,6 +1376,12 @@ static bool rmig__writer_take(struct rmig_mapped_writer *w, struct rmig__mapped_
     return true;
 }
 
+static void rmig__writer_rate(struct rmig_mapped_writer *w) {
+    uint64_t written = w->stats.bytes_written - w->written_before;
+    if (written > 0 && w->stats.round_ns > 0)
+        w->stats.throughput = (uint64_t)((double)written * 1e9 / (double)w->stats.round_ns);
+}
+
 /* With the lock. */
 static void rmig__writer_count(struct rmig_mapped_writer *w, uint64_t pages, bool zero) {
     uint64_t bytes = pages * w->opt.page_size;
@@ -1388,6 +1395,7 @@ static void rmig__writer_count(struct rmig_mapped_writer *w, uint64_t pages, boo
         w->stats.pages_written += pages;
         w->stats.bytes_written += bytes;
         w->stats.writes_posted++;
+        rmig__writer_rate(w);
     }
 }
 
@@ -1463,8 +1471,7 @@ static void rmig__writer_round_stats(struct rmig_mapped_writer *w) {
     uint64_t now = rmig__mapped_now(), since = w->round_before == 0 ? 0 : w->round_began - w->round_before;
     w->stats.rounds++;
     w->stats.round_ns = now - w->round_began;
-    if (w->stats.round_bytes > 0 && w->stats.round_ns > 0)
-        w->stats.throughput = (uint64_t)((double)w->stats.round_bytes * 1e9 / (double)w->stats.round_ns);
+    rmig__writer_rate(w);
     w->stats.dirty_rate = since == 0 ? 0 : (uint64_t)((double)w->stats.round_saved * 1e9 / (double)since);
 }
 

@@ -145,8 +145,8 @@ static void progress_bar(struct progress *p, const struct rmig_stats *st, uint64
     memset(bar, '#', full);
     bar[width] = '\0';
     fprintf(stderr, "\r\033[Kround %" PRIu64 " [%s] %s  %s/s  %s left  downtime if stopped now %s", st->rounds + 1, bar,
-            human(done, a, sizeof a), human(per_second(st->round_bytes, st->round_ns), b, sizeof b),
-            human(total - done, c, sizeof c), human_ns(rmig_expected_downtime_ns(st, total - done), d, sizeof d));
+            human(done, a, sizeof a), human(st->throughput, b, sizeof b), human(total - done, c, sizeof c),
+            human_ns(rmig_expected_downtime_ns(st, total - done), d, sizeof d));
     fflush(stderr);
 }
 

@@ -145,13 +145,26 @@ static void on_bus_error(int number) {
 
 // >>progress
 
-static const char *rate_text(uint64_t bytes, uint64_t ns, char *buf, size_t n) {
-    double rate = ns == 0 ? 0 : (double)bytes * 1e9 / (double)ns;
-    const char *unit[] = {"B/s", "KiB/s", "MiB/s", "GiB/s"};
+/* In a unit that moves: a step is at most a hundredth of the amount, from 100 bytes on. */
+static const char *amount_text(uint64_t bytes, char *buf, size_t n) {
+    static const char *const unit[] = {"B", "KiB", "MiB", "GiB", "TiB"};
+    double amount = (double)bytes;
     size_t i = 0;
-    for (; rate >= 1024 && i < 3; i++)
-        rate /= 1024;
-    snprintf(buf, n, i == 0 ? "%.0f %s" : "%.1f %s", rate, unit[i]);
+    for (; amount >= 10000 && i < 4; i++)
+        amount /= 1024;
+    snprintf(buf, n, amount < 100 && i > 0 ? "%.1f %s" : "%.0f %s", amount, unit[i]);
+    return buf;
+}
+
+static const char *left_text(uint64_t ns, char *buf, size_t n) {
+    uint64_t seconds = ns / SECOND + (ns % SECOND != 0);
+    if (ns == RMIG_FOREVER)
+        snprintf(buf, n, "time left unknown");
+    else if (seconds < 100)
+        snprintf(buf, n, "%" PRIu64 " s left", seconds);
+    else
+        snprintf(buf, n, "%" PRIu64 ":%02" PRIu64 ":%02" PRIu64 " left", seconds / 3600, seconds / 60 % 60,
+                 seconds % 60);
     return buf;
 }
 
@@ -162,16 +175,18 @@ static void draw_bar(uint64_t done, uint64_t total, const char *tail) {
             total == 0 ? 0 : (int)((double)done * 100 / (double)total), tail);
 }
 
+/* Pages that nobody has looked at may be zero: then less time is left than is told. */
 static void draw_source(struct run *r) {
     struct rmig_stats st;
     rmig_source_stats(r->source, &st);
-    char tail[160], done[32], total[32], rate[32];
-    uint64_t left = st.round_bytes < r->total ? r->total - st.round_bytes : 0;
-    double seconds = st.round_bytes == 0 ? 0 : (double)left * (double)st.round_ns / (double)st.round_bytes / 1e9;
-    snprintf(tail, sizeof tail, "%s of %s  %s  round %llu of %llu  %.0f s left",
-             rmig_size_format(st.round_bytes >> 20 << 20, done, sizeof done),
-             rmig_size_format(r->total, total, sizeof total), rate_text(st.round_bytes, st.round_ns, rate, sizeof rate),
-             (unsigned long long)st.rounds + 1, (unsigned long long)r->opt.rounds, seconds);
+    char tail[160], done[32], total[32], rate[32], left[32];
+    uint64_t round = st.rounds < r->opt.rounds ? st.rounds + 1 : r->opt.rounds; // the last is over while finish goes on
+    bool over = st.bytes_pending == 0 && st.round_bytes > 0;
+    uint64_t left_ns = over ? 0 : rmig_expected_downtime_ns(&st, st.bytes_pending);
+    snprintf(tail, sizeof tail, "%s of %s  %s/s  round %llu of %llu  %s",
+             amount_text(st.round_bytes, done, sizeof done), amount_text(r->total, total, sizeof total),
+             amount_text(st.throughput, rate, sizeof rate), (unsigned long long)round,
+             (unsigned long long)r->opt.rounds, left_text(left_ns, left, sizeof left));
     draw_bar(st.round_bytes, r->total, tail);
 }
 
@@ -180,7 +195,7 @@ static void draw_sink(struct run *r) {
     struct rmig_stats st;
     rmig_sink_stats(r->sink, &st);
     char tail[160], total[32];
-    snprintf(tail, sizeof tail, "of %s registered  round %llu", rmig_size_format(r->total, total, sizeof total),
+    snprintf(tail, sizeof tail, "of %s registered  round %llu", amount_text(r->total, total, sizeof total),
              (unsigned long long)st.rounds + 1);
     draw_bar(st.bytes_registered, r->total, tail);
 }
@@ -954,16 +969,16 @@ static void print_summary(const struct run *r, uint64_t ns) {
     bool extended;
     char total[32], written[32], rate[32];
     session_stats(r, &st, &extended);
-    rmig_size_format(r->total, total, sizeof total);
-    rate_text(r->total * r->opt.rounds, ns, rate, sizeof rate);
+    amount_text(r->total, total, sizeof total);
+    amount_text(ns == 0 ? 0 : (uint64_t)((double)st.bytes_written * 1e9 / (double)ns), rate, sizeof rate);
     if (r->opt.mode == MODE_RECV)
         printf("received %s in %zu blocks and %llu bytes of state: %.3f s\n", total, r->images.count,
                (unsigned long long)r->state_bytes, (double)ns / 1e9);
     else
-        printf("sent %s in %zu blocks and %llu bytes of state: %.3f s, %s (%s written in %llu writes, "
+        printf("sent %s in %zu blocks and %llu bytes of state: %.3f s, %s/s (%s written in %llu writes, "
                "the rest is zero), rounds %llu, protocol %s\n",
                total, r->images.count, (unsigned long long)r->state_bytes, (double)ns / 1e9, rate,
-               rmig_size_format(st.bytes_written, written, sizeof written), (unsigned long long)st.writes_posted,
+               amount_text(st.bytes_written, written, sizeof written), (unsigned long long)st.writes_posted,
                (unsigned long long)st.rounds, extended ? "1 with rmig's extension" : "1");
 }
 

@@ -930,6 +930,39 @@ help_names_exit_status() { rmig --help >"$tmp/help" && says "$tmp/help" 'Exit st
 
 out=$tmp/out
 make_images
+# What a sender draws on a terminal, a line each time, into draws.
+watched_send() { # FILE LIMIT
+    start_recv 127.0.0.1 || return 1
+    timeout -k 5 60 script -qec "stty cols 200; '$program' send --connect $address --block 'ram=$1' --set max-bandwidth=$2" \
+        /dev/null </dev/null >"$tmp/typescript" 2>&1 || { cat "$tmp/typescript"; return 1; }
+    wait "$receiver" || return 1
+    tr '\r' '\n' <"$tmp/typescript" | grep '^\[' >"$tmp/draws"
+}
+
+# As pv and rsync have it: what is done agrees with the percentage, and the rate is there, and never above the limit.
+draws_agree() { # TOTAL_KIB LIMIT_KIB
+    perl -ne 'BEGIN { ($total, $limit) = splice @ARGV, 0, 2; %of = (B => 1 / 1024, KiB => 1, MiB => 1024) }
+        /\] +(\d+)%  ([\d.]+) (\w+) of .*  ([\d.]+) (\w+)\/s  round 1 of 1  (\d+ s left|time left unknown)/ or die "drawn: $_";
+        my ($percent, $done, $rate, $left) = ($1, $2 * $of{$3}, $4 * $of{$5}, $6);
+        abs($done * 100 / $total - $percent) <= 1.5 or die "$percent % are not $done KiB of $total: $_";
+        $rate <= 1.01 * $limit or die "$rate KiB/s is above the limit: $_";
+        $seen{$percent}++; $rates++ if $rate > 0; $known++ if $left =~ /(\d+)/ && $1 * $limit > 0.7 * ($total - $done);
+        $short++ if $left =~ /(\d+)/ && $1 * $limit < 0.7 * ($total - $done) - $limit;
+        END { $? ||= 1, print "rates $rates, left $known, too little left $short, ", join(" ", sort keys %seen), "\n"
+            if !$rates || !$known || $short || keys %seen < 4 }' "$@" "$tmp/draws" 2>&1
+}
+
+small_image_moves() {
+    head -c 100K /dev/urandom >"$tmp/small"
+    watched_send "$tmp/small" 48K && draws_agree 100 48
+}
+
+limit_and_zero_pages() {
+    truncate -s 24M "$tmp/mostly"
+    head -c 8M /dev/urandom >>"$tmp/mostly"
+    watched_send "$tmp/mostly" 4M && draws_agree $((32 * 1024)) 4096
+}
+
 check 'one block' one_block
 check 'sizes that are no multiple of anything' sizes
 check 'forty blocks, one of them with its own file' many_blocks
@@ -992,6 +1025,12 @@ else
     skip 'too few descriptors for a source' 'not installed: prlimit'
 fi
 check 'a port in use' port_in_use
+if command -v script >/dev/null; then
+    check 'progress of a small image moves' small_image_moves
+    check 'progress under a limit, most of it zero' limit_and_zero_pages
+else
+    skip 'progress on a terminal' 'not installed: script'
+fi
 check '--json at both ends' json_of_both
 check '--json of a failure' json_of_failure
 check '--quiet' quiet_is_quiet

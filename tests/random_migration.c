@@ -7,7 +7,9 @@
 
    The one gap that no protocol can close is the last message of the handover; RMIG_ERR_HANDOVER says so.
 
-   RMIG_SEED=n runs one seed of each family with a trace (RMIG_FAMILY=name: of one); RMIG_SEEDS=n that many of each. */
+   RMIG_SEED=n runs one seed of each family with a trace (RMIG_FAMILY=name: of one); RMIG_SEEDS=n that many of each.
+   RMIG_SOAK=FILE RMIG_SECONDS=n: seeds one after the other for that long. FILE says the first one, and then always
+   which one runs; at the end, the next. */
 #define _GNU_SOURCE
 #include "counted_heap.h"
 
@@ -15,12 +17,15 @@
 #include "sim_fabric.h"
 
 #include <criterion/criterion.h>
+#include <fcntl.h>
 #include <sys/mman.h>
+#include <time.h>
 
 #define PAGE 4096u
 #define BLOCKS_MAX 6
 #define STREAM_MAX 700000
 #define ALL_DONE 2 // beside RMIG_OK and RMIG_PENDING
+#define STATE_END 0xff // version 1: the last byte of the device state, and no other
 
 struct guest_block {
     char name[32];
@@ -257,7 +262,10 @@ static uint64_t sink_step(void *user, uint64_t now) {
             r->got_size += n;
         break;
     case RMIG_SINK_DISCONNECTED: // version 1: the reader of the stream knows whether this is the end
-        status = r->got_size == r->state_size ? rmig_sink_complete(r->sink) : (rmig_sink_cancel(r->sink), RMIG_OK);
+        if (r->got_size > 0 && r->got[r->got_size - 1] == STATE_END)
+            status = rmig_sink_complete(r->sink);
+        else
+            rmig_sink_cancel(r->sink);
         break;
     case RMIG_SINK_TAKE:
         status = rmig_sink_take(r->sink);
@@ -420,7 +428,9 @@ static void open_run(struct run *r, uint64_t seed, bool v1, bool faults, bool ve
     r->state = malloc(STREAM_MAX);
     r->got = malloc(STREAM_MAX + 1);
     for (size_t i = 0; i < r->state_size; i++)
-        r->state[i] = (uint8_t)next_random(r);
+        r->state[i] = v1 ? (uint8_t)below(r, STATE_END) : (uint8_t)next_random(r);
+    if (v1)
+        r->state[r->state_size++] = STATE_END;
     if (faults)
         random_faults(r, &w);
     if (verbose) {
@@ -542,12 +552,37 @@ static bool run_seed(uint64_t seed, bool v1, bool faults, bool verbose) {
     return good;
 }
 
+static uint64_t seconds_now(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (uint64_t)t.tv_sec;
+}
+
+// A seed that crashes, or hangs, is named by the file all the same.
+static void soak(const char *path, const char *seconds, bool v1, bool faults) {
+    char text[32] = "";
+    int fd = open(path, O_RDWR | O_CLOEXEC);
+    cr_assert(fd >= 0 && seconds != NULL && pread(fd, text, sizeof text - 1, 0) > 0,
+              "RMIG_SOAK=%s: not readable, empty, or without RMIG_SECONDS", path);
+    uint64_t seed = strtoull(text, NULL, 10), end = seconds_now() + strtoull(seconds, NULL, 10);
+    do {
+        run_seed(seed, v1, faults, false);
+        int n = snprintf(text, sizeof text, "%020llu\n", (unsigned long long)++seed);
+        cr_assert_eq(pwrite(fd, text, (size_t)n, 0), n, "%s", path);
+    } while (seconds_now() < end);
+    close(fd);
+}
+
 static void run_seeds(const char *family, uint64_t count, bool v1, bool faults) {
     const char *one = getenv("RMIG_SEED"), *many = getenv("RMIG_SEEDS"), *only = getenv("RMIG_FAMILY");
     if (only != NULL && strcmp(only, family) != 0)
         return;
     if (one != NULL) {
         run_seed(strtoull(one, NULL, 0), v1, faults, true);
+        return;
+    }
+    if (getenv("RMIG_SOAK") != NULL) {
+        soak(getenv("RMIG_SOAK"), getenv("RMIG_SECONDS"), v1, faults);
         return;
     }
     if (many != NULL)

@@ -2729,6 +2729,127 @@ Test(session, expected_downtime_of_growing_rounds_is_within_a_factor_of_two) {
     estimates(2 * SIM_US, 100000000u, true);
 }
 
+// --- what a round tells while it runs
+
+struct sample {
+    uint64_t at;
+    struct rmig_stats st;
+};
+
+/* One round of everything, looked at ten times a second. Returns how many looks; *end: when it was over. */
+static size_t watched_round(struct world *w, struct sample *x, size_t max, uint64_t *end) {
+    size_t n = 0;
+    unsigned turns;
+    SOURCE_OK(w, rmig_source_begin_round(w->source));
+    SOURCE_OK(w, rmig_source_save_range(w->source, 0, 0, w->ram[0].from.length));
+    int status = rmig_source_end_round_start(w->source);
+    while (status == RMIG_PENDING || (status == RMIG_OK && source_stats(w).rounds == 0)) {
+        cr_assert_lt(n, max, "the round does not end");
+        cr_assert_eq(look_after(w, SIM_SECOND / 10, &turns), RMIG_OK, "%s", rmig_source_error(w->source)->text);
+        x[n].at = world_now(w, 0);
+        x[n++].st = source_stats(w);
+        status = rmig_source_process(w->source);
+    }
+    cr_assert_eq(status, RMIG_OK, "%s", rmig_source_error(w->source)->text);
+    *end = world_now(w, 0);
+    return n;
+}
+
+static void expect_rate(const struct sample *x, size_t i, double rate, double low, double high) {
+    cr_expect((double)x[i].st.throughput > low * rate && (double)x[i].st.throughput < high * rate,
+              "look %zu: %llu bytes/s, the wire does %.0f", i, (unsigned long long)x[i].st.throughput, rate);
+}
+
+Test(session, under_a_limit_zero_pages_are_no_throughput_and_the_time_left_is_right) {
+    static struct sample x[100];
+    struct world w;
+    uint64_t limit = 8 * RMIG_MIB, end;
+    plan_world(&w, SIM_ORDERED);
+    struct ram *r = add_ram(&w, 64 * RMIG_MIB, RMIG_BACKING_UNKNOWN);
+    fill(r, 40 * RMIG_MIB, 24 * RMIG_MIB, 1);
+    param(&w.source_cfg, RMIG_PARAM_MAX_BANDWIDTH, limit);
+    connect_world(&w);
+    size_t n = watched_round(&w, x, 100, &end);
+    cr_assert_geq(n, 25);
+    for (size_t i = 1; i + 1 < n; i++) {
+        expect_rate(x, i, (double)limit, 0.7, 1.2);
+        double left = (double)(end - x[i].at);
+        double told = (double)rmig_expected_downtime_ns(&x[i].st, x[i].st.bytes_pending);
+        cr_expect(told > 0.75 * left - 1e8 && told < 1.25 * left + 1e8, "look %zu: %.1f s left, told are %.1f", i,
+                  left / 1e9, told / 1e9);
+    }
+    finish(&w);
+    close_world(&w);
+}
+
+Test(session, what_is_told_of_a_round_is_what_has_arrived) {
+    static struct sample x[100];
+    struct world w;
+    uint64_t end, began;
+    plan_world(&w, SIM_ORDERED);
+    w.cfg.bandwidth = 10000000;
+    add_full_ram(&w, 32 * RMIG_MIB);
+    connect_world(&w);
+    began = world_now(&w, 0);
+    size_t n = watched_round(&w, x, 100, &end);
+    for (size_t i = 1; i + 1 < n; i++) {
+        double wire = (double)w.cfg.bandwidth * (double)(x[i].at - began) / 1e9;
+        cr_expect_leq((double)x[i].st.round_bytes, wire, "look %zu", i);
+        cr_expect_eq(x[i].st.round_bytes + x[i].st.bytes_pending, 32 * RMIG_MIB, "look %zu", i);
+        if (i >= 10) // a second
+            expect_rate(x, i, (double)w.cfg.bandwidth, 0.75, 1.1);
+    }
+    cr_expect_gt(x[n / 2].st.round_bytes, 12 * RMIG_MIB, "half of the time is over");
+    finish(&w);
+    close_world(&w);
+}
+
+Test(session, throughput_is_that_of_now_when_the_link_falls) {
+    static struct sample x[200];
+    struct world w;
+    uint64_t end;
+    plan_world(&w, SIM_ORDERED);
+    w.cfg.bandwidth = 50000000;
+    w.cfg.change_ns = 2 * SIM_SECOND;
+    w.cfg.changed_bandwidth = 10000000;
+    add_full_ram(&w, 140 * RMIG_MIB);
+    connect_world(&w);
+    size_t n = watched_round(&w, x, 200, &end);
+    expect_rate(x, 18, 50000000.0, 0.75, 1.1);
+    cr_assert_gt(n, 60);
+    for (size_t i = 55; i + 1 < n; i++)
+        expect_rate(x, i, 10000000.0, 0.5, 1.3);
+    finish(&w);
+    close_world(&w);
+}
+
+Test(session, dirty_rate_of_the_first_round_is_what_is_saved_again) {
+    struct world w;
+    unsigned turns;
+    plan_world(&w, SIM_ORDERED);
+    add_full_ram(&w, 8 * RMIG_MIB);
+    connect_world(&w);
+    SOURCE_OK(&w, rmig_source_begin_round(w.source));
+    SOURCE_OK(&w, rmig_source_save_range(w.source, 0, 0, 8 * RMIG_MIB));
+    cr_assert_eq(look_after(&w, SIM_SECOND, &turns), RMIG_OK);
+    cr_expect_eq(source_stats(&w).dirty_rate, 0, "nothing was saved again");
+    for (unsigned i = 0; i < 10; i++) { // 2 MiB/s, from the second second on: over both, nearly half of it
+        SOURCE_OK(&w, rmig_source_save_range(w.source, 0, i % 4 * 2 * RMIG_MIB, RMIG_MIB / 5 / PAGE * PAGE));
+        cr_assert_eq(look_after(&w, SIM_SECOND / 10, &turns), RMIG_OK);
+    }
+    uint64_t rate = source_stats(&w).dirty_rate;
+    cr_expect(rate > 9 * RMIG_MIB / 10 && rate < 12 * RMIG_MIB / 10, "%llu bytes/s", (unsigned long long)rate);
+    SOURCE_OK(&w, rmig_source_end_round(w.source));
+    SOURCE_OK(&w, rmig_source_begin_round(w.source));
+    cr_expect_eq(source_stats(&w).dirty_rate, 0, "the log of the first round has not been saved yet");
+    SOURCE_OK(&w, rmig_source_save_range(w.source, 0, 0, 4 * RMIG_MIB));
+    SOURCE_OK(&w, rmig_source_end_round(w.source));
+    rate = source_stats(&w).dirty_rate;
+    cr_expect(rate > 19 * RMIG_MIB / 10 && rate < 21 * RMIG_MIB / 10, "%llu bytes/s", (unsigned long long)rate);
+    finish(&w);
+    close_world(&w);
+}
+
 // --- allocation
 
 Test(session, nothing_is_allocated_after_the_first_round) {

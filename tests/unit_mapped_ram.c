@@ -1634,6 +1634,37 @@ Test(mapped_rounds, the_set_of_dirty_pages_is_gone_through_once, .timeout = 300)
 
 // >>failures in the middle
 
+struct live {
+    unsigned with, without; // calls in the first round after something was written: with a throughput, and without
+};
+
+static int note_throughput(void *user, const struct rmig_stats *stats) {
+    struct live *live = (struct live *)user;
+    live->with += stats->rounds == 0 && stats->bytes_written > 0 && stats->throughput > 0;
+    live->without += stats->rounds == 0 && stats->bytes_written > 0 && stats->throughput == 0;
+    return 0;
+}
+
+Test(mapped_rounds, throughput_is_live_in_the_first_round_and_is_what_is_written) {
+    struct ram ram = {"ram", new_memory(96 * RMIG_MIB), 96 * RMIG_MIB};
+    struct live live = {0, 0};
+    struct rmig_mapped_options opt = {.progress = note_throughput, .progress_user = &live, .no_sync = true};
+    struct rmig_stats st;
+    int fd = new_file();
+    memset(ram.mem, 1, 48 * RMIG_MIB); // the rest is zero
+    struct rmig_mapped_writer *w = start_writer(fd, &opt, &ram, 1);
+    save_all(w, &ram, 1);
+    cr_expect_gt(live.with, 0);
+    cr_expect_eq(live.without, 0);
+    rmig_mapped_writer_stats(w, &st);
+    cr_assert_eq(st.bytes_written, 48 * RMIG_MIB);
+    double rate = 48.0 * RMIG_MIB * 1e9 / (double)st.round_ns;
+    cr_expect((double)st.throughput > 0.99 * rate && (double)st.throughput < 1.01 * rate,
+              "%llu bytes/s, %.0f are written", (unsigned long long)st.throughput, rate);
+    rmig_mapped_writer_close(w);
+    close(fd);
+}
+
 static int stop_at_once(void *user, const struct rmig_stats *stats) {
     cr_assert_gt(stats->bytes_pending + stats->round_bytes + stats->bytes_written + stats->bytes_zero, 0);
     ++*(int *)user;
