@@ -23,21 +23,18 @@ SUITES := $(filter-out $(FUZZERS),$(patsubst tests/%.c,%,$(wildcard tests/*.c)))
 UNIT := $(filter unit_%,$(SUITES))
 
 # Every suite is built plain, and with ASan and UBSan; those that have threads also with TSan, under which Criterion does
-# not run; the unit suites also once for each macro that rmig.h takes, and with clang.
+# not run; the unit suites also with each macro that rmig.h takes, several in a variant, and with clang.
 TSAN_SUITES := $(filter threads%,$(SUITES))
-SWITCHES := static namespace chunk64 override ndebug clang
+SWITCHES := private namespace clang
 # Not under ThreadSanitizer, which does not see that liburing maps and unmaps.
 URING := -DRMIG_MAPPED_URING
 FLAGS_plain := -O1 -g $(URING)
 FLAGS_asan := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all $(URING)
 FLAGS_tsan := -O1 -g -fsanitize=thread
 FLAGS_verbs := -O1 -g -DRMIG_TEST_VERBS
-FLAGS_static := -O1 -DRMIG_STATIC
-FLAGS_namespace := -O1 -DRMIG_NAMESPACE=acme_
-FLAGS_chunk64 := -O1 -DRMIG_CHUNK_SIZE=67108864
-FLAGS_override := -O1 -include tests/override.h
-FLAGS_ndebug := -O3 -DNDEBUG $(URING)
-FLAGS_clang := -O2
+FLAGS_private := -O1 -DRMIG_STATIC -include tests/override.h
+FLAGS_namespace := -O3 -DNDEBUG -DRMIG_NAMESPACE=acme_ $(URING)
+FLAGS_clang := -O2 -DRMIG_CHUNK_SIZE=67108864
 CC_clang := $(CLANG)
 
 # What each kind of program links with; asked for in recipes, since `make deps` may install it in the same run.
