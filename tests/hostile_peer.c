@@ -616,7 +616,7 @@ static void play_actor(struct play *p, sim_step *step) {
 }
 
 static const char *play_address(const struct play *p) { return p->address; }
-static uint64_t patience(const struct raw *r, uint64_t span) { return r->play->sim != NULL ? span : 10 * span; }
+static uint64_t patience(const struct raw *r, uint64_t span) { return r->play->sim != NULL ? span : 60 * span; }
 
 static int add_fds(struct pollfd *to, const struct rmig_fd *fds, int n) {
     for (int i = 0; i < n; i++) {
@@ -685,6 +685,11 @@ static void trace(void *user, const char *line) { fprintf(stderr, "%s %s\n", (co
 #define CONNECT_TIMEOUT (2 * SIM_SECOND)
 #define IO_TIMEOUT (3 * SIM_SECOND)
 
+/* Where time is real, a busy machine is silent for seconds: ten more are granted, so that the text has the same end. */
+static uint64_t timeout_of(uint64_t simulated) {
+    return fabrics[chosen()].open == NULL ? simulated : simulated + 10 * SIM_SECOND;
+}
+
 /* The defaults of a test, which may change them before play_sink or play_source. */
 static struct play *play_new(enum sim_mode mode) {
     struct play *p = calloc(1, sizeof *p);
@@ -692,8 +697,8 @@ static struct play *play_new(enum sim_mode mode) {
     sim_defaults(&p->world, mode, 7);
     p->world.key_bits = 32;
     p->plain = p->world;
-    set(p, RMIG_PARAM_CONNECT_TIMEOUT, CONNECT_TIMEOUT);
-    set(p, RMIG_PARAM_IO_TIMEOUT, IO_TIMEOUT);
+    set(p, RMIG_PARAM_CONNECT_TIMEOUT, timeout_of(CONNECT_TIMEOUT));
+    set(p, RMIG_PARAM_IO_TIMEOUT, timeout_of(IO_TIMEOUT));
     if (getenv("RMIG_TRACE") != NULL) {
         p->cfg.trace = trace;
         p->cfg.trace_user = (void *)(uintptr_t) "rmig";
