@@ -440,7 +440,7 @@ take_machine() {
 # qemu_source in the middle.
 source_in_the_middle() { # VERSION
     take_machine && start_qemu second "$1" pc-q35-7.2 -S -incoming defer && listens_at second 4400 &&
-        start_source "$address:4400" --set max-bandwidth=2M && wait_for 30 'arrived second 4'
+        start_source "$address:4400" --set max-bandwidth=512K && wait_for 30 'arrived second 4'
 }
 
 sink_qemu_killed() { # VERSION

@@ -218,10 +218,10 @@ guest_moves() { # OPTION...
 
 # >>ends that are lost
 
-# A migration slow enough to be hit in the middle of its first round; returns when some of it has arrived.
+# A migration slow enough to be hit in the middle of its first round, 13 MiB long; returns when some of it has arrived.
 start_slow() { # HOST IO-TIMEOUT
     start_receiver "$1" --set io-timeout="$2" || return 1
-    start_sender --set io-timeout="$2" --set max-bandwidth=4M
+    start_sender --set io-timeout="$2" --set max-bandwidth=512K
     wait_for 30 'arrived 2 || ! kill -0 $sender 2>/dev/null' || return 1
     kill -0 "$sender" 2>/dev/null && return
     cat "$tmp/send.err" "$tmp/recv.err"
@@ -235,7 +235,7 @@ now_ms() { echo $((${EPOCHREALTIME/./} / 1000)); }
 
 # An end that has lost the other says so within so many milliseconds from the one that $from holds.
 gives_up() { # FILE MS
-    wait_for 60 "[ -s '$1' ]" || return 1
+    wait_for 10 "[ -s '$1' ]" || return 1
     local took=$(($(now_ms) - from))
     [ "$took" -le "$2" ] && return
     echo "${1##*/} came after $took ms, $2 allowed:"
