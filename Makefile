@@ -23,21 +23,18 @@ SUITES := $(filter-out $(FUZZERS),$(patsubst tests/%.c,%,$(wildcard tests/*.c)))
 UNIT := $(filter unit_%,$(SUITES))
 
 # Every suite is built plain, and with ASan and UBSan; those that have threads also with TSan, under which Criterion does
-# not run; the unit suites also once for each macro that rmig.h takes, and with clang.
+# not run; the unit suites also with each macro that rmig.h takes, several in a variant, and with clang.
 TSAN_SUITES := $(filter threads%,$(SUITES))
-SWITCHES := static namespace chunk64 override ndebug clang
+SWITCHES := private namespace clang
 # Not under ThreadSanitizer, which does not see that liburing maps and unmaps.
 URING := -DRMIG_MAPPED_URING
 FLAGS_plain := -O1 -g $(URING)
 FLAGS_asan := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all $(URING)
 FLAGS_tsan := -O1 -g -fsanitize=thread
 FLAGS_verbs := -O1 -g -DRMIG_TEST_VERBS
-FLAGS_static := -O1 -DRMIG_STATIC
-FLAGS_namespace := -O1 -DRMIG_NAMESPACE=acme_
-FLAGS_chunk64 := -O1 -DRMIG_CHUNK_SIZE=67108864
-FLAGS_override := -O1 -include tests/override.h
-FLAGS_ndebug := -O3 -DNDEBUG $(URING)
-FLAGS_clang := -O2
+FLAGS_private := -O1 -DRMIG_STATIC -include tests/override.h
+FLAGS_namespace := -O3 -DNDEBUG -DRMIG_NAMESPACE=acme_ $(URING)
+FLAGS_clang := -O2 -DRMIG_CHUNK_SIZE=67108864
 CC_clang := $(CLANG)
 
 # On machines of other kinds, under qemu-user: what needs no device. Those whose compiler is here.
@@ -149,50 +146,53 @@ CHECK_BINARIES := $(TEST_BINARIES) $(FUZZ_BINARIES) $(addprefix $(B)/,$(EXAMPLES
 -include $(addsuffix .d,$(CHECK_BINARIES)) $(wildcard $(B)/bench/*.d)
 
 # >>checks
-# One line a program: how it reports, its name, its limit in seconds, the command. tests/run.pl runs and counts them.
+# One line a program: how it reports, its name, its limit in seconds, the command. tests/run.pl runs and counts them; the
+# longest come first.
+# A limit is for what hangs: ten times what the program takes on a machine of its own, and at least ten minutes.
 
 CRITERION := $(shell grep -ls 'criterion/' $(addsuffix .c,$(addprefix tests/,$(SUITES))))
 kind = $(if $(filter tests/$(1).c,$(CRITERION)),criterion,status)
-suite_lines = $(foreach s,$(2),'$(call kind,$(s)) $(1)/$(s) 600 $(B)/$(1)/$(s)')
+suite_lines = $(foreach s,$(2),'$(call kind,$(s)) $(1)/$(s) 2400 $(B)/$(1)/$(s)')
 PLAIN_LINES := $(call suite_lines,plain,$(SUITES)) \
-	'tap integration/minimal 120 tests/minimal.sh $(B)/minimal' \
-	'tap integration/migrate 600 tests/migrate.sh $(B)/rmig_migrate' \
-	'tap integration/kvm_live 300 tests/kvm_live.sh $(B)/kvm_live' \
-	'tap integration/qemu 600 tests/qemu_examples.sh $(B)/qemu_sink $(B)/qemu_source' \
-	'tap integration/mapped_ram 900 tests/mapped_ram.sh $(B)/mapped_ram $(B)' \
-	'tap soak 120 tests/soak_tool.sh $(B)/plain/random_migration' \
-	'tap readme 60 tests/readme.sh $(B)/rmig_migrate' \
-	'tap quick_start 400 tests/quick_start.sh'
+	'tap integration/minimal 600 tests/minimal.sh $(B)/minimal' \
+	'tap integration/migrate 2400 tests/migrate.sh $(B)/rmig_migrate' \
+	'tap integration/kvm_live 1200 tests/kvm_live.sh $(B)/kvm_live' \
+	'tap integration/qemu 2400 tests/qemu_examples.sh $(B)/qemu_sink $(B)/qemu_source' \
+	'tap integration/mapped_ram 2400 tests/mapped_ram.sh $(B)/mapped_ram $(B)' \
+	'tap soak 600 tests/soak_tool.sh $(B)/plain/random_migration' \
+	'tap readme 600 tests/readme.sh $(B)/rmig_migrate' \
+	'tap quick_start 1200 tests/quick_start.sh'
 # Over RDMA devices: in virtual machines, or on the adapter that is named. The longest come first.
 RDMA_DEV ?=
 RDMA_BINARIES := $(addprefix $(B)/,plain/fabric_conformance plain/rdma verbs/hostile_peer rmig_migrate kvm_live \
 	qemu_sink qemu_source asan/qemu_sink asan/qemu_source)
-rdma_line = 'tap rdma/$(subst $() ,-,$(1)) 700 tests/rdma.sh $(B) $(1)'
-VM_LINES := 'tap rdma/qemu 700 tests/qemu_peer.sh $(B) moves runs refuses libfabric asan' \
-	'tap rdma/qemu-chunks 700 tests/qemu_peer.sh $(B) chunks' \
-	'tap rdma/qemu-files 300 tests/qemu_peer.sh $(B) files' \
+rdma_line = 'tap rdma/$(subst $() ,-,$(1)) 3600 tests/rdma.sh $(B) $(1)'
+VM_LINES := 'tap rdma/qemu 3600 tests/qemu_peer.sh $(B) moves runs refuses libfabric asan' \
+	'tap rdma/qemu-chunks 3600 tests/qemu_peer.sh $(B) chunks' \
+	'tap rdma/qemu-files 3600 tests/qemu_peer.sh $(B) files' \
 	$(call rdma_line,rxe ofi) $(call rdma_line,siw migrate limits link) \
 	$(call rdma_line,rxe conformance session limits) $(call rdma_line,siw conformance session) \
 	$(call rdma_line,rxe hostile) $(call rdma_line,rxe migrate link)
 RDMA_LINES = $(if $(RDMA_DEV),$(call rdma_line,here conformance ofi session migrate hostile),$(VM_LINES))
-ARCH_LINES := 'tap arch 900 tests/arch.sh $(B) $(ARCH_SUITES)'
-LINT_LINES := 'tap lint 900 tests/lint.sh'
+ARCH_LINES := 'tap arch 2400 tests/arch.sh $(B) $(ARCH_SUITES)'
+LINT_LINES := 'tap lint 2400 tests/lint.sh'
 FUZZ_LINES = 'tap fuzz 86400 tests/fuzz.sh $(1) $(FUZZ_BINARIES)'
-CHECK_LINES = $(VM_LINES) 'tap headers 900 tests/headers.sh' $(PLAIN_LINES) \
+CHECK_LINES = $(LINT_LINES) 'tap headers 2400 tests/headers.sh' $(VM_LINES) $(PLAIN_LINES) \
 	$(call suite_lines,asan,$(SUITES)) $(call suite_lines,tsan,$(TSAN_SUITES)) \
 	$(foreach s,$(SWITCHES),$(call suite_lines,$(s),$(UNIT))) \
-	'tap integration/minimal-asan 120 tests/minimal.sh $(B)/asan/minimal' \
-	'tap integration/migrate-asan 900 tests/migrate.sh $(B)/asan/rmig_migrate' \
-	'tap costs 300 bench/costs.sh $(B)' \
-	'tap figures 300 bench/figures.sh $(B) check' \
-	'tap valgrind 600 tests/valgrind.sh $(B)/minimal $(B)/plain' \
-	'tap install 120 tests/install.sh' \
-	$(ARCH_LINES) $(LINT_LINES) $(call FUZZ_LINES,5)
+	'tap integration/minimal-asan 600 tests/minimal.sh $(B)/asan/minimal' \
+	'tap integration/migrate-asan 2400 tests/migrate.sh $(B)/asan/rmig_migrate' \
+	'tap costs 1200 bench/costs.sh $(B)' \
+	'tap figures 1200 bench/figures.sh $(B) check' \
+	'tap valgrind 2400 tests/valgrind.sh $(B)/minimal $(B)/plain' \
+	'tap install 600 tests/install.sh' \
+	$(ARCH_LINES) $(call FUZZ_LINES,5)
 
 # $(1): what to build first. $(2): lines to run. A program that does not build is a failure, and the rest still runs.
+# One line more than there are cores: most lines wait for something at times.
 run_lines = mkdir -p $(B); built=0; \
 	$(if $(1),$(MAKE) -k --no-print-directory $(if $(findstring -j,$(MAKEFLAGS)),,-j$(JOBS)) $(1) || built=$$?;) \
-	printf '%s\n' $(2) >$(B)/check.list && perl tests/run.pl --built $$built --jobs $(JOBS) --out $(B)/log $(B)/check.list
+	printf '%s\n' $(2) >$(B)/check.list && perl tests/run.pl --built $$built --jobs $$(($(JOBS) + 1)) --out $(B)/log $(B)/check.list
 
 check: | $(AFTER_DEPS)
 	@$(call run_lines,check-binaries,$(CHECK_LINES))

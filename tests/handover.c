@@ -419,7 +419,7 @@ static void late(const char *provider, enum way way) {
     close_fabrics(&s);
 }
 
-TestSuite(handover, .timeout = 300);
+TestSuite(handover, .timeout = 600);
 
 #define HANDOVER(provider_index, provider)                                                                             \
     Test(handover, a_thousand_honest_ones_over_##provider##_end_well_at_both_ends) {                                   \

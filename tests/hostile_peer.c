@@ -616,7 +616,7 @@ static void play_actor(struct play *p, sim_step *step) {
 }
 
 static const char *play_address(const struct play *p) { return p->address; }
-static uint64_t patience(const struct raw *r, uint64_t span) { return r->play->sim != NULL ? span : 10 * span; }
+static uint64_t patience(const struct raw *r, uint64_t span) { return r->play->sim != NULL ? span : 60 * span; }
 
 static int add_fds(struct pollfd *to, const struct rmig_fd *fds, int n) {
     for (int i = 0; i < n; i++) {
@@ -685,6 +685,11 @@ static void trace(void *user, const char *line) { fprintf(stderr, "%s %s\n", (co
 #define CONNECT_TIMEOUT (2 * SIM_SECOND)
 #define IO_TIMEOUT (3 * SIM_SECOND)
 
+/* Where time is real, a busy machine is silent for seconds: ten more are granted, so that the text has the same end. */
+static uint64_t timeout_of(uint64_t simulated) {
+    return fabrics[chosen()].open == NULL ? simulated : simulated + 10 * SIM_SECOND;
+}
+
 /* The defaults of a test, which may change them before play_sink or play_source. */
 static struct play *play_new(enum sim_mode mode) {
     struct play *p = calloc(1, sizeof *p);
@@ -692,8 +697,8 @@ static struct play *play_new(enum sim_mode mode) {
     sim_defaults(&p->world, mode, 7);
     p->world.key_bits = 32;
     p->plain = p->world;
-    set(p, RMIG_PARAM_CONNECT_TIMEOUT, CONNECT_TIMEOUT);
-    set(p, RMIG_PARAM_IO_TIMEOUT, IO_TIMEOUT);
+    set(p, RMIG_PARAM_CONNECT_TIMEOUT, timeout_of(CONNECT_TIMEOUT));
+    set(p, RMIG_PARAM_IO_TIMEOUT, timeout_of(IO_TIMEOUT));
     if (getenv("RMIG_TRACE") != NULL) {
         p->cfg.trace = trace;
         p->cfg.trace_user = (void *)(uintptr_t) "rmig";
@@ -1252,7 +1257,7 @@ static void stock_to_rmig(const struct stock_case *c) {
         stock_to_rmig(&c);                                                                                             \
     }
 
-TestSuite(honest_source, .timeout = 120);
+TestSuite(honest_source, .timeout = 600);
 STOCK_TO_RMIG(dynamic, MIB, RAM_LENGTH, 0, false, false, SIM_ORDERED)
 STOCK_TO_RMIG(dynamic_with_offset_addressing, MIB, RAM_LENGTH, 0, false, true, SIM_ORDERED)
 STOCK_TO_RMIG(dynamic_over_iwarp, MIB, RAM_LENGTH, 0, false, false, SIM_LOCAL)
@@ -1608,7 +1613,7 @@ static void rmig_to_stock(const struct rmig_case *c) {
     }
 #define AHEAD (128 * MIB)
 
-TestSuite(honest_sink, .timeout = 120);
+TestSuite(honest_sink, .timeout = 600);
 RMIG_TO_STOCK(dynamic, MIB, AHEAD, false, false, MIB, 0, SIM_ORDERED, false)
 RMIG_TO_STOCK(dynamic_one_chunk_at_a_time, MIB, 0, false, false, MIB, 0, SIM_ORDERED, false)
 RMIG_TO_STOCK(dynamic_over_iwarp, MIB, AHEAD, false, false, MIB, 0, SIM_LOCAL, false)
@@ -1841,7 +1846,7 @@ static void sink_must_forget(struct play *p, int status, const char *needles) {
         sink_must_forget(p, RMIG_ERR_##status, needles);                                                               \
     }
 
-TestSuite(hostile_source, .timeout = 60);
+TestSuite(hostile_source, .timeout = 600);
 
 // --- hostile sources: private data
 
@@ -3054,8 +3059,8 @@ static void source_must_fail(struct play *p, int status, const char *needles) {
     must_fail(p, status, needles);
     cr_expect_eq(held.exposed, 0u, "the source's memory can be written");
     for (unsigned i = 0; i < BLOCKS; i++)
-        for (uint64_t at = 1; at < p->ram[i].length; at++)
-            cr_assert_eq(p->ram[i].host[at], p->ram[i].host[0], "the source's block %u was written", i);
+        cr_assert_eq(memcmp(p->ram[i].host, p->ram[i].host + 1, p->ram[i].length - 1), 0, // every byte as the first
+                     "the source's block %u was written", i);
     target_close(p);
     play_free(p);
 }
@@ -3068,7 +3073,7 @@ static void source_must_fail(struct play *p, int status, const char *needles) {
         source_must_fail(p, RMIG_ERR_##status, needles);                                                               \
     }
 
-TestSuite(hostile_sink, .timeout = 60);
+TestSuite(hostile_sink, .timeout = 600);
 
 /* What the raw sink does in all these tests before it turns hostile is right: gone through to the end it works. */
 static void whole_session(enum source_stage stage) {
@@ -3532,7 +3537,7 @@ Test(hostile_sink, swallows_writes) {
 
 // --- the return path of a version 1 source: a second connection, for bytes to the source
 
-TestSuite(return_path, .timeout = 60);
+TestSuite(return_path, .timeout = 600);
 
 static void open_back(struct play *p, struct raw *back) {
     raw_open(back, p, p->fabric[0]);
@@ -4423,5 +4428,5 @@ static void chatters(bool back) {
     held.ops.poll = held.below->poll;
     free_with_return_path(p, &other);
 }
-Test(hostile_source, has_events_without_end, .timeout = 20) { chatters(false); }
-Test(return_path, has_events_without_end, .timeout = 20) { chatters(true); }
+Test(hostile_source, has_events_without_end, .timeout = 600) { chatters(false); }
+Test(return_path, has_events_without_end, .timeout = 600) { chatters(true); }

@@ -19,7 +19,7 @@ json_field() {
 demo() { # GUEST MORE...
     local guest=$1 name
     shift
-    timeout -k 5 100 "$program" demo --guest "$guest" --ram 64M --run-before 500ms --run-after 500ms \
+    timeout -k 5 600 "$program" demo --guest "$guest" --ram 64M --run-before 500ms --run-after 500ms \
         --json "$tmp/demo.json" "$@" || { echo "exit status $?"; return 1; }
     [ "$(json_field "$tmp/demo.json" verified)" = 1 ] || { cat "$tmp/demo.json"; return 1; }
     [ "$(json_field "$tmp/demo.json" guest)" = "$guest" ] || { cat "$tmp/demo.json"; return 1; }
@@ -30,7 +30,7 @@ demo() { # GUEST MORE...
 }
 
 sabotage_is_noticed() { # GUEST
-    timeout -k 5 100 "$program" demo --guest "$1" --ram 64M --run-before 500ms --run-after 500ms \
+    timeout -k 5 600 "$program" demo --guest "$1" --ram 64M --run-before 500ms --run-after 500ms \
         --sabotage lose-page --json "$tmp/lost.json"
     local status=$?
     [ "$status" = 1 ] || { echo "exit status $status, 1 wanted"; return 1; }
@@ -39,7 +39,7 @@ sabotage_is_noticed() { # GUEST
 
 start_dest() { # OPTION...: sets dest and address
     local i
-    timeout -k 5 100 "$program" dest --listen "${listen-127.0.0.1}:0" --json "$tmp/dest.json" "$@" 2>"$tmp/dest.err" &
+    timeout -k 5 600 "$program" dest --listen "${listen-127.0.0.1}:0" --json "$tmp/dest.json" "$@" 2>"$tmp/dest.err" &
     dest=$!
     for ((i = 0; i < 400; i++)); do
         address=$(sed -n 's/^destination: listening on //p' "$tmp/dest.err")
@@ -51,7 +51,7 @@ start_dest() { # OPTION...: sets dest and address
 }
 
 source_to_dest() { # OPTION...
-    timeout -k 5 100 "$program" source --connect "$address" --guest thread --ram 64M --run-before 100 --run-after 100 \
+    timeout -k 5 600 "$program" source --connect "$address" --guest thread --ram 64M --run-before 100 --run-after 100 \
         --json "$tmp/source.json" "$@" 2>"$tmp/source.err"
 }
 
@@ -120,7 +120,7 @@ live() {
     local wanted=$1 text=$2 status=0
     shift 2
     rm -f "$tmp/live.json"
-    timeout -k 5 60 "$program" "$@" --json "$tmp/live.json" >"$tmp/out" 2>&1 || status=$?
+    timeout -k 5 600 "$program" "$@" --json "$tmp/live.json" >"$tmp/out" 2>&1 || status=$?
     [ "$status" = "$wanted" ] || { echo "exit status $status, wanted $wanted: $*"; cat "$tmp/out"; return 1; }
     grep -qF -- "$text" "$tmp/out" || { echo "wanted \"$text\": $*"; cat "$tmp/out"; return 1; }
 }
@@ -155,7 +155,7 @@ saves() { # GUEST OPTION...
         field_is outcome saved && field_is verified 1 && field_is guest "$guest" && field_is ram_bytes "$ram" &&
         field_is file_bytes "$(stat -c %s "$tmp/$guest.snap")" && [ ! -e "$tmp/$guest.snap.part" ] &&
         above_zero rounds total_ns downtime_ns bytes_written && length_is_bounded "$tmp/$guest.snap" &&
-        timeout 60 "$mapped_ram" verify "$tmp/$guest.snap"
+        timeout 600 "$mapped_ram" verify "$tmp/$guest.snap"
 }
 
 loads() { # GUEST OPTION...
@@ -192,7 +192,7 @@ as_local() { # GUEST
 # Of a guest that is never done; a moment without a write ends it early, so more than one try.
 twenty_rounds() { # GUEST
     local try direct=(--direct)
-    timeout 60 "$program" save "$tmp/d.snap" --ram 16M --run-before 0 --run-after 0 --direct >/dev/null 2>&1 || direct=()
+    timeout 600 "$program" save "$tmp/d.snap" --ram 16M --run-before 0 --run-after 0 --direct >/dev/null 2>&1 || direct=()
     for try in 1 2 3 4 5; do
         saves "$1" --working-set 32M --fill 16M --dirty-rate 0 --downtime 0 --max-rounds 20 "${direct[@]}" || return 1
         loads "$1" && loads "$1" "${lazy[@]}" --threads 2 || return 1
@@ -232,7 +232,7 @@ signal_while_saving() { # GUEST SIGNAL
     wait "$saver"
     status=$?
     if [ "$status" = 0 ]; then # it was faster
-        timeout 60 "$mapped_ram" verify "$tmp/old"
+        timeout 600 "$mapped_ram" verify "$tmp/old"
         return
     fi
     [ "$status" = 3 ] && grep -q 'cancelled by a signal' "$tmp/out" && field_is verified 1 &&
@@ -289,7 +289,7 @@ make_foreign() { # MACHINE BLOCK FILE
  "section_id": 7, "blocks": [{"name": "$2", "file": "ram/$2", "length": 16777216}],
  "state": {"file": "state", "length": 27}}
 END
-    timeout 60 "$mapped_ram" save --quiet "$tmp/foreign" "$3"
+    timeout 600 "$mapped_ram" save --quiet "$tmp/foreign" "$3"
 }
 
 foreign() {
@@ -310,7 +310,7 @@ other_kind() { live 3 'is a thread guest, --guest here says kvm' load "$tmp/thre
 no_space() {
     cat >"$tmp/full.sh" <<'END'
 mount -t tmpfs -o size=8M none "$1/full" && echo old >"$1/full/s" || exit 90
-timeout 60 "$2" save "$1/full/s" --guest thread --ram 64M --run-before 100 --run-after 100 --json "$1/live.json"
+timeout 600 "$2" save "$1/full/s" --guest thread --ram 64M --run-before 100 --run-after 100 --json "$1/live.json"
 status=$?
 [ "$(cat "$1/full/s")" = old ] && [ ! -e "$1/full/s.part" ] || exit 91
 exit $status

@@ -24,7 +24,7 @@ trap 'exit 143' TERM INT
 
 # >>tools
 
-mapped() { timeout -k 5 60 "$program" "$@"; }
+mapped() { timeout -k 5 600 "$program" "$@"; }
 
 # ends STATUS TEXT COMMAND...: the program ends so, and says that.
 ends() {
@@ -118,7 +118,7 @@ no_file_for_a_snapshot() {
 
 written_by_another() {
     : >"$tmp/l.part"
-    ends 3 'is being written by another process' flock "$tmp/l.part" timeout 20 "$program" save "$tmp/a" "$tmp/l" &&
+    ends 3 'is being written by another process' flock "$tmp/l.part" timeout 600 "$program" save "$tmp/a" "$tmp/l" &&
         [ -e "$tmp/l.part" ]
 }
 
@@ -128,7 +128,7 @@ can_mount() { unshare -m true 2>/dev/null; }
 no_space() {
     cat >"$tmp/full.sh" <<'END'
 mount -t tmpfs -o size=4M none "$1/full" && echo old >"$1/full/s" || exit 90
-timeout 60 "$2" save --threads 3 "$1/a" "$1/full/s"
+timeout 600 "$2" save --threads 3 "$1/a" "$1/full/s"
 status=$?
 [ "$(cat "$1/full/s")" = old ] && [ ! -e "$1/full/s.part" ] || exit 91
 exit $status
@@ -140,7 +140,7 @@ END
 read_only() {
     mkdir -p "$tmp/ro"
     ends 3 'Read-only file system' unshare -m sh -c \
-        'mount -t tmpfs none "$1/ro" && : >"$1/ro/s" && mount -o remount,ro "$1/ro" && timeout 60 "$2" save "$1/a" "$1/ro/s"' \
+        'mount -t tmpfs none "$1/ro" && : >"$1/ro/s" && mount -o remount,ro "$1/ro" && timeout 600 "$2" save "$1/a" "$1/ro/s"' \
         sh "$tmp" "$program" && ! grep -q in-place "$tmp/err"
 }
 
@@ -151,7 +151,7 @@ broken_save() { # MESSAGE CALL:error=CODE:when=N OPTION...
     local text=$1 fault=$2
     shift 2
     echo old >"$tmp/broken"
-    ends 3 "$text" timeout 60 strace -f -qq -o "$tmp/calls" -e "trace=io_uring_setup,${fault%%:*}" \
+    ends 3 "$text" timeout 600 strace -f -qq -o "$tmp/calls" -e "trace=io_uring_setup,${fault%%:*}" \
         -e inject=io_uring_setup:error=ENOSYS -e "inject=$fault" "$program" save "$@" "$tmp/a" "$tmp/broken" &&
         [ "$(cat "$tmp/broken")" = old ] && [ ! -e "$tmp/broken.part" ]
 }
@@ -159,14 +159,14 @@ broken_save() { # MESSAGE CALL:error=CODE:when=N OPTION...
 broken_load() { # MESSAGE CALL:error=CODE:when=N OPTION...
     local text=$1 fault=$2
     shift 2
-    ends 3 "$text" timeout 60 strace -f -qq -o "$tmp/calls" -e "trace=io_uring_setup,${fault%%:*}" \
+    ends 3 "$text" timeout 600 strace -f -qq -o "$tmp/calls" -e "trace=io_uring_setup,${fault%%:*}" \
         -e inject=io_uring_setup:error=ENOSYS -e "inject=$fault" "$program" load "$@" "$tmp/s" "$tmp/broken.d" &&
         [ ! -e "$tmp/broken.d" ] && [ ! -e "$tmp/broken.d.part" ]
 }
 
 without_io_uring() { # [CALL:error=CODE:when=N]
     rm -rf "$tmp/back"
-    timeout 60 strace -f -qq -o "$tmp/calls" -e trace=io_uring_setup,pwrite64 -e inject=io_uring_setup:error=ENOSYS \
+    timeout 600 strace -f -qq -o "$tmp/calls" -e trace=io_uring_setup,pwrite64 -e inject=io_uring_setup:error=ENOSYS \
         ${1:+-e "inject=$1"} "$program" save --direct --threads 2 "$tmp/a" "$tmp/s" && grep -q ENOSYS "$tmp/calls" &&
         mapped load "$tmp/s" "$tmp/back" && same_machine "$tmp/a" "$tmp/back"
 }
@@ -175,7 +175,7 @@ without_io_uring() { # [CALL:error=CODE:when=N]
 cut_ram() {
     local i status
     rm -rf "$tmp/cut" && cp -r "$tmp/a" "$tmp/cut" && echo old >"$tmp/old" || return 1
-    timeout 60 strace -f -qq -o "$tmp/calls" -e trace=pwrite64,io_uring_setup -e inject=pwrite64:delay_exit=3000000:when=1 \
+    timeout 600 strace -f -qq -o "$tmp/calls" -e trace=pwrite64,io_uring_setup -e inject=pwrite64:delay_exit=3000000:when=1 \
         -e inject=io_uring_setup:error=ENOSYS "$program" save --threads 3 "$tmp/cut" "$tmp/old" >"$tmp/out" 2>&1 &
     for ((i = 0; i < 2000; i++)); do
         [ -e "$tmp/old.part" ] && break
@@ -191,7 +191,7 @@ cut_ram() {
 
 without_io_uring_enter() {
     rm -rf "$tmp/back"
-    timeout 60 strace -f -qq -o "$tmp/calls" -e trace=io_uring_enter -e inject=io_uring_enter:error=EPERM "$program" \
+    timeout 600 strace -f -qq -o "$tmp/calls" -e trace=io_uring_enter -e inject=io_uring_enter:error=EPERM "$program" \
         save --direct --threads 2 "$tmp/a" "$tmp/s" && grep -q EPERM "$tmp/calls" &&
         mapped load "$tmp/s" "$tmp/back" && same_machine "$tmp/a" "$tmp/back"
 }
@@ -587,7 +587,7 @@ start() { # END OPTION...
     local end=$1
     shift
     rm -f "$tmp/$end.qmp"
-    timeout -k 5 120 "$qemu" -machine q35,memory-backend=pc.ram -accel tcg,tb-size=32 -m 64M -display none -nodefaults \
+    timeout -k 5 600 "$qemu" -machine q35,memory-backend=pc.ram -accel tcg,tb-size=32 -m 64M -display none -nodefaults \
         -no-user-config -qmp "unix:$tmp/$end.qmp,server=on,wait=off" -serial "file:$tmp/$end.serial" \
         -object "memory-backend-file,id=pc.ram,size=64M,mem-path=$tmp/$end.ram,share=on" "$@" \
         </dev/null >"$tmp/$end.log" 2>&1 &
@@ -597,7 +597,7 @@ start() { # END OPTION...
 qmp() { # END COMMAND...
     local end=$1
     shift
-    tests/vm/qmp.pl --timeout 60 "$tmp/$end.qmp" "$@" >"$tmp/$end.answer" && return
+    tests/vm/qmp.pl --timeout 600 "$tmp/$end.qmp" "$@" >"$tmp/$end.answer" && return
     cat "$tmp/$end.answer" "$tmp/$end.log"
     return 1
 }

@@ -11,7 +11,7 @@ trap 'rm -rf "$tmp"' EXIT
 
 # >>tools
 
-rmig() { timeout -k 5 60 "$program" "$@"; }
+rmig() { timeout -k 5 600 "$program" "$@"; }
 
 under=() # what the receiver is run by
 
@@ -22,7 +22,7 @@ start_recv() { # HOST OPTION...
     rm -rf "$out"
     mkdir -p "$out"
     : >"$tmp/recv.out"
-    timeout -k 5 60 "${under[@]}" "$program" recv --listen "$host:0" --out "$out" "$@" >"$tmp/recv.out" 2>"$tmp/recv.err" &
+    timeout -k 5 600 "${under[@]}" "$program" recv --listen "$host:0" --out "$out" "$@" >"$tmp/recv.out" 2>"$tmp/recv.err" &
     receiver=$!
     listens || return 1
     address=$(sed -n 's/^listening on //p; s/^{"listening":"\(.*\)"}$/\1/p' "$tmp/recv.out")
@@ -30,11 +30,11 @@ start_recv() { # HOST OPTION...
 
 wait_for() { # CONDITION: at most 10 s
     local i
-    for ((i = 0; i < 200; i++)); do
+    for ((i = 0; i < 200 * slack; i++)); do
         eval "$1" && return 0
         sleep 0.05
     done
-    echo "waited 10 s in vain for: $1"
+    echo "waited $((10 * slack)) s in vain for: $1"
     return 1
 }
 
@@ -440,7 +440,7 @@ no_space() {
     rm -rf "$out"
     mkdir -p "$out"
     : >"$tmp/recv.out"
-    timeout -k 5 60 unshare -rm sh -c 'mount -t tmpfs -o size=4m none "$1" && shift && exec "$@"' sh "$out" \
+    timeout -k 5 600 unshare -rm sh -c 'mount -t tmpfs -o size=4m none "$1" && shift && exec "$@"' sh "$out" \
         "$program" recv --listen 127.0.0.1:0 --out "$out" "$@" >"$tmp/recv.out" 2>"$tmp/recv.err" &
     receiver=$!
     listens || return 1
@@ -600,7 +600,7 @@ END
     rm -rf "$out"
     mkdir -p "$out"
     : >"$tmp/recv.out"
-    timeout -k 5 60 unshare -m sh "$tmp/full.sh" "$out" sh -c 'dir=$1; shift; "$@"; rc=$?; ls "$dir"; exit $rc' sh "$out/m" \
+    timeout -k 5 600 unshare -m sh "$tmp/full.sh" "$out" sh -c 'dir=$1; shift; "$@"; rc=$?; ls "$dir"; exit $rc' sh "$out/m" \
         "$program" recv --listen 127.0.0.1:0 --out "$out/m" >"$tmp/recv.out" 2>"$tmp/recv.err" &
     receiver=$!
     listens || return 1
@@ -639,7 +639,7 @@ start_slow_disk() {
     local no_exchange=renameat2:error=EINVAL
     three
     traced fsync:delay_enter=4000000:when=1 start_recv 127.0.0.1 || return 1
-    timeout -k 5 60 "$program" send --connect "$address" "${send[@]}" >"$tmp/send.out" 2>"$tmp/send.err" &
+    timeout -k 5 600 "$program" send --connect "$address" "${send[@]}" >"$tmp/send.out" 2>"$tmp/send.err" &
     sender=$!
     wait_for "[ -s $out/state.part ]" && sleep 0.7
 }
@@ -716,7 +716,7 @@ place_is_taken() { # MAKE WORD OPTION...
     shift 2
     start_recv 127.0.0.1 "$@" || return 1
     [ $# = 0 ] || echo "older a" >"$out/a"
-    timeout -k 5 60 "$program" send --connect "$address" --block "a=$tmp/page" --block "b=$tmp/odd" --set max-bandwidth=6M \
+    timeout -k 5 600 "$program" send --connect "$address" --block "a=$tmp/page" --block "b=$tmp/odd" --set max-bandwidth=6M \
         >"$tmp/send.out" 2>"$tmp/send.err" &
     sender=$!
     wait_for "[ -e $out/b.part ]" && $make "$out/b" || return 1
@@ -734,7 +734,7 @@ kept_is_safe() {
     no_name renameat2:error=EIO:when=1 || return 1
     local receiver address host=127.0.0.1
     : >"$tmp/recv.out"
-    timeout -k 5 60 "$program" recv --listen 127.0.0.1:0 --out "$out" --force >"$tmp/recv.out" 2>"$tmp/recv.err" &
+    timeout -k 5 600 "$program" recv --listen 127.0.0.1:0 --out "$out" --force >"$tmp/recv.out" 2>"$tmp/recv.err" &
     receiver=$!
     listens || return 1
     rmig send --connect "$(sed -n 's/^listening on //p' "$tmp/recv.out")" "${send[@]}" >"$tmp/send.out" 2>"$tmp/send.err"
@@ -786,11 +786,11 @@ disk() {
 
 # >>peers that go wrong
 
-# A migration slow enough to be hit in the middle: 32 MiB at 4 MiB/s. io-timeout 2 s bounds what the other end may take.
+# A migration slow enough to be hit in the middle: 32 MiB at 4 MiB/s. io-timeout 5 s bounds what the other end may take.
 start_slow() {
-    start_recv 127.0.0.1 --set io-timeout=2s || return 1
-    timeout -k 5 60 "$program" send --connect "$address" --block "ram=$tmp/big" --set max-bandwidth=4M \
-        --set io-timeout=2s >"$tmp/send.out" 2>"$tmp/send.err" &
+    start_recv 127.0.0.1 --set io-timeout=5s || return 1
+    timeout -k 5 600 "$program" send --connect "$address" --block "ram=$tmp/big" --set max-bandwidth=4M \
+        --set io-timeout=5s >"$tmp/send.out" 2>"$tmp/send.err" &
     sender=$!
     wait_for "[ -e $out/ram.part ]" && sleep 0.7
 }
@@ -801,7 +801,12 @@ ends() {
     wait "$1"
     status=$?
     [ $status = "$2" ] || { echo "$4 ended with $status, $2 wanted"; cat "$tmp/send.err" "$tmp/recv.err"; return 1; }
-    [ $((SECONDS - begin)) -le "$3" ] || { echo "$4 took $((SECONDS - begin)) s"; return 1; }
+    [ $((SECONDS - begin)) -le $(($3 * slack)) ] || { echo "$4 took $((SECONDS - begin)) s"; return 1; }
+}
+
+# An end that was stopped is silent, one that was killed is gone.
+silence_told() { # SIGNAL FILE
+    [ -s "$2" ] && { [ "$1" != STOP ] || says "$2" 'for 5s (io-timeout)'; }
 }
 
 kill_receiver() { # SIGNAL
@@ -813,7 +818,7 @@ kill_receiver() { # SIGNAL
     local rc=$?
     kill -KILL "$victim" 2>/dev/null
     wait "$receiver"
-    [ $rc = 0 ] && [ -s "$tmp/send.err" ] && [ ! -e "$out/ram" ]
+    [ $rc = 0 ] && silence_told "$1" "$tmp/send.err" && [ ! -e "$out/ram" ]
 }
 
 kill_sender() { # SIGNAL
@@ -825,7 +830,7 @@ kill_sender() { # SIGNAL
     local rc=$?
     kill -KILL "$victim" 2>/dev/null
     wait "$sender"
-    [ $rc = 0 ] && [ -s "$tmp/recv.err" ] && nothing_left
+    [ $rc = 0 ] && silence_told "$1" "$tmp/recv.err" && nothing_left
 }
 
 cancel() { # WHO SIGNAL
@@ -851,7 +856,7 @@ nobody_listens() {
     local begin=$SECONDS
     refused 4 "connecting to $address failed" -- send --connect "$address" --block "ram=$tmp/page" || return 1
     grep -q handover "$tmp/refused" && { cat "$tmp/refused"; return 1; }
-    [ $((SECONDS - begin)) -le 12 ] || { echo "took $((SECONDS - begin)) s"; return 1; }
+    [ $((SECONDS - begin)) -le $((12 * slack)) ] || { echo "took $((SECONDS - begin)) s"; return 1; }
 }
 
 nobody_comes() { refused 4 '--wait' 1 -- recv --listen 127.0.0.1:0 --out "$tmp" --wait 1; }

@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.." || exit 1
 
 moves_and_verifies() {
     local said
-    said=$(timeout -k 5 60 "$1") || { echo "exit status $?: $said"; return 1; }
+    said=$(timeout -k 5 600 "$1") || { echo "exit status $?: $said"; return 1; }
     [ "$said" = 'arrived at tick 42, memory verified' ] || { echo "said: $said"; return 1; }
 }
 

@@ -18,11 +18,11 @@ over=(--fabric ofi --provider tcp)
 
 wait_for() { # CONDITION: at most 10 s
     local i
-    for ((i = 0; i < 200; i++)); do
+    for ((i = 0; i < 200 * slack; i++)); do
         eval "$1" && return 0
         sleep 0.05
     done
-    echo "waited 10 s in vain for: $1"
+    echo "waited $((10 * slack)) s in vain for: $1"
     return 1
 }
 
@@ -38,7 +38,7 @@ sink_into() { # DIR OPTION...; in an environment with sink_env
     local dir=$1
     shift
     : >"$tmp/sink.out"
-    timeout -k 5 60 env "${sink_env[@]}" "$sink_program" "${over[@]}" --listen 127.0.0.1:0 "$@" "$dir" >"$tmp/sink.out" 2>"$tmp/sink.err" &
+    timeout -k 5 600 env "${sink_env[@]}" "$sink_program" "${over[@]}" --listen 127.0.0.1:0 "$@" "$dir" >"$tmp/sink.out" 2>"$tmp/sink.err" &
     sink=$!
     wait_for "grep -q listening $tmp/sink.out || ! kill -0 $sink 2>/dev/null" || return 1
     address=$(sed -n 's/^listening on //p; s/^{"listening":"\(.*\)"}$/\1/p' "$tmp/sink.out")
@@ -47,7 +47,7 @@ sink_into() { # DIR OPTION...; in an environment with sink_env
 source_from() { # DIR OPTION...: to $address
     local dir=$1
     shift
-    timeout -k 5 60 "$source_program" "${over[@]}" "$@" "$dir" "$address" >"$tmp/source.out" 2>"$tmp/source.err"
+    timeout -k 5 600 "$source_program" "${over[@]}" "$@" "$dir" "$address" >"$tmp/source.out" 2>"$tmp/source.err"
 }
 
 # both SOURCE-STATUS SINK-STATUS DIR OPTION...: OPTIONs are given to the source, those in the array `sink_options` to the
@@ -217,7 +217,7 @@ refused() { # STATUS WORD... -- PROGRAM ARGUMENT...
         shift
     done
     shift
-    timeout -k 5 60 "$@" >"$tmp/refused.out" 2>"$tmp/refused"
+    timeout -k 5 600 "$@" >"$tmp/refused.out" 2>"$tmp/refused"
     got=$?
     [ $got = "$status" ] || { echo "exit status $got, $status wanted"; cat "$tmp/refused"; return 1; }
     says "$tmp/refused" "${words[@]}"
@@ -336,11 +336,11 @@ too_much_state() {
 
 # >>peers that go wrong
 
-# A migration slow enough to be hit in the middle: 32 MiB at 4 MiB/s. io-timeout 2 s bounds what the other end may take; a
+# A migration slow enough to be hit in the middle: 32 MiB at 4 MiB/s. io-timeout 5 s bounds what the other end may take; a
 # silent version 1 source is granted the time of all RAM at 16 MB/s on top.
 start_slow() {
-    start_sink --set io-timeout=2s || return 1
-    timeout -k 5 60 "$source_program" "${over[@]}" --set max-bandwidth=4M --set io-timeout=2s "$tmp/large" "$address" \
+    start_sink --set io-timeout=5s || return 1
+    timeout -k 5 600 "$source_program" "${over[@]}" --set max-bandwidth=4M --set io-timeout=5s "$tmp/large" "$address" \
         >"$tmp/source.out" 2>"$tmp/source.err" &
     source=$!
     wait_for "[ -e $out.part/ram/pc.ram ]" && sleep 0.7
@@ -352,7 +352,7 @@ ends() {
     wait "$1"
     status=$?
     [ $status = "$2" ] || { echo "$4 ended with $status, $2 wanted"; cat "$tmp/source.err" "$tmp/sink.err"; return 1; }
-    [ $((SECONDS - begin)) -le "$3" ] || { echo "$4 took $((SECONDS - begin)) s"; return 1; }
+    [ $((SECONDS - begin)) -le $(($3 * slack)) ] || { echo "$4 took $((SECONDS - begin)) s"; return 1; }
 }
 
 stop_sink() { # SIGNAL
@@ -364,7 +364,8 @@ stop_sink() { # SIGNAL
     rc=$?
     kill -KILL "$victim" 2>/dev/null
     wait "$sink"
-    [ $rc = 0 ] && [ -s "$tmp/source.err" ] && [ ! -e "$out" ]
+    [ $rc = 0 ] && [ -s "$tmp/source.err" ] && [ ! -e "$out" ] &&
+        { [ "$1" != STOP ] || says "$tmp/source.err" 'for 5s (io-timeout)'; }
 }
 
 stop_source() { # SIGNAL
@@ -376,7 +377,7 @@ stop_source() { # SIGNAL
     rc=$?
     kill -KILL "$victim" 2>/dev/null
     wait "$source"
-    [ $rc = 0 ] && [ -s "$tmp/sink.err" ] && nothing_left
+    [ $rc = 0 ] && [ -s "$tmp/sink.err" ] && nothing_left && { [ "$1" != STOP ] || says "$tmp/sink.err" '(io-timeout)'; }
 }
 
 cancel() { # WHO SIGNAL
@@ -401,7 +402,7 @@ nobody_comes() {
 
 too_slow() {
     start_sink --timeout 2 || return 1
-    source_from "$tmp/large" --set max-bandwidth=4M --set io-timeout=2s
+    source_from "$tmp/large" --set max-bandwidth=4M --set io-timeout=5s
     local sent=$?
     ends "$sink" 5 6 qemu_sink && says "$tmp/sink.err" --timeout 'did not end' && nothing_left && [ $sent = 5 ] || return 1
     start_sink || return 1
@@ -431,7 +432,7 @@ foreign_source() {
     local other
     other=$(dirname "$source_program")/rmig_migrate
     start_sink || return 1
-    timeout -k 5 60 "$other" send --connect "$address" --provider tcp --set extension=off --block "ram=$tmp/tables" \
+    timeout -k 5 600 "$other" send --connect "$address" --provider tcp --set extension=off --block "ram=$tmp/tables" \
         >"$tmp/source.out" 2>"$tmp/source.err"
     [ $? = 5 ] || { cat "$tmp/source.err"; return 1; }
     ends "$sink" 5 6 qemu_sink && says "$tmp/sink.err" 'offset 0' 'not a migration stream' && nothing_left
@@ -550,7 +551,7 @@ stream_refused() { # ROUND STREAM WORD...: ROUND is "round" or nothing; STREAM f
     shift 2
     start_sink --set io-timeout=3s || return 1
     # shellcheck disable=SC2086 # nothing, or a word
-    timeout -k 5 30 "$tmp/raw" "$address" "$tmp/stream" $round
+    timeout -k 5 600 "$tmp/raw" "$address" "$tmp/stream" $round
     ends "$sink" 5 9 qemu_sink && says "$tmp/sink.err" "$@" && nothing_left
 }
 
@@ -581,7 +582,7 @@ slow_last_send() { # --timeout strikes while the last bytes leave: the sink has 
     edited "$tmp/vm" '$j->{state}{length} = 34' && printf "$device$description" >"$tmp/bad/state" || return 1
     mapfile -t vars < <(slow_env SLOW_SEND=3)
     start_sink || return 1
-    timeout -k 5 60 env "${vars[@]}" "$source_program" "${over[@]}" --timeout 2 "$tmp/bad" "$address" \
+    timeout -k 5 600 env "${vars[@]}" "$source_program" "${over[@]}" --timeout 2 "$tmp/bad" "$address" \
         >"$tmp/source.out" 2>"$tmp/source.err"
     ends=$?
     wait "$sink"
@@ -604,7 +605,7 @@ raw_delivers() { # STATE [SECONDS]
     printf "$head$ram$hook" >"$tmp/stream"
     printf "$1" >"$tmp/state"
     shift
-    timeout -k 5 30 "$tmp/raw" "$address" "$tmp/stream" round "$tmp/state" "$@"
+    timeout -k 5 600 "$tmp/raw" "$address" "$tmp/stream" round "$tmp/state" "$@"
 }
 
 state_kept() { # STATE: what is in DIR.part
@@ -648,7 +649,7 @@ no_description() {
 }
 
 forgotten_source() {
-    start_sink --timeout 3 && timeout -k 5 30 "$tmp/raw" "$address" || return 1
+    start_sink --timeout 3 && timeout -k 5 600 "$tmp/raw" "$address" || return 1
     ends "$sink" 4 5 qemu_sink && says "$tmp/sink.err" 'let go' --timeout 'no source began' && nothing_left
 }
 
@@ -713,7 +714,7 @@ streams() {
 
 snap=$tmp/snap
 
-mapped() { timeout -k 5 60 "$mapped_program" "$@"; }
+mapped() { timeout -k 5 600 "$mapped_program" "$@"; }
 
 # Starts a sink into the file $snap; sets sink and address.
 start_file_sink() { # OPTION...
@@ -831,8 +832,8 @@ file_taken() { # by another sink
 
 file_cancelled() { # WHO SIGNAL: in the middle
     echo older >"$snap"
-    start_file_sink --set io-timeout=2s || return 1
-    timeout -k 5 60 "$source_program" "${over[@]}" --set max-bandwidth=4M --set io-timeout=2s "$tmp/large" "$address" \
+    start_file_sink --set io-timeout=5s || return 1
+    timeout -k 5 600 "$source_program" "${over[@]}" --set max-bandwidth=4M --set io-timeout=5s "$tmp/large" "$address" \
         >"$tmp/source.out" 2>"$tmp/source.err" &
     source=$!
     wait_for "[ -s $snap.part ]" && sleep 0.5 || return 1
@@ -972,7 +973,7 @@ END
     cc -std=c11 -O1 -I. "$tmp/like.c" -o "$tmp/like" $(pkg-config --cflags --libs libfabric) -pthread
 }
 
-like_qemu() { timeout -k 5 60 "$tmp/like" "$address" "$1" >"$tmp/like.out" 2>&1; } # MIB
+like_qemu() { timeout -k 5 600 "$tmp/like" "$address" "$1" >"$tmp/like.out" 2>&1; } # MIB
 
 rounds_like_qemu() { # and what the stream says goes into the file
     rm -f "$snap"
@@ -985,7 +986,7 @@ rounds_like_qemu() { # and what the stream says goes into the file
 slow_file() { # io-timeout of the sink does not count its own disk
     rm -f "$snap"
     mapfile -t sink_env < <(slow_env SLOW_FSYNC=3)
-    start_file_sink --set io-timeout=2s && like_qemu 8 && ends "$sink" 0 5 qemu_sink && mapped verify --quiet "$snap"
+    start_file_sink --set io-timeout=5s && like_qemu 8 && ends "$sink" 0 5 qemu_sink && mapped verify --quiet "$snap"
     local rc=$?
     sink_env=()
     return $rc
@@ -1000,7 +1001,7 @@ slow_file_stopped() { # STATUS WORD OPTION...: by --timeout, or by a signal; the
     local rc=$? like
     sink_env=()
     [ $rc = 0 ] || return 1
-    timeout -k 5 60 "$tmp/like" "$address" 8 >"$tmp/like.out" 2>&1 &
+    timeout -k 5 600 "$tmp/like" "$address" 8 >"$tmp/like.out" 2>&1 &
     like=$!
     wait_for "[ -s $snap.part ]" && sleep 1
     [ "$status" != 7 ] || kill -INT "$(real_pid "$sink")"

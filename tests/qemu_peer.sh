@@ -84,7 +84,7 @@ make_all() {
 if [ -z "$inside" ]; then
     prepare=make_all
     needs=(rping ib_write_bw)
-    vm_options=(--memory 1280 --timeout 500)
+    vm_options=(--memory 1280 --timeout 1800)
     parts='vm qemu10'
     [[ " $* " != *' chunks '* ]] || parts+=' qemu11'
     in_machine "stock QEMU as the peer: $*" "$build" "$parts" tests/qemu_peer.sh --inside "$build" "$@"
@@ -104,9 +104,9 @@ snapshot= # a file in place of the directory $out
 sink_options=() source_options=() guest=(-S)
 
 wait_for() { # SECONDS CONDITION
-    local until=$((SECONDS + $1))
+    local until=$((SECONDS + $1 * slack))
     while ! eval "$2"; do
-        [ "$SECONDS" -lt "$until" ] || { echo "waited $1 s in vain for: $2"; return 1; }
+        [ "$SECONDS" -lt "$until" ] || { echo "waited $(($1 * slack)) s in vain for: $2"; return 1; }
         sleep 0.05
     done
 }
@@ -169,7 +169,7 @@ start_qemu() { # END VERSION MACHINE OPTION...
     exec {writer}<>"$qmp.in" {reader}<>"$qmp.out" # opened so, neither waits for the other end
     to[$end]=$writer
     from[$end]=$reader
-    timeout -k 5 200 "$(program "$version")" -machine "$machine,memory-backend=pc.ram" -accel tcg,tb-size=32 \
+    timeout -k 5 900 "$(program "$version")" -machine "$machine,memory-backend=pc.ram" -accel tcg,tb-size=32 \
         -m "${size}M" -display none -nodefaults -no-user-config \
         -object "memory-backend-file,id=pc.ram,size=${size}M,mem-path=$tmp/test/$end.ram,share=on" \
         -chardev "pipe,id=qmp,path=$qmp" -mon chardev=qmp,mode=control "$@" "${guest[@]/END/$end}" \
@@ -257,7 +257,7 @@ start_sink() { # OPTION...
     [ -z "$snapshot" ] || into=(--snapshot "$snapshot")
     rm -rf "$out" "$out.part"
     : >"$tmp/test/sink.out"
-    timeout -k 5 150 "$programs/qemu_sink" "${fabric[@]}" --set io-timeout=10s --json --listen "$address:0" \
+    timeout -k 5 600 "$programs/qemu_sink" "${fabric[@]}" --set io-timeout=30s --json --listen "$address:0" \
         ${sink_options[@]+"${sink_options[@]}"} "$@" "${into[@]}" >"$tmp/test/sink.out" 2>"$tmp/test/sink.log" &
     sink=$!
     wait_for 30 'grep -q listening "$tmp/test/sink.out" || ! kill -0 $sink 2>/dev/null' || return 1
@@ -266,7 +266,7 @@ start_sink() { # OPTION...
 }
 
 start_source() { # ADDRESS OPTION...
-    timeout -k 5 150 "$programs/qemu_source" "${fabric[@]}" --set io-timeout=10s --json \
+    timeout -k 5 600 "$programs/qemu_source" "${fabric[@]}" --set io-timeout=30s --json \
         ${source_options[@]+"${source_options[@]}"} "${@:2}" "${snapshot:-$out}" "$1" \
         >"$tmp/test/source.out" 2>"$tmp/test/source.log" &
     source=$!
@@ -278,7 +278,7 @@ ended() {
     wait "$1"
     status=$?
     [ "$status" = "$2" ] || { echo "exit status $status, $2 wanted"; return 1; }
-    [ $((SECONDS - begin)) -le "$3" ] || { echo "it took $((SECONDS - begin)) s, $3 allowed"; return 1; }
+    [ $((SECONDS - begin)) -le $(($3 * slack)) ] || { echo "it took $((SECONDS - begin)) s, $(($3 * slack)) allowed"; return 1; }
 }
 
 nothing_left() {
@@ -456,7 +456,7 @@ take_machine() {
 # qemu_source in the middle.
 source_in_the_middle() { # VERSION
     take_machine && start_qemu second "$1" pc-q35-7.2 -S -incoming defer && listens_at second 4400 &&
-        start_source "$address:4400" --set max-bandwidth=2M && wait_for 30 'arrived second 4'
+        start_source "$address:4400" --set max-bandwidth=512K && wait_for 30 'arrived second 4'
 }
 
 sink_qemu_killed() { # VERSION
@@ -504,7 +504,7 @@ strangers() {
     host=${at%:*} port=${at##*:}
     for stranger in "rping -c -a $host -p $port -C 1" "ib_write_bw -R -p $port $host" "$made/caller $at"; do
         # shellcheck disable=SC2086
-        timeout -k 2 15 $stranger >"$tmp/test/stranger" 2>&1
+        timeout -k 2 120 $stranger >"$tmp/test/stranger" 2>&1
         kill -0 "$sink" 2>/dev/null || { echo "qemu_sink has ended after: $stranger"; return 1; }
         cat "$tmp/test/stranger"
     done
@@ -517,7 +517,7 @@ strangers() {
 # A source that is no QEMU, and can do more than one.
 foreign() {
     start_sink || return 1
-    timeout -k 5 60 "$build/rmig_migrate" send --connect "$at" "${fabric[@]}" --block "ram=$image" \
+    timeout -k 5 600 "$build/rmig_migrate" send --connect "$at" "${fabric[@]}" --block "ram=$image" \
         >"$tmp/test/source.out" 2>"$tmp/test/source.log"
     [ $? = 5 ] && ended "$sink" 5 10 && says "$tmp/test/sink.log" 'not a migration stream' && nothing_left
 }

@@ -92,8 +92,8 @@ build() { # from whose code, compiler and language
     $2 -D_GNU_SOURCE -Wall -Wextra -Wconversion -Wshadow -Werror -O1 -g -I. -I"$tmp" "$tmp/main.c" -o "$tmp/run" \
         $(pkg-config --cflags --libs libfabric) -pthread
 }
-run() { timeout 120 "$tmp/run" "127.0.0.1:$((20000 + RANDOM % 20000))" "$1"; }
-without_providers() { FI_PROVIDER=none timeout 60 "$tmp/run" 127.0.0.1:1 nobody; }
+run() { timeout 600 "$tmp/run" "127.0.0.1:$((20000 + RANDOM % 20000))" "$1"; }
+without_providers() { FI_PROVIDER=none timeout 600 "$tmp/run" 127.0.0.1:1 nobody; }
 
 same_code() { diff <(header_code) <(readme_code); }
 
@@ -103,7 +103,7 @@ done
 check 'it moves a guest whole' run whole
 check 'a state that does not fit is refused, and the guest stays' run state
 check 'what a stranger sent before is void' run stranger
-check 'nobody there: an error' timeout 60 "$tmp/run" 127.0.0.1:1 nobody
+check 'nobody there: an error' timeout 600 "$tmp/run" 127.0.0.1:1 nobody
 check 'no provider there: an error' without_providers
 check 'README.md has the same' same_code
 done_testing

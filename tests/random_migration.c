@@ -573,6 +573,13 @@ static void soak(const char *path, const char *seconds, bool v1, bool faults) {
     close(fd);
 }
 
+/* The sanitizers make a seed several times as slow: where no count is given, each program takes seeds of its own. */
+#ifdef __SANITIZE_ADDRESS__
+#define IS_MINE(seed) ((seed) % 3 == 0)
+#else
+#define IS_MINE(seed) ((seed) % 3 != 0)
+#endif
+
 static void run_seeds(const char *family, uint64_t count, bool v1, bool faults) {
     const char *one = getenv("RMIG_SEED"), *many = getenv("RMIG_SEEDS"), *only = getenv("RMIG_FAMILY");
     if (only != NULL && strcmp(only, family) != 0)
@@ -587,15 +594,18 @@ static void run_seeds(const char *family, uint64_t count, bool v1, bool faults) 
     }
     if (many != NULL)
         count = strtoull(many, NULL, 0);
-    uint64_t good = 0;
+    uint64_t good = 0, ran = 0;
     for (uint64_t seed = 1; seed <= count; seed++)
-        good += run_seed(seed, v1, faults, false);
-    if (faults && count >= 100) // the faults must neither miss nor hit everything
-        cr_assert(good > count / 10 && good < count - count / 10, "%llu of %llu seeds with faults succeeded",
-                  (unsigned long long)good, (unsigned long long)count);
+        if (many != NULL || IS_MINE(seed)) {
+            good += run_seed(seed, v1, faults, false);
+            ran++;
+        }
+    if (faults && ran >= 100) // the faults must neither miss nor hit everything
+        cr_assert(good > ran / 10 && good < ran - ran / 10, "%llu of %llu seeds with faults succeeded",
+                  (unsigned long long)good, (unsigned long long)ran);
 }
 
-TestSuite(random_migration, .timeout = 600);
+TestSuite(random_migration, .timeout = 2400);
 
 Test(random_migration, extended) { run_seeds("extended", 1500, false, false); }
 Test(random_migration, version_1) { run_seeds("version_1", 800, true, false); }

@@ -312,7 +312,7 @@ static struct request capture(const char *provider, uint32_t flags) {
         static size_t rows[] = {0, 1};                                                                                 \
         return cr_make_param_array(size_t, rows, sizeof rows / sizeof rows[0]);                                        \
     }                                                                                                                  \
-    ParameterizedTest(size_t *row, raw_bytes, behaviour, .timeout = 3 * TIME_MAX) { behaviour(providers[*row]); }      \
+    ParameterizedTest(size_t *row, raw_bytes, behaviour, .timeout = 600) { behaviour(providers[*row]); }      \
     static void behaviour(const char *provider)
 
 OVER_TCP(a_sink_outlives_them) {

@@ -17,7 +17,7 @@
 #define PAGE 4096u
 #define LENGTH (8 * RMIG_MIB)
 #define SECOND ((uint64_t)1000000000)
-#define LIMIT (30 * SECOND)
+#define LIMIT (120 * SECOND)
 
 struct pair {
     struct rmig_fabric *fabric[2]; // the source's, the sink's
@@ -223,10 +223,10 @@ static void moves_and_leaves_nothing(bool pin_all) {
     check_nothing_held();
 }
 
-Test(rdma, nothing_is_held_after_a_migration, .timeout = 60) { moves_and_leaves_nothing(false); }
-Test(rdma, nothing_is_held_after_a_migration_pinned_whole, .timeout = 60) { moves_and_leaves_nothing(true); }
+Test(rdma, nothing_is_held_after_a_migration, .timeout = 600) { moves_and_leaves_nothing(false); }
+Test(rdma, nothing_is_held_after_a_migration_pinned_whole, .timeout = 600) { moves_and_leaves_nothing(true); }
 
-Test(rdma, nothing_is_held_after_close_in_mid_round, .timeout = 60) {
+Test(rdma, nothing_is_held_after_close_in_mid_round, .timeout = 600) {
     struct pair p = {0};
     pair_open(&p, open_verbs, test_address(), false);
     cr_assert_eq(connect_ends(&p), RMIG_OK, "%s", rmig_source_error(p.source)->text);
@@ -235,7 +235,7 @@ Test(rdma, nothing_is_held_after_close_in_mid_round, .timeout = 60) {
     check_nothing_held();
 }
 
-Test(rdma, nothing_is_held_after_cancelling_at_the_source, .timeout = 60) {
+Test(rdma, nothing_is_held_after_cancelling_at_the_source, .timeout = 600) {
     struct pair p = {0};
     pair_open(&p, open_verbs, test_address(), false);
     cr_assert_eq(connect_ends(&p), RMIG_OK, "%s", rmig_source_error(p.source)->text);
@@ -339,7 +339,7 @@ static size_t count_rejected(struct crowd *c) {
 
 static void await_rejected(struct crowd *c, size_t wanted) {
     for (uint64_t until = c->f->ops->now(c->f) + LIMIT; count_rejected(c) < wanted;)
-        cr_assert_lt(c->f->ops->now(c->f), until, "%zu of %zu rejected after 30 s", count_rejected(c), wanted);
+        cr_assert_lt(c->f->ops->now(c->f), until, "%zu of %zu rejected in time", count_rejected(c), wanted);
 }
 
 static void reject_all(struct crowd *c) {
@@ -352,7 +352,7 @@ static bool is_iwarp(struct crowd *c) {
     return ((struct rmig__verbs_ep *)(void *)c->listener)->id->verbs->device->transport_type == IBV_TRANSPORT_IWARP;
 }
 
-Test(rdma, requests_that_nobody_answers_have_a_limit, .timeout = 120) {
+Test(rdma, requests_that_nobody_answers_have_a_limit, .timeout = 600) {
     struct crowd c;
     crowd_open(&c);
     if (is_iwarp(&c)) { // the listener's code is the same
@@ -393,7 +393,7 @@ static void says_what_ran_out(const char *text, int more) {
               "with %d descriptors: %s", more, text);
 }
 
-Test(rdma, a_listener_without_descriptors_says_so, .timeout = 60) {
+Test(rdma, a_listener_without_descriptors_says_so, .timeout = 600) {
     char address[128];
     snprintf(address, sizeof address, "%s:0", test_address());
     struct rmig_fabric *f = open_verbs();
@@ -408,7 +408,7 @@ Test(rdma, a_listener_without_descriptors_says_so, .timeout = 60) {
     rmig_fabric_close(f);
 }
 
-Test(rdma, a_connection_without_descriptors_says_so, .timeout = 60) {
+Test(rdma, a_connection_without_descriptors_says_so, .timeout = 600) {
     char address[128];
     snprintf(address, sizeof address, "%s:4444", test_address());
     struct rmig_fabric *f = open_verbs();
@@ -433,7 +433,7 @@ Test(rdma, a_connection_without_descriptors_says_so, .timeout = 60) {
 }
 
 /* The sink's listener lives through a request that cannot be taken for want of descriptors, and takes it later. */
-Test(rdma, a_request_without_descriptors_ends_no_listener, .timeout = 60) {
+Test(rdma, a_request_without_descriptors_ends_no_listener, .timeout = 600) {
     struct crowd c;
     struct rmig_ep_config cfg = small_queues();
     struct rmig_error err = {0};
@@ -459,7 +459,7 @@ Test(rdma, a_request_without_descriptors_ends_no_listener, .timeout = 60) {
 }
 
 /* Programs that this one starts get none of them. */
-Test(rdma, descriptors_close_on_exec, .timeout = 60) {
+Test(rdma, descriptors_close_on_exec, .timeout = 600) {
     struct pair p = {0};
     unsigned count = 0;
     pair_open(&p, open_verbs, test_address(), false);
@@ -504,10 +504,10 @@ static void dmabuf_at(unsigned end) {
     check_nothing_held();
 }
 
-Test(rdma, a_dmabuf_at_the_source, .timeout = 60) { dmabuf_at(0); }
-Test(rdma, a_dmabuf_at_the_sink, .timeout = 60) { dmabuf_at(1); }
+Test(rdma, a_dmabuf_at_the_source, .timeout = 600) { dmabuf_at(0); }
+Test(rdma, a_dmabuf_at_the_sink, .timeout = 600) { dmabuf_at(1); }
 
-Test(rdma, a_dmabuf_over_a_fabric_that_takes_none, .timeout = 60) {
+Test(rdma, a_dmabuf_over_a_fabric_that_takes_none, .timeout = 600) {
     struct pair p = {0};
     pair_open(&p, open_tcp, "127.0.0.1", false);
     p.ram[1].backing = RMIG_BACKING_DMABUF;

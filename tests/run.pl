@@ -103,11 +103,12 @@ sub begin {
 }
 
 sub finish {
-    my ($p, $wait) = @_;
+    my ($p, $wait, $cpu) = @_;
     my $r = judge($p->{kind}, slurp("$p->{base}.tap"), $wait & 127 ? 128 + ($wait & 127) : $wait >> 8);
     my $counts = "$r->{passed} passed" . ($r->{failed} ? ", $r->{failed} failed" : '')
         . ($r->{skipped} ? ", $r->{skipped} skipped" : '');
-    printf "%-6s %-34s %s (%.1f s)\n", $r->{failed} ? 'FAILED' : 'ok', $p->{name}, $counts, time - $p->{began};
+    printf "%-6s %-34s %s (%.1f s, %.1f s of CPU)\n", $r->{failed} ? 'FAILED' : 'ok', $p->{name}, $counts,
+        time - $p->{began}, $cpu;
     print "       $_\n" for @{$r->{why}};
     if ($r->{failed}) {
         my @lines = grep { !/^ok / } split /^/, slurp("$p->{base}.tap");
@@ -123,7 +124,7 @@ if ($built != 0) {
 }
 open my $list, '<', $ARGV[0] or die "$ARGV[0]: $!\n";
 chomp(my @lines = <$list>);
-my %running;
+my ($began, $cpu, %running) = (time, 0);
 while (@lines || %running) {
     while (@lines && keys %running < $jobs) {
         my ($pid, $program) = begin(split / /, shift @lines, 4);
@@ -131,9 +132,13 @@ while (@lines || %running) {
     }
     my $pid = wait;
     my $program = delete $running{$pid} or next;
-    my $r = finish($program, $?);
+    # What the children that ended have used: the difference is what this one has.
+    my (undef, undef, $user, $system) = times;
+    my $r = finish($program, $?, $user + $system - $cpu);
+    $cpu = $user + $system;
     $sum{$_} += $r->{$_} for keys %sum;
 }
+printf "%.0f s, %.0f s of CPU\n", time - $began, $cpu;
 my $summary = "$sum{passed} passed, $sum{failed} failed" . ($sum{skipped} ? ", $sum{skipped} skipped" : '') . "\n";
 open my $file, '>', "$out/summary" or die "$out/summary: $!\n";
 print $file $summary;

@@ -617,7 +617,7 @@ static unsigned release(struct world *w) {
     return calls;
 }
 
-TestSuite(session, .timeout = 120);
+TestSuite(session, .timeout = 600);
 
 Test(session, a_whole_migration_ends_well_at_both_ends) {
     for (unsigned v1 = 0; v1 < 2; v1++)
@@ -950,7 +950,7 @@ Test(session, the_sink_learns_the_names_and_lengths_of_blocks_and_no_more) {
     close_world(&w);
 }
 
-Test(session, wait_after_finished_returns, .timeout = 5) {
+Test(session, wait_after_finished_returns, .timeout = 600) {
     struct world w;
     struct rmig_sink_event ev;
     small_world(&w);

@@ -148,7 +148,7 @@ static void migrate(bool shared, unsigned before) {
     close_world(&w);
 }
 
-Test(still_loading, private_memory_arrives, .timeout = 120) { migrate(false, 0); }
-Test(still_loading, shared_memory_arrives, .timeout = 120) { migrate(true, 0); }
-Test(still_loading, private_memory_whose_loading_began_between_rounds, .timeout = 120) { migrate(false, 2); }
-Test(still_loading, shared_memory_whose_loading_began_between_rounds, .timeout = 120) { migrate(true, 2); }
+Test(still_loading, private_memory_arrives, .timeout = 600) { migrate(false, 0); }
+Test(still_loading, shared_memory_arrives, .timeout = 600) { migrate(true, 0); }
+Test(still_loading, private_memory_whose_loading_began_between_rounds, .timeout = 600) { migrate(false, 2); }
+Test(still_loading, shared_memory_whose_loading_began_between_rounds, .timeout = 600) { migrate(true, 2); }

@@ -373,7 +373,7 @@ static void check_search(struct rmig_blocks *t, const struct plain *list, uint32
     cr_assert_eq(r == RMIG_OK ? (int)index : -1, want, "name %s", name);
 }
 
-Test(blocks, random_adds_and_searches_against_a_linear_list, .timeout = 60) {
+Test(blocks, random_adds_and_searches_against_a_linear_list, .timeout = 600) {
     for (int round = 0; round < 60; round++) {
         struct rmig_blocks t = {0};
         struct plain list[200];
@@ -506,9 +506,9 @@ static void many_blocks(int how) {
     free(order);
 }
 
-Test(blocks, a_hundred_thousand_ascending, .timeout = 60) { many_blocks(0); }
-Test(blocks, a_hundred_thousand_descending, .timeout = 60) { many_blocks(1); }
-Test(blocks, a_hundred_thousand_shuffled, .timeout = 60) { many_blocks(2); }
+Test(blocks, a_hundred_thousand_ascending, .timeout = 600) { many_blocks(0); }
+Test(blocks, a_hundred_thousand_descending, .timeout = 600) { many_blocks(1); }
+Test(blocks, a_hundred_thousand_shuffled, .timeout = 600) { many_blocks(2); }
 
 // Of n blocks none costs more than some multiples of log2 n steps: nothing is moved to make room in an order, and no name
 // is compared with more than a few dozen others. Names and offsets come in orders of their own.
@@ -535,12 +535,12 @@ static void many_cost_little(bool names_descend, bool offsets_descend) {
     rmig_blocks_free(&t);
 }
 
-Test(blocks, a_hundred_thousand_cost_little_in_ascending_order, .timeout = 300) { many_cost_little(false, false); }
-Test(blocks, a_hundred_thousand_cost_little_in_descending_order, .timeout = 300) { many_cost_little(true, true); }
-Test(blocks, a_hundred_thousand_cost_little_in_orders_that_disagree, .timeout = 300) { many_cost_little(true, false); }
+Test(blocks, a_hundred_thousand_cost_little_in_ascending_order, .timeout = 600) { many_cost_little(false, false); }
+Test(blocks, a_hundred_thousand_cost_little_in_descending_order, .timeout = 600) { many_cost_little(true, true); }
+Test(blocks, a_hundred_thousand_cost_little_in_orders_that_disagree, .timeout = 600) { many_cost_little(true, false); }
 
 // Searching after each addition is the worst case of sorting late.
-Test(blocks, thousands_with_a_search_after_each_addition, .timeout = 30) {
+Test(blocks, thousands_with_a_search_after_each_addition, .timeout = 600) {
     struct rmig_blocks t = {0};
     uint32_t order[5000], index;
     for (uint32_t i = 0; i < 5000; i++)

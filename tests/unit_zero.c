@@ -78,7 +78,7 @@ static uint8_t *guarded_pages(void) {
 
 // >> is_zero
 
-Test(zero, one_byte_at_every_position_alignment_and_length, .timeout = 60) {
+Test(zero, one_byte_at_every_position_alignment_and_length, .timeout = 600) {
     uint8_t *room = guarded_pages();
     static const uint8_t bytes[] = {1, 0x80, 0xff};
     for (size_t align = 0; align < 64; align++)
@@ -381,7 +381,7 @@ Test(holes, anonymous_pages_that_were_only_read) {
     memory_free(&m);
 }
 
-Test(holes, resident_memory_stays_as_it_was_in_a_large_sparse_block, .timeout = 30) {
+Test(holes, resident_memory_stays_as_it_was_in_a_large_sparse_block, .timeout = 600) {
     for (int shared = 0; shared < 2; shared++) {
         const uint64_t size = 4 * RMIG_GIB;
         struct rmig_block b = {0};
@@ -750,7 +750,7 @@ static void *guest(void *user) {
     return (void *)(uintptr_t)(sum == UINT64_MAX);
 }
 
-Test(holes, looking_disturbs_no_thread_and_leaves_nothing_behind, .timeout = 120) {
+Test(holes, looking_disturbs_no_thread_and_leaves_nothing_behind, .timeout = 600) {
     for (int way = 0; way < WAYS; way += 2) {
         struct memory m;
         pthread_t thread[2];

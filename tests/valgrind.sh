@@ -7,7 +7,7 @@ minimal=$1
 suites=$2
 
 clean() {
-    timeout -k 10 300 valgrind --quiet --error-exitcode=9 --leak-check=full --errors-for-leak-kinds=definite \
+    timeout -k 10 2000 valgrind --quiet --error-exitcode=9 --leak-check=full --errors-for-leak-kinds=definite \
         --track-origins=no --suppressions=tests/valgrind.supp "$@"
 }
 
@@ -18,7 +18,7 @@ fi
 check 'minimal is clean, at both ends' clean "$minimal"
 for suite in unit_params unit_blocks unit_wire; do
     if [ -x "$suites/$suite" ]; then
-        check "$suite is clean" clean "$suites/$suite" --quiet --timeout 200
+        check "$suite is clean" clean "$suites/$suite" --quiet --timeout 1800
     else
         not_ok "$suite is clean" "$suites/$suite was not built"
     fi

@@ -29,9 +29,9 @@ both() {
         shift
     done
     shift
-    timeout -k 5 60 "${server[@]}" >/tmp/server.log 2>&1 &
+    timeout -k 5 600 "${server[@]}" >/tmp/server.log 2>&1 &
     pid=$!
-    listening && timeout -k 5 60 "$@"
+    listening && timeout -k 5 600 "$@"
     ended=$?
     [ "$ended" = 0 ] || kill "$pid"
     wait "$pid"

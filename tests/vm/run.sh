@@ -18,7 +18,7 @@
 # Without root on the host, COMMAND can read and write what the caller can: the VM's root is no more there.
 set -uo pipefail
 
-boot_seconds=60 # a boot takes 4 to 10
+boot_seconds=300 # a boot takes 4 to 10, on a busy machine ten times that
 
 say() { echo "run.sh: $*" >&2; }
 die() {
