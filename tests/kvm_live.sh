@@ -176,7 +176,7 @@ in_place() { # GUEST
     local inode
     cp "$tmp/$1.snap" "$tmp/place" && ln -sf place "$tmp/place.link" && inode=$(stat -c %i "$tmp/place") &&
         live 0 'is whole' save "$tmp/place.link" --in-place --guest "$1" --ram 16M --run-before 0 --run-after 0 &&
-        [ "$(stat -c %i "$tmp/place")" = "$inode" ] && [ -L "$tmp/place.link" ] && timeout 60 "$mapped_ram" verify "$tmp/place" &&
+        [ "$(stat -c %i "$tmp/place")" = "$inode" ] && [ -L "$tmp/place.link" ] && timeout 600 "$mapped_ram" verify "$tmp/place" &&
         live 0 'right' load "$tmp/place" --run-after 0 && [ "$(field ram_bytes)" = 16777216 ] || return 1
     live 3 'not done within the --timeout' save "$tmp/place" --in-place --guest "$1" --ram 64M --run-before 0 --run-after 0 \
         --timeout 1 && field_is verified 1 && live 3 'did not finish' load "$tmp/place" &&

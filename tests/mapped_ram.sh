@@ -292,10 +292,10 @@ before_the_offset_stays() {
 # Of a descriptor that other file systems do not copy for.
 before_the_offset_by_hand() {
     head -c 300000 /dev/urandom >"$tmp/header" && cp "$tmp/header" "$tmp/h" || return 1
-    timeout 60 strace -f -qq -o "$tmp/calls" -e trace=copy_file_range -e inject=copy_file_range:error=EXDEV "$program" \
+    timeout 600 strace -f -qq -o "$tmp/calls" -e trace=copy_file_range -e inject=copy_file_range:error=EXDEV "$program" \
         save --offset 300000B "$tmp/a" "$tmp/h" && grep -q EXDEV "$tmp/calls" && cmp -n 300000 "$tmp/h" "$tmp/header" &&
         mapped verify --offset 300000B "$tmp/h" || return 1
-    ends 3 'cannot copy what' timeout 60 strace -f -qq -o "$tmp/calls" -e trace=copy_file_range,pread64 -e \
+    ends 3 'cannot copy what' timeout 600 strace -f -qq -o "$tmp/calls" -e trace=copy_file_range,pread64 -e \
         inject=copy_file_range:error=EIO "$program" save --offset 300000B "$tmp/b" "$tmp/h" && [ ! -e "$tmp/h.part" ] &&
         mapped verify --offset 300000B "$tmp/h"
 }
@@ -365,7 +365,7 @@ nobody() { # COMMAND...: as a user who may do little; what $tmp/open has is open
         chmod -R a+rX "$tmp/open"
 }
 
-as_nobody() { setpriv --reuid=65534 --regid=65534 --clear-groups -- timeout 60 "$tmp/open/$(basename "$program")" "$@"; }
+as_nobody() { setpriv --reuid=65534 --regid=65534 --clear-groups -- timeout 600 "$tmp/open/$(basename "$program")" "$@"; }
 
 # A file of another user is not silently taken from that user.
 owner_that_cannot_stay() {
@@ -389,7 +389,7 @@ in_place() {
         [ "$(stat -c %i "$tmp/p")" = "$inode" ] && mapped diff "$tmp/p" "$tmp/sa" && [ ! -e "$tmp/p.part" ] &&
         ends 3 'what is written in place must be there' mapped save --in-place "$tmp/a" "$tmp/p2" &&
         [ ! -e "$tmp/p2" ] && ends 3 'neither a regular file nor a block device' mapped save --in-place "$tmp/a" /dev/null &&
-        ends 3 'is being written by another process' flock "$tmp/p" timeout 20 "$program" save --in-place "$tmp/b" "$tmp/p" &&
+        ends 3 'is being written by another process' flock "$tmp/p" timeout 600 "$program" save --in-place "$tmp/b" "$tmp/p" &&
         mapped diff "$tmp/p" "$tmp/sa" && ends 2 '--in-place is for save' mapped verify --in-place "$tmp/p"
 }
 
@@ -405,7 +405,7 @@ in_place_and_failed() {
 # The magic of the older snapshot is gone from the disk before anything else is written.
 in_place_the_magic_goes_first() { # FILE
     mapped save ${2:+"$2"} "$tmp/b" "$1" || return 1
-    timeout 60 strace -f -qq -o "$tmp/calls" -e trace=pwrite64,fsync,ftruncate,io_uring_setup -e inject=fsync:error=EIO:when=1 \
+    timeout 600 strace -f -qq -o "$tmp/calls" -e trace=pwrite64,fsync,ftruncate,io_uring_setup -e inject=fsync:error=EIO:when=1 \
         "$program" save --in-place "$tmp/a" "$1" >"$tmp/out" 2>&1
     [ $? = 3 ] && grep -q 'brought to the disk: Input/output error' "$tmp/out" &&
         [ "$(grep -v SIG "$tmp/calls" | sed 's/^[0-9]* *\([a-z0-9]*\)(.*/\1/' | tr '\n' ' ')" = 'pwrite64 fsync ' ] &&
@@ -446,7 +446,7 @@ on_a_device() {
 in_place_and_replaced() {
     local i status
     cp "$tmp/sb" "$tmp/p" && cp "$tmp/sb" "$tmp/p2" || return 1
-    timeout 60 strace -f -qq -o "$tmp/calls" -e trace=fsync -e inject=fsync:delay_enter=3000000:when=2 "$program" \
+    timeout 600 strace -f -qq -o "$tmp/calls" -e trace=fsync -e inject=fsync:delay_enter=3000000:when=2 "$program" \
         save --in-place "$tmp/a" "$tmp/p" >"$tmp/out" 2>&1 &
     for ((i = 0; i < 2000; i++)); do
         mapped verify --quiet "$tmp/p" >/dev/null 2>&1 || break

@@ -390,15 +390,15 @@ links_are_followed() {
 second_receiver() {
     start_recv 127.0.0.1 || return 1
     local first=$receiver to=$address second
-    timeout -k 5 60 "$program" send --connect "$to" --block "ram=$tmp/odd" --set max-bandwidth=6M >"$tmp/first" 2>&1 &
+    timeout -k 5 600 "$program" send --connect "$to" --block "ram=$tmp/odd" --set max-bandwidth=6M >"$tmp/first" 2>&1 &
     local sender=$!
     wait_for "[ -e $out/ram.part ]" && kill -STOP "$(real_pid "$sender")" || return 1
     : >"$tmp/recv.out"
-    ASAN_OPTIONS=detect_leaks=0 timeout -k 5 60 strace -f -qq -o "$tmp/calls" -e trace=flock -e inject=flock:delay_enter=12000000 \
+    ASAN_OPTIONS=detect_leaks=0 timeout -k 5 600 strace -f -qq -o "$tmp/calls" -e trace=flock -e inject=flock:delay_enter=12000000 \
         "$program" recv --listen 127.0.0.1:0 --out "$out" >"$tmp/recv.out" 2>"$tmp/recv.err" &
     receiver=$!
     listens || return 1
-    timeout -k 5 60 "$program" send --connect "$(sed -n 's/^listening on //p' "$tmp/recv.out")" --block "ram=$tmp/page" >"$tmp/send.out" \
+    timeout -k 5 600 "$program" send --connect "$(sed -n 's/^listening on //p' "$tmp/recv.out")" --block "ram=$tmp/page" >"$tmp/send.out" \
         2>"$tmp/send.err" &
     second=$!
     wait_for "ls -l /proc/\$(real_pid \$(real_pid $receiver))/fd | grep -q ram.part" && kill -CONT "$(real_pid "$sender")" || return 1
@@ -481,7 +481,7 @@ by_name() { # LISTEN NAME...: each name gets a receiver of its own
     shift
     for name in "$@"; do
         start_recv "$host" || return 1
-        timeout -k 5 60 "$program" send --connect "$name:${address##*:}" --block "ram=$tmp/page" >"$tmp/send.out" 2>"$tmp/send.err" ||
+        timeout -k 5 600 "$program" send --connect "$name:${address##*:}" --block "ram=$tmp/page" >"$tmp/send.out" 2>"$tmp/send.err" ||
             { echo "$name at $address"; cat "$tmp/send.err"; kill "$receiver"; return 1; }
         wait "$receiver" && same "$tmp/page" ram || return 1
     done
@@ -938,7 +938,7 @@ make_images
 # What a sender draws on a terminal, a line each time, into draws.
 watched_send() { # FILE LIMIT
     start_recv 127.0.0.1 || return 1
-    timeout -k 5 60 script -qec "stty cols 200; '$program' send --connect $address --block 'ram=$1' --set max-bandwidth=$2" \
+    timeout -k 5 600 script -qec "stty cols 200; '$program' send --connect $address --block 'ram=$1' --set max-bandwidth=$2" \
         /dev/null </dev/null >"$tmp/typescript" 2>&1 || { cat "$tmp/typescript"; return 1; }
     wait "$receiver" || return 1
     tr '\r' '\n' <"$tmp/typescript" | grep '^\[' >"$tmp/draws"

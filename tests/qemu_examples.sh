@@ -1105,7 +1105,7 @@ in_place_cancelled() {
     kill -TERM "$(real_pid "$sink")"
     ends "$sink" 7 3 qemu_sink && mapped verify --quiet --offset 5000B "$snap" || return 1 # none had begun
     start_file_sink --set io-timeout=2s --in-place --offset 5000B || return 1
-    timeout -k 5 60 "$source_program" "${over[@]}" --set max-bandwidth=4M --set io-timeout=2s "$tmp/large" "$address" \
+    timeout -k 5 600 "$source_program" "${over[@]}" --set max-bandwidth=4M --set io-timeout=2s "$tmp/large" "$address" \
         >"$tmp/source.out" 2>"$tmp/source.err" &
     source=$!
     wait_for "! $mapped_program verify --quiet --offset 5000B $snap >/dev/null 2>&1" || return 1
