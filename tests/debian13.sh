@@ -27,7 +27,8 @@ copy_tree() {
 there() {
     timeout -k 30 "$1" unshare --mount --pid --fork --kill-child bash -c '
         mount -t proc proc "$1/proc" && mount --rbind /dev "$1/dev" && mount --rbind /sys "$1/sys" || exit 125
-        exec chroot "$1" sh -c "cd /rmig && exec \"\$@\"" sh "${@:2}"' bash "$root" "${@:2}" </dev/null
+        chroot "$1" sh -c "cd /rmig && exec \"\$@\"" sh "${@:2}"
+        exit $? # this shell is process 1 there: it reaps orphans' bash "$root" "${@:2}" </dev/null
 }
 
 shown() { # the end of what it prints, which is long
