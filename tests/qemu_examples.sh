@@ -401,12 +401,12 @@ nobody_comes() {
 }
 
 too_slow() {
-    start_sink --timeout 2 || return 1
-    source_from "$tmp/large" --set max-bandwidth=4M --set io-timeout=5s
+    start_sink --timeout 10 || return 1
+    source_from "$tmp/large" --set max-bandwidth=128K
     local sent=$?
     ends "$sink" 5 6 qemu_sink && says "$tmp/sink.err" --timeout 'did not end' && nothing_left && [ $sent = 5 ] || return 1
     start_sink || return 1
-    source_from "$tmp/large" --set max-bandwidth=4M --timeout 2
+    source_from "$tmp/large" --set max-bandwidth=128K --timeout 10
     sent=$?
     ends "$sink" 5 6 qemu_sink && [ $sent = 5 ] && says "$tmp/source.err" --timeout && nothing_left
 }
@@ -502,7 +502,7 @@ static void wait_for(const char *variable) {
         sleep((unsigned)atoi(seconds));
 }
 static void before_send(void) {
-    if (ends_of_files >= 2 && sends++ == 0)
+    if (ends_of_files >= 3 && sends++ == 0)
         wait_for("SLOW_SEND");
 }
 int fsync(int fd) {
@@ -558,8 +558,8 @@ stream_refused() { # ROUND STREAM WORD...: ROUND is "round" or nothing; STREAM f
 # >>when the source may have completed the migration
 
 slow_disk() { # --timeout strikes while the machine is brought to the disk
-    mapfile -t sink_env < <(slow_env SLOW_FSYNC=3)
-    sink_options=(--timeout 2)
+    mapfile -t sink_env < <(slow_env SLOW_FSYNC=20)
+    sink_options=(--timeout 15)
     moved "$tmp/vm"
     local rc=$?
     sink_options=()
@@ -580,9 +580,9 @@ slow_disk_cancelled() { # and the source has left
 slow_last_send() { # --timeout strikes while the last bytes leave: the sink has the machine, or keeps it
     local ends vars
     edited "$tmp/vm" '$j->{state}{length} = 34' && printf "$device$description" >"$tmp/bad/state" || return 1
-    mapfile -t vars < <(slow_env SLOW_SEND=3)
+    mapfile -t vars < <(slow_env SLOW_SEND=20)
     start_sink || return 1
-    timeout -k 5 600 env "${vars[@]}" "$source_program" "${over[@]}" --timeout 2 "$tmp/bad" "$address" \
+    timeout -k 5 600 env "${vars[@]}" "$source_program" "${over[@]}" --timeout 15 "$tmp/bad" "$address" \
         >"$tmp/source.out" 2>"$tmp/source.err"
     ends=$?
     wait "$sink"
@@ -649,7 +649,7 @@ no_description() {
 }
 
 forgotten_source() {
-    start_sink --timeout 3 && timeout -k 5 600 "$tmp/raw" "$address" || return 1
+    start_sink --timeout 15 && timeout -k 5 600 "$tmp/raw" "$address" || return 1
     ends "$sink" 4 5 qemu_sink && says "$tmp/sink.err" 'let go' --timeout 'no source began' && nothing_left
 }
 
@@ -996,7 +996,7 @@ slow_file_stopped() { # STATUS WORD OPTION...: by --timeout, or by a signal; the
     local status=$1 word=$2
     shift 2
     echo older >"$snap"
-    mapfile -t sink_env < <(slow_env SLOW_FSYNC=9)
+    mapfile -t sink_env < <(slow_env SLOW_FSYNC=25)
     start_file_sink "$@"
     local rc=$? like
     sink_env=()
@@ -1156,7 +1156,7 @@ files_of_sources_like_qemu() {
     [ -e "$tmp/slow.so" ] || return
     check 'a disk that takes its time in the last round' slow_file
     check 'interrupted in the last round' slow_file_stopped 7 cancelled
-    check '--timeout in the last round' slow_file_stopped 5 --timeout --timeout 6
+    check '--timeout in the last round' slow_file_stopped 5 --timeout --timeout 20
 }
 
 snapshots() {
