@@ -1118,8 +1118,9 @@ RMIG_API int rmig_source_finish(struct rmig_source *s);
    operation. Call it when a descriptor is ready and when the deadline
    has come, also between rounds (it keeps the connection alive). */
 RMIG_API int rmig_source_process(struct rmig_source *s);
-/* Descriptors for the caller's poll/epoll, armed; returns how many (n >= 4 always suffices; 0: the fabric has none,
-   next_deadline then says when to poll). Call it right before sleeping, and then next_deadline. */
+/* Descriptors for the caller's poll/epoll, armed; returns how many (n >= 4 always suffices; 0: the fabric has none, or
+   those before are closed and the next call has others; next_deadline then says when to poll). Call it right before
+   sleeping, and then next_deadline. */
 RMIG_API int rmig_source_fds(struct rmig_source *s, struct rmig_fd *fds, size_t n);
 /* When to call process at the latest, in the fabric's ns; 0: at once; RMIG_FOREVER: no time. */
 RMIG_API uint64_t rmig_source_next_deadline(struct rmig_source *s);
@@ -3452,7 +3453,7 @@ struct rmig__wire_mark {
 
 /* What the wire does in a round. Time in which nothing but zero pages went by is left out. */
 struct rmig__wire {
-    bool began, busy;
+    bool began, busy, idle; // idle: nothing was to be done
     uint64_t at; // when it was looked at last
     uint64_t ns; // since the first write
     uint64_t zero; // bytes_zero then
@@ -3484,6 +3485,7 @@ struct rmig_source {
     uint64_t attempt_began, attempt_until; // with the address at hand; RMIG_FOREVER: the name has no other
     uint32_t addresses; // of the name
     bool rejected; // one of them was there
+    bool other_fds; // next has closed descriptors, and the new ones may have their numbers
     char tried[sizeof(((struct rmig_error *)NULL)->text) - 40]; // why those before did not do
 
     bool credit; // a READY is in hand
@@ -3665,15 +3667,17 @@ static void rmig__source_parameters(struct rmig_source *s) {
         s->window_bytes = s->chunk_size;
 }
 
-/* Each address has an equal share of what is left of the time. */
+/* Each address has an equal share of what is left of the time, and of all of it where an embedder that was away, or a
+   fabric that was slow to let go of the one before, has left nothing. */
 static void rmig__source_attempt(struct rmig_source *s) {
     struct rmig__session *ss = &s->ss;
     uint64_t now = rmig__now(ss);
-    uint64_t until = rmig__after(s->connect_began, rmig_get(&ss->cfg, RMIG_PARAM_CONNECT_TIMEOUT));
+    uint64_t all = rmig_get(&ss->cfg, RMIG_PARAM_CONNECT_TIMEOUT), until = rmig__after(s->connect_began, all);
     ss->last_progress = s->attempt_began = now;
     s->attempt_until = RMIG_FOREVER;
     if (s->addresses > 1)
-        s->attempt_until = now + (until > now ? until - now : 0) / (ss->ep->others + 1);
+        s->attempt_until =
+            now + rmig__max((until > now ? until - now : 0) / (ss->ep->others + 1), all / s->addresses);
 }
 
 static int rmig__connect_start(struct rmig_source *s, const char *address) {
@@ -3741,7 +3745,7 @@ static int rmig__source_next(struct rmig_source *s, int status) {
     rmig__control_deregister(ss);
     ss->fabric->ops->next(ss->ep);
     ss->resolved = ss->disconnected = ss->broken = ss->rejected = s->connect_posted = false;
-    ss->again = true;
+    ss->again = s->other_fds = true;
     rmig__source_attempt(s);
     return RMIG_OK;
 }
@@ -3767,6 +3771,9 @@ static int rmig__source_connect_step(struct rmig_source *s) {
         if (ss->fabric->ops->connect(ss->ep, bytes, sizeof bytes, &ss->error) != RMIG_OK)
             return rmig__session_end(ss);
         s->connect_posted = true;
+        uint64_t now = rmig__now(ss);
+        if (now >= s->attempt_until) // nobody called process meanwhile: its time begins here
+            s->attempt_until = now + rmig_get(&ss->cfg, RMIG_PARAM_CONNECT_TIMEOUT) / s->addresses;
     }
     if (!ss->established)
         return RMIG_OK;
@@ -4398,9 +4405,10 @@ static uint64_t rmig__outstanding(const struct rmig_source *s) {
 static void rmig__wire_look(struct rmig_source *s) {
     struct rmig__wire *w = &s->wire;
     uint64_t now = rmig__now(&s->ss), zero = s->ss.stats.bytes_zero;
-    if (w->began && (w->busy || zero == w->zero))
+    if (w->began && !w->idle && (w->busy || zero == w->zero))
         w->ns += now - w->at;
     w->busy = rmig__outstanding(s) > 0 || s->windows > 0 || now < s->pace_until;
+    w->idle = rmig__settled(s);
     w->at = now;
     w->zero = zero;
     if (w->ns - w->mark[1].ns < 1000000000)
@@ -4705,9 +4713,10 @@ static int rmig__write_out(struct rmig_source *s, bool *moved) {
         bool room = s->queued < RMIG__WRITE_BATCH && outstanding + s->queued < s->depth && !s->flight.full;
         uint64_t allowed = room && s->pending > 0 ? rmig__pace(s) : 0;
         if (allowed > 0 && rmig__next_write(s, allowed, stride)) {
-            if (!s->wire.began)
+            if (!s->wire.began || s->wire.idle)
                 s->wire.at = rmig__now(&s->ss);
             s->wire.began = s->wire.busy = true;
+            s->wire.idle = false;
             continue;
         }
         if (s->queued == 0)
@@ -4906,6 +4915,11 @@ RMIG__DEF int rmig_source_fds(struct rmig_source *s, struct rmig_fd *fds, size_t
     if (s->ss.ep == NULL || s->ss.failed || s->state == RMIG__SOURCE_DONE)
         return 0;
     s->ss.no_fds = false;
+    if (s->other_fds) { // none once, so that a caller who compares adds the new ones
+        s->other_fds = false;
+        s->ss.ready = true; // and asks again at once
+        return 0;
+    }
     return rmig__session_fds(&s->ss, s->ss.ep, fds, n);
 }
 
@@ -5666,7 +5680,8 @@ static void rmig__sink_reject(struct rmig_sink *s, const struct rmig_fabric_even
     data.flags = 0;
     uint8_t bytes[RMIG_PRIVATE_DATA_SIZE + RMIG__REASON_MAX];
     rmig_encode_private_data(bytes, sizeof bytes, &data);
-    memcpy(bytes + RMIG_PRIVATE_DATA_SIZE, why, n);
+    for (size_t i = 0; i < n; i++)
+        bytes[RMIG_PRIVATE_DATA_SIZE + i] = (uint8_t)why[i];
     const struct rmig_fabric_ops *ops = s->ss.fabric->ops;
     int status = ops->reject(s->listener, e->request, bytes, RMIG_PRIVATE_DATA_SIZE + n, NULL);
     if (status == RMIG_ERR_ARGUMENT && n > 0)

@@ -994,6 +994,16 @@ static int rmig__ofi_bound(const struct rmig__ofi_listener *l, char *buf, size_t
     return status;
 }
 
+/* net.ipv6.bindv6only is what every IPv6 socket begins with. */
+static bool rmig__ofi_v6_takes_v4(void) {
+    int only = 1, fd = socket(AF_INET6, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    socklen_t n = sizeof only;
+    bool both = fd >= 0 && getsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &only, &n) == 0 && only == 0;
+    if (fd >= 0)
+        close(fd);
+    return both;
+}
+
 /* Listens on all of the list that is here, on a free port on the same one everywhere. */
 static int rmig__ofi_add_peps(struct rmig__ofi *f, struct rmig__ofi_listener *l, const struct addrinfo *list,
                               bool any_host, struct rmig_error *err) {
@@ -1004,7 +1014,8 @@ static int rmig__ofi_add_peps(struct rmig__ofi *f, struct rmig__ofi_listener *l,
         status = rmig__ofi_add_pep(f, l, a, port[0] == '\0' ? NULL : port, err);
         if (status == RMIG_OK && port[0] == '\0')
             status = rmig__ofi_bound(l, text, sizeof text, port, sizeof port, err);
-        if (status != RMIG_OK && any_host && l->pep_count > 0 && err->provider_code == FI_EADDRINUSE)
+        if (status != RMIG_OK && any_host && l->pep_count > 0 && err->provider_code == FI_EADDRINUSE &&
+            rmig__ofi_v6_takes_v4())
             status = RMIG_OK; // IPv6's wildcard has taken IPv4's
         if (status == RMIG_OK)
             continue;
@@ -1023,7 +1034,7 @@ static int rmig__ofi_add_peps(struct rmig__ofi *f, struct rmig__ofi_listener *l,
 
 static int rmig__ofi_start_listener(struct rmig__ofi *f, struct rmig__ofi_listener *l, const char *address,
                                     struct rmig_error *err) {
-    char host[256], port[16];
+    char host[256] = "", port[16] = "";
     struct addrinfo *list = NULL;
     size_t count = 0;
     int status = rmig__ofi_lookup(address, true, &list, err);
@@ -1034,7 +1045,7 @@ static int rmig__ofi_start_listener(struct rmig__ofi *f, struct rmig__ofi_listen
         count++;
     bool any_port = strtoul(port, NULL, 10) == 0, again = true;
     for (int i = 0; i < RMIG__OFI_FREE_PORTS && again; i++) {
-        l->pep = (struct fid_pep **)rmig__ofi_alloc(count, sizeof(struct fid_pep *));
+        l->pep = (struct fid_pep **)rmig__ofi_alloc(count + 1, sizeof(struct fid_pep *));
         status = l->pep == NULL ? rmig_fail(err, RMIG_ERR_NO_MEMORY, 0, "out of memory for a listener")
                                 : rmig__ofi_add_peps(f, l, list, host[0] == '\0', err);
         again = status != RMIG_OK && any_port && l->pep_count > 0 && err->provider_code == FI_EADDRINUSE;

@@ -664,7 +664,7 @@ static int rmig__verbs_bind_all(struct rmig__verbs *f, struct rmig__verbs_listen
                                 size_t count, bool any_host, char *tried, size_t size) {
     int code = 0;
     tried[0] = '\0';
-    l->ids = (struct rdma_cm_id **)rmig__verbs_alloc(count, sizeof(struct rdma_cm_id *));
+    l->ids = (struct rdma_cm_id **)rmig__verbs_alloc(count + 1, sizeof(struct rdma_cm_id *));
     if (l->ids == NULL)
         return ENOMEM;
     for (int v6 = 1; v6 >= 0; v6--) {
@@ -688,18 +688,19 @@ static int rmig__verbs_bind_all(struct rmig__verbs *f, struct rmig__verbs_listen
 
 static int rmig__verbs_start_listener(struct rmig__verbs *f, struct rmig__verbs_listener *l, const char *address,
                                       struct rmig_error *err) {
-    char host[256] = "", port[16], tried[300] = "", fds[300];
+    char host[256] = "", port[16] = "", tried[300] = "", fds[300];
     struct addrinfo *list = NULL;
     size_t count = 0;
     int code = 0, status = rmig__verbs_lookup(address, true, &list, err);
     if (status == RMIG_OK)
         status = rmig__verbs_open_channel(&l->head, err);
-    for (const struct addrinfo *a = list; a != NULL; a = a->ai_next)
-        count++;
     if (status == RMIG_OK) {
+        for (const struct addrinfo *a = list; a != NULL; a = a->ai_next)
+            count++;
         rmig_split_address(address, host, sizeof host, port, sizeof port, NULL);
         code = rmig__verbs_bind_all(f, l, list, count, host[0] == '\0', tried, sizeof tried);
-        for (int i = 1; i < RMIG__VERBS_FREE_PORTS && code == EADDRINUSE && l->id_count > 0 && atoi(port) == 0; i++) {
+        bool any_port = strtoul(port, NULL, 10) == 0;
+        for (int i = 1; i < RMIG__VERBS_FREE_PORTS && code == EADDRINUSE && l->id_count > 0 && any_port; i++) {
             rmig__verbs_stop_listener(l); // a port that was free at one address is not at another
             code = rmig__verbs_bind_all(f, l, list, count, host[0] == '\0', tried, sizeof tried);
         }
@@ -992,9 +993,9 @@ static int rmig__verbs_open_active(struct rmig_fabric *base, const char *address
         rmig__verbs_free_conn(c);
         return status;
     }
-    uint64_t steps = 1; // the connection itself; the address and the route of each
-    for (c->address = c->addresses; c->address != NULL; c->address = c->address->ai_next, steps += 2)
-        c->head.base.others += c->address != c->addresses;
+    for (const struct addrinfo *a = c->addresses->ai_next; a != NULL; a = a->ai_next)
+        c->head.base.others++;
+    uint64_t steps = 3 + 2 * (uint64_t)c->head.base.others; // the address and the route of each, and the connection
     c->step_ns = cfg->connect_timeout_ns / steps;
     c->address = c->addresses;
     rmig__verbs_resolve(c);

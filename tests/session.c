@@ -1370,8 +1370,8 @@ Test(session, a_sink_that_refuses_at_the_end_leaves_the_guest_with_the_source) {
     }
 }
 
-/* The sink's embedder does not look after its session while it thinks. The source's patience ends, for certain, and a sink
-   that takes the guest after that learns that it has not got it. */
+/* The sink's embedder does not look after its session while it thinks. The source's patience ends, for certain, and a
+   sink that takes the guest after that learns that it has not got it. */
 Test(session, a_sink_that_is_away_too_long_does_not_get_the_guest) {
     struct world w;
     handover_world(&w);
@@ -1800,6 +1800,24 @@ Test(session, an_address_that_does_not_answer_has_its_share_of_connect_timeout) 
     SOURCE_OK(&w, rmig_source_connect(w.source, by_name(&w, "a.dead+b.invalid+c.dead+sink")));
     uint64_t now = world_now(&w, 0); // 8 s / 4, then a share of the 6 s that are left for 2
     cr_expect(now >= 5 * SIM_SECOND && now < 5 * SIM_SECOND + 10 * SIM_MS, "%llu", (unsigned long long)now);
+    one_round(&w);
+    finish(&w);
+    close_world(&w);
+}
+
+Test(session, an_embedder_that_was_away_still_tries_each_address) {
+    struct world w;
+    int status;
+    small_world(&w);
+    open_world(&w);
+    SOURCE_OK(&w, rmig_source_connect_start(w.source, by_name(&w, "a.dead+sink")));
+    sim_spend(w.sim, 0, 11 * SIM_SECOND); // longer than connect-timeout
+    while ((status = rmig_source_process(w.source)) == RMIG_PENDING) {
+        struct rmig_ep *ep = &w.sim->side[0].eps->base;
+        cr_assert_eq(diary.below->wait(sim_fabric(w.sim, 0), &ep, 1, rmig_source_next_deadline(w.source), NULL),
+                     RMIG_OK);
+    }
+    SOURCE_OK(&w, status);
     one_round(&w);
     finish(&w);
     close_world(&w);
@@ -2462,20 +2480,20 @@ static void nothing_registered(struct world *w, const struct rmig_sink_event *ev
 
 Test(session, when_the_sink_has_finished_no_write_of_the_peer_can_land) {
     for (unsigned kind = 0; kind < 8; kind++) {
-            struct world w;
-            plan_world(&w, SIM_ORDERED);
-            w.cfg.revokes = (kind & 1) != 0;
-            add_full_ram(&w, 5 * RMIG_MIB);
-            param(&w.source_cfg, RMIG_PARAM_PIN_ALL, (kind & 2) != 0);
-            if ((kind & 4) != 0)
-                version_1(&w);
-            w.watch = nothing_registered;
-            connect_world(&w);
-            one_round(&w);
-            finish(&w);
-            cr_assert((w.events & 1u << RMIG_SINK_FINISHED) != 0);
-            close_world(&w);
-        }
+        struct world w;
+        plan_world(&w, SIM_ORDERED);
+        w.cfg.revokes = (kind & 1) != 0;
+        add_full_ram(&w, 5 * RMIG_MIB);
+        param(&w.source_cfg, RMIG_PARAM_PIN_ALL, (kind & 2) != 0);
+        if ((kind & 4) != 0)
+            version_1(&w);
+        w.watch = nothing_registered;
+        connect_world(&w);
+        one_round(&w);
+        finish(&w);
+        cr_assert((w.events & 1u << RMIG_SINK_FINISHED) != 0);
+        close_world(&w);
+    }
 }
 
 // --- pace
