@@ -222,8 +222,8 @@ RMIG_API int rmig_mapped_writer_end_round(struct rmig_mapped_writer *w);
    ram. Blocks while it writes. RMIG_ERR_FILE; RMIG_ERR_STATE: before start, after finish. */
 RMIG_API int rmig_mapped_writer_put(struct rmig_mapped_writer *w, const void *data, size_t n);
 /* Makes the file whole: bitmaps, stream, and last the magic. Blocks. RMIG_ERR_STATE, and nothing is changed, if a round
-   is open or the device state does not end in a description, which readers look for: rmig_qemu_encode_end; or the
-   status of a call that was refused before. RMIG_ERR_FILE: it could not be written, or not be brought to the disk. */
+   is open or the device state does not end in a description, which readers look for (rmig_qemu_encode_end), or holds
+   what looks like the end of one before; or the status of a call that was refused before. RMIG_ERR_FILE: it could not be written, or not be brought to the disk. */
 RMIG_API int rmig_mapped_writer_finish(struct rmig_mapped_writer *w);
 /* What was refused so far shall be missing from the file: end_round and finish no longer return it. Nothing else. */
 RMIG_API void rmig_mapped_writer_forgive(struct rmig_mapped_writer *w);
@@ -884,6 +884,7 @@ RMIG__DEF int rmig_mapped_writer_open(int fd, const struct rmig_mapped_options *
     struct stat st;
     int direct_fd = -1;
     memset(&opt, 0, sizeof opt);
+    memset(&st, 0, sizeof st);
     if (options != NULL)
         opt = *options;
     if (out == NULL)
@@ -1583,6 +1584,11 @@ RMIG__DEF int rmig_mapped_writer_finish(struct rmig_mapped_writer *w) {
                          "rmig_mapped_writer_finish: the device state (%llu bytes) does not end in a description in "
                          "JSON, without which no reader knows that it is whole: see rmig_qemu_encode_end",
                          (unsigned long long)w->stats.stream_bytes);
+    if (w->check.first_end_ != w->check.offset_) // of all readers ours stops there
+        return rmig_fail(&w->error, RMIG_ERR_STATE, 0,
+                         "rmig_mapped_writer_finish: the device state holds what looks like its end, %llu bytes before "
+                         "it ends: no reader could tell it from a file to which something was appended",
+                         (unsigned long long)(w->check.offset_ - w->check.first_end_));
     struct rmig__mapped_walk walk = {w, w->opt.offset, true};
     status = rmig__writer_bitmaps(w);
     if (status == RMIG_OK)

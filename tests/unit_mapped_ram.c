@@ -1186,6 +1186,21 @@ Test(mapped_refuses, zeros_behind_the_end) {
     close(fd);
 }
 
+// A reader would stop at the first; of a guest's own bytes that is no less true.
+Test(mapped_refuses, device_state_that_holds_an_end) {
+    static const char state[] = "\4device\0\6\0\0\0\2{}more\0\6\0\0\0\2{}";
+    struct ram ram = {"ram", new_memory(65536), 65536};
+    int fd = new_file();
+    struct rmig_mapped_writer *w = start_writer(fd, NULL, &ram, 1);
+    OK(w, rmig_mapped_writer_put(w, state, sizeof state - 1));
+    cr_assert_eq(rmig_mapped_writer_finish(w), RMIG_ERR_STATE);
+    cr_assert(strstr(rmig_mapped_writer_error(w)->text, "looks like its end, 12 bytes before") != NULL, "%s",
+              rmig_mapped_writer_error(w)->text);
+    rmig_mapped_writer_close(w);
+    munmap(ram.mem, ram.length);
+    close(fd);
+}
+
 // Whatever the hole's place in a piece that is read, and however long it is.
 Test(mapped_read, device_state_with_holes_has_its_end, .timeout = 60) {
     static const char end[] = "\0\6\0\0\0\2{}";
