@@ -1722,6 +1722,7 @@ int main(int argc, char **argv) {
     sigaction(SIGINT, &action, NULL);
     sigaction(SIGTERM, &action, NULL);
     struct sigaction hangup;
+    action.sa_flags = 0; // of a terminal that closes several may come
     if (sigaction(SIGHUP, NULL, &hangup) == 0 && hangup.sa_handler != SIG_IGN) // nohup
         sigaction(SIGHUP, &action, NULL);
     signal(SIGPIPE, SIG_IGN);

@@ -183,6 +183,8 @@ static int snapshot_open(struct snapshot *s, const char *path, const struct rmig
     s->fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK); // a pipe is refused, not waited for
     if (s->fd < 0)
         return rmig_fail(err, RMIG_ERR_FILE, errno, "cannot read %s: %s", path, strerror(errno));
+    if (whole_file_lock_to_read(s->fd, path, err) < 0)
+        return RMIG_ERR_FILE;
     if (rmig_mapped_reader_open(s->fd, opt, &s->reader, &why) != RMIG_OK)
         return snapshot_fail(s, &why, err);
     int rc = snapshot_check_machine(s, &block, err);

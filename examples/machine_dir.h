@@ -254,6 +254,9 @@ __attribute__((format(printf, 2, 3))) static inline int bad(struct machine_dir *
     va_start(ap, format);
     vsnprintf(text, sizeof text, format, ap);
     va_end(ap);
+    for (char *c = text; *c != '\0'; c++) // what a file says is shown, not obeyed
+        if ((unsigned char)*c < ' ' || *c == 0x7f)
+            *c = '?';
     return fail(d->program, EXIT_FILES, "%s/" MACHINE_FILE ": %s", d->path, text);
 }
 

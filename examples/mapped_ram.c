@@ -115,6 +115,8 @@ static int open_reader(struct run *r, const char *path, int *fd, struct rmig_map
     *fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK); // a pipe is refused, not waited for
     if (*fd < 0)
         return fail(&r->p, EXIT_FILES, "cannot read %s: %s", path, strerror(errno));
+    if (whole_file_lock_to_read(*fd, path, &err) < 0)
+        return fail(&r->p, EXIT_FILES, "%s", err.text);
     return rmig_mapped_reader_open(*fd, &r->opt, reader, &err) < 0 ? fail_file(r, &err) : 0;
 }
 

@@ -92,6 +92,8 @@ static int open_snapshot(struct run *r) {
     r->snapshot_fd = open(r->from, O_RDONLY | O_CLOEXEC | O_NONBLOCK); // a pipe is refused, not waited for
     if (r->snapshot_fd < 0)
         return fail(&r->c.p, EXIT_FILES, "cannot read %s: %s", r->from, strerror(errno));
+    if (whole_file_lock_to_read(r->snapshot_fd, r->from, &err) < 0)
+        return fail(&r->c.p, EXIT_FILES, "%s", err.text);
     if (rmig_mapped_reader_open(r->snapshot_fd, &r->c.snapshot, &r->reader, &err) < 0)
         return fail_snapshot(&r->c.p, EXIT_FILES, r->from, &err);
     const struct rmig_mapped_machine *from = rmig_mapped_reader_machine(r->reader);

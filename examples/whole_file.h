@@ -174,6 +174,36 @@ static inline int whole_file_lock(int fd, const char *part, struct stat *mine, s
     return RMIG_OK;
 }
 
+/* Is what has the part's name still what is written here? Somebody may have removed it, or put another in its place. */
+static inline bool whole_file_is_mine(const struct whole_file *f) {
+    struct stat mine, named;
+    return fstat(f->fd, &mine) == 0 && lstat(f->part, &named) == 0 && mine.st_ino == named.st_ino &&
+           mine.st_dev == named.st_dev;
+}
+
+/* May the part get its name? Not when that is another's by now (ESTALE), nor when another process writes what is at the
+   target, in place or as a part of its own (ETXTBSY). */
+static inline bool whole_file_may_commit(const struct whole_file *f) {
+    if (!whole_file_is_mine(f)) {
+        errno = ESTALE;
+        return false;
+    }
+    int fd = open(f->target, O_RDONLY | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK);
+    bool busy = fd >= 0 && flock(fd, LOCK_SH | LOCK_NB) < 0 && errno == EWOULDBLOCK;
+    if (fd >= 0)
+        close(fd);
+    errno = ETXTBSY;
+    return !busy;
+}
+
+/* What a program reads is locked against writers: RMIG_ERR_FILE if one is at it. */
+static inline int whole_file_lock_to_read(int fd, const char *path, struct rmig_error *err) {
+    if (flock(fd, LOCK_SH | LOCK_NB) == 0 || errno != EWOULDBLOCK)
+        return RMIG_OK;
+    return rmig_fail(err, RMIG_ERR_FILE, EWOULDBLOCK, "%s is being written by another process",
+                     whole_file_show(path).s);
+}
+
 /* What is at the target: st_mode 0 where nothing is. Refuses what cannot be replaced, or not be written in place. */
 static inline int whole_file_look(const struct whole_file *f, int flags, struct stat *older, struct rmig_error *err) {
     memset(older, 0, sizeof *older);
@@ -381,13 +411,14 @@ static inline int whole_file_rename_new(const char *from, const char *to) {
 /* Gives it its name: what is written must be on the disk already. A file replaces what is there, a directory does not.
    sync: waits until the name is on the disk, too. */
 static inline int whole_file_commit(struct whole_file *f, bool sync, struct rmig_error *err) {
-    struct stat st = {0}, named = {0};
+    struct stat st = {0};
     bool is_dir = fstat(f->fd, &st) == 0 && S_ISDIR(st.st_mode);
-    if (f->in_place && (stat(f->target, &named) < 0 || named.st_ino != st.st_ino || named.st_dev != st.st_dev))
+    if (f->in_place && !whole_file_is_mine(f))
         return rmig_fail(err, RMIG_ERR_FILE, 0,
                          "%s was removed or replaced while it was written in place: what was written has no name",
                          whole_file_show(f->path).s);
-    if (!f->in_place && (is_dir ? whole_file_rename_new(f->part, f->target) : rename(f->part, f->target)) < 0)
+    if (!f->in_place && (!whole_file_may_commit(f) ||
+                         (is_dir ? whole_file_rename_new(f->part, f->target) : rename(f->part, f->target)) < 0))
         return rmig_fail(err, RMIG_ERR_FILE, errno, "%s cannot become %s: %s", whole_file_show(f->part).s,
                          whole_file_show(f->path).s, strerror(errno));
     close(f->fd);
@@ -425,6 +456,8 @@ static inline int whole_file_exchange(const char *a, const char *b) {
 
 static inline int whole_file_give_name(struct whole_file *f, bool replace) {
     struct stat st;
+    if (!whole_file_may_commit(f))
+        return -1;
     if (whole_file_rename_new(f->part, f->target) == 0)
         return 0;
     if (errno != EEXIST || !replace)
@@ -498,7 +531,7 @@ static inline int whole_file_commit_all(struct whole_file *const *files, size_t 
    Of what a handler of signals may call. */
 static inline void whole_file_remove(struct whole_file *f) {
     struct stat st;
-    if (f->fd >= 0 && !f->in_place && fstat(f->fd, &st) == 0)
+    if (f->fd >= 0 && !f->in_place && fstat(f->fd, &st) == 0 && whole_file_is_mine(f))
         unlinkat(AT_FDCWD, f->part, S_ISDIR(st.st_mode) ? AT_REMOVEDIR : 0);
 }
 
