@@ -39,6 +39,7 @@ sabotage_is_noticed() { # GUEST
 
 start_dest() { # OPTION...: sets dest and address
     local i
+    : >"$tmp/dest.err" # the address of an older one is none
     timeout -k 5 600 "$program" dest --listen "${listen-127.0.0.1}:0" --json "$tmp/dest.json" "$@" 2>"$tmp/dest.err" &
     dest=$!
     for ((i = 0; i < 400; i++)); do
