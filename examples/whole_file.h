@@ -392,6 +392,9 @@ static inline int whole_file_sync(const struct whole_file *f, struct rmig_error 
     if (fsync(f->fd) < 0)
         return rmig_fail(err, RMIG_ERR_FILE, errno, "cannot bring %s to the disk: %s", whole_file_show(f->part).s,
                          strerror(errno));
+    if (!whole_file_is_mine(f))
+        return rmig_fail(err, RMIG_ERR_FILE, ESTALE, "%s was removed or replaced while it was written",
+                         whole_file_show(f->part).s);
     return f->in_place ? RMIG_OK : whole_file_sync_parent(f->part, err);
 }
 

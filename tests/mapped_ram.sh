@@ -463,6 +463,8 @@ not_over_what_is_read() {
     rm -rf "$tmp/c" && cp -r "$tmp/a" "$tmp/c" && ends 2 'is what is read (ram/pc.ram)' mapped save "$tmp/c" "$tmp/c/ram/pc.ram" &&
         ends 2 'is what is read (state)' mapped save --in-place "$tmp/c" "$tmp/c/state" && same_machine "$tmp/a" "$tmp/c" &&
         ends 2 'is what is read' mapped extract "$tmp/sa" pc.ram "$tmp/sa" && mapped verify "$tmp/sa" &&
+        cp "$tmp/sa" "$tmp/kept.part" && ends 3 'another process' mapped extract "$tmp/kept.part" pc.ram "$tmp/kept" &&
+        cmp "$tmp/sa" "$tmp/kept.part" && rm "$tmp/kept.part" &&
         ends 3 'the name of a file is missing' mapped save "$tmp/a" '' &&
         ends 3 'the name of a file is missing' mapped save "$tmp/a" "$tmp/nodir/" && ends 3 'not a regular file' mapped save "$tmp/a" "$tmp/a" &&
         mapped load "$tmp/sa" "$tmp/slash//" && same_machine "$tmp/a" "$tmp/slash" &&

@@ -386,6 +386,17 @@ links_are_followed() {
         [ "$(find "$tmp/disk" "$tmp" -maxdepth 1 -name '*.part')" = '' ] || { ls -l "$tmp" "$tmp/disk"; return 1; }
 }
 
+# The images stay with the source, and what another has put in the place of FILE.part is left alone.
+part_is_replaced() {
+    start_recv 127.0.0.1 || return 1
+    timeout -k 5 600 "$program" send --connect "$address" --block "ram=$tmp/odd" --set max-bandwidth=6M >"$tmp/send.out" \
+        2>"$tmp/send.err" &
+    local sender=$!
+    wait_for "[ -e $out/ram.part ]" && mv "$out/ram.part" "$tmp/moved" && cp "$tmp/page" "$out/ram.part" || return 1
+    ends "$sender" 5 20 send && ends "$receiver" 3 20 recv && says "$tmp/send.err" ram.part 'removed or replaced' &&
+        says "$tmp/recv.err" ram.part 'removed or replaced' && cmp "$tmp/page" "$out/ram.part" && [ ! -e "$out/ram" ]
+}
+
 # One that has opened FILE.part, and waits, while it becomes another's FILE.
 second_receiver() {
     start_recv 127.0.0.1 || return 1
@@ -766,6 +777,7 @@ disk() {
         return
     fi
     check 'a second receiver does not empty what is whole' second_receiver
+    check 'a part that is replaced gets no name' part_is_replaced
     check 'the disk fails' disk_fails fsync:error=EIO:when=1
     check 'the disk fails at the last file' disk_fails fsync:error=EIO:when=7
     check 'the disk takes longer than the source would wait' slow_disk
