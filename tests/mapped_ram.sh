@@ -460,7 +460,7 @@ in_place_and_replaced() {
 
 # An operator's slips: what is read is named as what is written, or no name at all.
 not_over_what_is_read() {
-    rm -rf "$tmp/c" && cp -r "$tmp/a" "$tmp/c" && ends 2 'is what is read (ram/pc.ram)' mapped save "$tmp/c" "$tmp/c/ram/pc.ram" &&
+    rm -rf "$tmp/c" "$tmp"/*.part && cp -r "$tmp/a" "$tmp/c" && ends 2 'is what is read (ram/pc.ram)' mapped save "$tmp/c" "$tmp/c/ram/pc.ram" &&
         ends 2 'is what is read (state)' mapped save --in-place "$tmp/c" "$tmp/c/state" && same_machine "$tmp/a" "$tmp/c" &&
         ends 2 'is what is read' mapped extract "$tmp/sa" pc.ram "$tmp/sa" && mapped verify "$tmp/sa" &&
         cp "$tmp/sa" "$tmp/kept.part" && ends 3 'another process' mapped extract "$tmp/kept.part" pc.ram "$tmp/kept" &&
@@ -481,6 +481,7 @@ long_names() { # of files; a block's are qemu_examples.sh's
     local name letters
     name=$(printf 'n%.0s' {1..255})
     letters=$(printf '\xc3\xa4%.0s' {1..127})
+    rm -rf "$tmp"/*.part
     mapped save "$tmp/a" "$tmp/$name" && mapped verify "$tmp/$name" && mapped save "$tmp/b" "$tmp/$name" &&
         mapped save "$tmp/a" "$tmp/$letters" && mapped load "$tmp/$name" "$tmp/${name%n}d" && same_machine "$tmp/b" "$tmp/${name%n}d" &&
         mapped extract "$tmp/$letters" rom "$tmp/${letters}x" && cmp "$tmp/${letters}x" "$tmp/a/ram/rom" &&

@@ -941,7 +941,7 @@ int main(int argc, char **argv) {
         ram[i] = x;
     }
     rmig_set_extension(&cfg, 0, NULL);
-    rmig_set_io_timeout(&cfg, 10000000000u, NULL);
+    rmig_set_io_timeout(&cfg, 60000000000u, NULL);
     if (rmig_source_open(fabric, &cfg, &source, &err) != RMIG_OK)
         return 2;
     int rc = rmig_source_add_block(source, &desc, &index);
@@ -1108,7 +1108,8 @@ in_place_cancelled() {
     timeout -k 5 600 "$source_program" "${over[@]}" --set max-bandwidth=4M --set io-timeout=2s "$tmp/large" "$address" \
         >"$tmp/source.out" 2>"$tmp/source.err" &
     source=$!
-    wait_for "! $mapped_program verify --quiet --offset 5000B $snap >/dev/null 2>&1" || return 1
+    wait_for "[ \$(od -An -tu8 -j5000 -N8 $snap) = 0 ]" || return 1 # its magic is gone: it is being written
+    refused 3 'another process' -- "$mapped_program" verify --offset 5000B "$snap" || return 1
     kill -HUP "$(real_pid "$sink")"
     ends "$sink" 7 6 qemu_sink && ends "$source" 5 6 qemu_source && no_part && cmp -n 5000 "$snap" "$tmp/header" || return 1
     mapped verify --offset 5000B "$snap" >"$tmp/info" 2>&1
