@@ -261,8 +261,12 @@ killed() { # TIMES OPTION...
         wait $! 2>/dev/null
         mapped diff "$tmp/k" "$tmp/sa" >/dev/null || mapped diff "$tmp/k" "$tmp/sb" >/dev/null ||
             { echo "run $i: the file under the final name is neither the old one nor the new one"; return 1; }
-        [ -e "$name" ] || continue
+        if [ ! -e "$name" ]; then # too late: the machine was busier when the time was taken
+            length=$((length * 3 / 4 > 1000 ? length * 3 / 4 : 1000))
+            continue
+        fi
         torn=$((torn + 1))
+        length=$((length * 5 / 4))
         if mapped verify "$name" >/dev/null 2>&1; then # killed right before it got its name
             mapped diff "$name" "$tmp/s$from" >/dev/null || { echo "run $i: a torn file was taken"; return 1; }
         fi
