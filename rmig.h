@@ -1072,7 +1072,8 @@ RMIG_API int rmig_source_block_at(struct rmig_source *s, uint64_t guest_offset, 
 /* Non-blocking calls start an operation; drive it with rmig_source_process until that returns RMIG_OK. The call of the
    same name without _start is the same, waiting. One operation at a time: RMIG_ERR_STATE otherwise. connect resolves,
    connects and agrees on the protocol, within connect-timeout. address: "host:port". All addresses of a name are tried,
-   one after the other, each with its share of that time; an error names each, and why it did not do. */
+   one after the other, each with its share of that time, also when process was called late; an error names each, and
+   why it did not do, as far as its text has room (some eight). */
 RMIG_API int rmig_source_connect_start(struct rmig_source *s, const char *address);
 RMIG_API int rmig_source_connect(struct rmig_source *s, const char *address);
 
