@@ -546,6 +546,7 @@ static struct region region_at(struct world *w, struct end *end, void *p, size_t
 static void *pages(size_t n) {
     void *p = mmap(NULL, n, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     cr_assert_neq(p, MAP_FAILED, "mmap of %zu bytes", n);
+    madvise(p, n, MADV_HUGEPAGE); // on a virtual machine page faults cost more than the rest of a test
     return p;
 }
 

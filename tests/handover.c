@@ -6,11 +6,11 @@
 #include "../rmig.h"
 #include "../rmig_fabric_ofi.h"
 
+#include "guest_ram.h"
 #include "half_write.h"
 
 #include <criterion/criterion.h>
 #include <criterion/parameterized.h>
-#include <sys/mman.h>
 
 #define RAM (4 * RMIG_MIB)
 #define LATE RMIG_MIB // of the write that comes late
@@ -98,12 +98,6 @@ static void spy_cut(struct rmig_ep *ep) {
     spy.below_sink->cut(ep);
 }
 
-static uint8_t *map_ram(void) {
-    uint8_t *ram = mmap(NULL, RAM, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    cr_assert_neq(ram, MAP_FAILED);
-    return ram;
-}
-
 static struct rmig_fabric *open_fabric(const char *provider) {
     struct rmig_error err = {0};
     struct rmig_ofi_options options = {.provider = provider};
@@ -124,8 +118,8 @@ static struct rmig_sink *listen_on(struct scene *s, const struct rmig_config *cf
 static void open_fabrics(struct scene *s, const char *provider) {
     s->from = open_fabric(provider);
     s->to = open_fabric(provider);
-    s->from_ram = map_ram();
-    s->to_ram = map_ram();
+    s->from_ram = guest_ram_map(RAM);
+    s->to_ram = guest_ram_map(RAM);
     memset(s->from_ram, 0x11, RAM);
     spy.below = s->from->ops;
     spy.ops = *spy.below;
@@ -157,8 +151,8 @@ static void open_ends(struct scene *s) {
 static void close_fabrics(struct scene *s) {
     rmig_fabric_close(s->from);
     rmig_fabric_close(s->to);
-    munmap(s->from_ram, RAM);
-    munmap(s->to_ram, RAM);
+    guest_ram_unmap(s->from_ram);
+    guest_ram_unmap(s->to_ram);
 }
 
 /* The sink's embedder, one turn. The state is 5 bytes. Returns process's status. */

@@ -23,6 +23,7 @@
 #include "../rmig_fabric_verbs.h"
 #endif
 
+#include "guest_ram.h"
 #include "sim_fabric.h"
 
 #include <criterion/criterion.h>
@@ -665,10 +666,22 @@ static bool is_over(const struct raw *r) { return r->play->done; }
 static void map_ram(struct ram *b, const char *name, uint64_t length) {
     b->name = name;
     b->length = length;
+    b->map = NULL;
+    if (length % GUEST_RAM_HUGE == 0) {
+        b->host = guest_ram_map(length);
+        return;
+    }
     b->map = mmap(NULL, length + 2 * PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     cr_assert_neq((void *)b->map, MAP_FAILED);
     b->host = b->map + PAGE;
     cr_assert_eq(mprotect(b->host, length, PROT_READ | PROT_WRITE), 0);
+}
+
+static void unmap_ram(const struct ram *b) {
+    if (b->map == NULL)
+        guest_ram_unmap(b->host);
+    else
+        munmap(b->map, b->length + 2 * PAGE);
 }
 
 static void set(struct play *p, enum rmig_param param, uint64_t value) {
@@ -720,7 +733,7 @@ static void play_free(struct play *p) {
             rmig_fabric_close(p->fabric[i]);
     sim_close(p->sim);
     for (unsigned i = 0; i < BLOCKS; i++) {
-        munmap(p->ram[i].map, p->ram[i].length + 2 * PAGE);
+        unmap_ram(&p->ram[i]);
         free(p->dirty[i]);
     }
     free(p);
@@ -1182,7 +1195,7 @@ static struct stock_source *stock_source_new(struct play *p, uint64_t chunk, uin
 static void stock_source_free(struct stock_source *q) {
     for (unsigned i = 0; i < BLOCKS; i++) {
         q->r->ops->dereg(q->r->ep, &q->block[i].mr, NULL);
-        munmap(q->block[i].ram.map, q->block[i].ram.length + 2 * PAGE);
+        unmap_ram(&q->block[i].ram);
     }
     raw_drop(q->r);
     free(q);
@@ -1600,7 +1613,7 @@ static void rmig_to_stock(const struct rmig_case *c) {
                 k->r->ops->dereg(k->r->ep, &k->block[i].mr[j], NULL);
         if (k->pinned)
             k->r->ops->dereg(k->r->ep, &k->block[i].whole, NULL);
-        munmap(k->block[i].ram.map, k->block[i].ram.length + 2 * PAGE);
+        unmap_ram(&k->block[i].ram);
     }
     free(k);
     play_free(p);

@@ -12,6 +12,7 @@
    which one runs; at the end, the next. */
 #define _GNU_SOURCE
 #include "counted_heap.h"
+#include "guest_ram.h"
 
 #define RMIG_IMPLEMENTATION
 #include "sim_fabric.h"
@@ -44,7 +45,7 @@ struct outcome {
 struct run {
     uint64_t random;
     struct sim *sim;
-    bool faults, fresh_sink;
+    bool faults, fresh_sink, worn;
     struct guest_block block[BLOCKS_MAX];
     unsigned blocks;
     unsigned rounds, round;
@@ -333,7 +334,8 @@ static void random_parameters(struct run *r, struct rmig_config *source, struct 
     r->extended = !v1;
 }
 
-static void *map(struct rmig_block_desc *d, uint64_t length, unsigned way) {
+/* Most guests have touched all their RAM; that of the others has holes. */
+static void *map(const struct run *r, struct rmig_block_desc *d, uint64_t length, unsigned way) {
     int fd = -1;
     if (way == 1) {
         fd = memfd_create("block", MFD_CLOEXEC);
@@ -344,9 +346,20 @@ static void *map(struct rmig_block_desc *d, uint64_t length, unsigned way) {
         d->backing = RMIG_BACKING_ANONYMOUS;
     }
     d->length = length;
-    d->host = mmap(NULL, length, PROT_READ | PROT_WRITE, way == 1 ? MAP_SHARED : MAP_PRIVATE | MAP_ANONYMOUS, fd, 0);
+    d->host = r->worn && way != 1 ? guest_ram_map(length)
+                                  : mmap(NULL, length, PROT_READ | PROT_WRITE,
+                                         way == 1 ? MAP_SHARED : MAP_PRIVATE | MAP_ANONYMOUS, fd, 0);
     cr_assert_neq(d->host, MAP_FAILED);
     return d->host;
+}
+
+static void unmap(const struct run *r, const struct rmig_block_desc *d) {
+    if (d->backing == RMIG_BACKING_SHARED_FD)
+        close(d->fd);
+    if (r->worn && d->backing != RMIG_BACKING_SHARED_FD)
+        guest_ram_unmap(d->host);
+    else
+        munmap(d->host, d->length);
 }
 
 static void random_blocks(struct run *r) {
@@ -360,8 +373,8 @@ static void random_blocks(struct run *r) {
                               ? PICK(r, PAGE, RMIG_MIB, 2 * RMIG_MIB, RMIG_MIB + PAGE, 255 * PAGE, 1, PAGE + 1)
                               : 1 + below(r, 5 * RMIG_MIB);
         snprintf(b->name, sizeof b->name, "block%u.%llx", i, (unsigned long long)next_random(r) & 0xfff);
-        map(&b->source, length, (unsigned)below(r, 3));
-        map(&b->sink, length, (unsigned)below(r, 3));
+        map(r, &b->source, length, (unsigned)PICK(r, 0, 0, 0, 1, 2, 2));
+        map(r, &b->sink, length, (unsigned)PICK(r, 0, 0, 0, 1, 2, 2));
         b->source.name = b->sink.name = b->name;
         b->source.guest_offset = at;
         b->sink.guest_offset = at + 4 * RMIG_GIB; // the two ends number RAM differently
@@ -412,6 +425,7 @@ static void open_run(struct run *r, uint64_t seed, bool v1, bool faults, bool ve
     memset(r, 0, sizeof *r);
     memset(&heap, 0, sizeof heap);
     r->random = seed ^ (v1 ? 0x76310000000000 : 0) ^ (faults ? 0x66000000000000 : 0);
+    r->worn = seed % 8 != 0;
     random_world(r, &w, seed);
     random_parameters(r, &source, &sink, v1);
     random_blocks(r);
@@ -474,12 +488,8 @@ static void close_run(struct run *r, uint64_t seed) {
     sim_close(r->sim);
     for (unsigned i = 0; i < r->blocks; i++) {
         struct guest_block *b = &r->block[i];
-        munmap(b->source.host, b->source.length);
-        munmap(b->sink.host, b->source.length);
-        if (b->source.backing == RMIG_BACKING_SHARED_FD)
-            close(b->source.fd);
-        if (b->sink.backing == RMIG_BACKING_SHARED_FD)
-            close(b->sink.fd);
+        unmap(r, &b->source);
+        unmap(r, &b->sink);
         free(b->dirty);
     }
     free(r->state);

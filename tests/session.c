@@ -5,6 +5,7 @@
    A diary between the core and the fabric notes what each side posts, in order. */
 #define _GNU_SOURCE
 #include "counted_heap.h"
+#include "guest_ram.h"
 
 #define RMIG_IMPLEMENTATION
 #include "../rmig_fabric_ofi.h"
@@ -206,7 +207,9 @@ static void map_ram(struct rmig_block_desc *d, int *fd, uint64_t length, enum rm
         cr_assert(*fd >= 0 && ftruncate(*fd, (off_t)length) == 0);
     }
     int flags = shared ? MAP_SHARED : MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
-    d->host = mmap(NULL, length, PROT_READ | PROT_WRITE, flags, *fd, 0);
+    d->host = backing == RMIG_BACKING_UNKNOWN && length <= 256 * RMIG_MIB
+                  ? guest_ram_map(length)
+                  : mmap(NULL, length, PROT_READ | PROT_WRITE, flags, *fd, 0);
     cr_assert_neq(d->host, MAP_FAILED);
     d->length = length;
     d->backing = backing;
@@ -479,10 +482,15 @@ static void open_world(struct world *w) {
     open_sessions(w, sim_fabric(w->sim, 0), sim_fabric(w->sim, 1), w->address);
 }
 
+static void unmap_ram(const struct rmig_block_desc *d) {
+    if (!guest_ram_unmap(d->host))
+        munmap(d->host, d->length);
+}
+
 static void free_ram(struct world *w) {
     for (unsigned i = 0; i < w->rams; i++) {
-        munmap(w->ram[i].from.host, w->ram[i].from.length);
-        munmap(w->ram[i].to.host, w->ram[i].to.length);
+        unmap_ram(&w->ram[i].from);
+        unmap_ram(&w->ram[i].to);
         for (unsigned k = 0; k < 2; k++)
             if (w->ram[i].fd[k] >= 0)
                 close(w->ram[i].fd[k]);
@@ -3272,9 +3280,8 @@ Test(session, an_idle_event_loop_sleeps) {
 }
 
 static bool shared_ram(struct world *w) { // so that the parent sees what the child's sink has got
-    munmap(w->ram[0].to.host, w->ram[0].to.length);
-    w->ram[0].to.host = mmap(NULL, w->ram[0].to.length, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
-    return w->ram[0].to.host != MAP_FAILED;
+    const struct rmig_block_desc *to = &w->ram[0].to;
+    return mmap(to->host, to->length, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS | MAP_FIXED, -1, 0) == to->host;
 }
 
 /* The child: a sink alone, in its own loop. Exit status 0: all came. */
