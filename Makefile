@@ -22,8 +22,10 @@ FUZZERS := $(patsubst tests/%.c,%,$(wildcard tests/fuzz_*.c))
 SUITES := $(filter-out $(FUZZERS),$(patsubst tests/%.c,%,$(wildcard tests/*.c)))
 UNIT := $(filter unit_%,$(SUITES))
 
-# Every suite is built plain, and with ASan and UBSan; those that have threads also with TSan, under which Criterion does
-# not run; the unit suites also with each macro that rmig.h takes, several in a variant, and with clang.
+# `make check` runs every suite with ASan and UBSan, and those plain that do less with them; those that have threads also
+# with TSan, under which Criterion does not run; the unit suites also with each macro that rmig.h takes, several in a
+# variant, and with clang. `make quick` runs every suite plain.
+WITHOUT_ASAN := random_migration handover
 TSAN_SUITES := $(filter threads%,$(SUITES))
 SWITCHES := private namespace clang
 # Not under ThreadSanitizer, which does not see that liburing maps and unmaps.
@@ -32,9 +34,10 @@ FLAGS_plain := -O1 -g $(URING)
 FLAGS_asan := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all $(URING)
 FLAGS_tsan := -O1 -g -fsanitize=thread
 FLAGS_verbs := -O1 -g -DRMIG_TEST_VERBS
-FLAGS_private := -O1 -DRMIG_STATIC -include tests/override.h
-FLAGS_namespace := -O3 -DNDEBUG -DRMIG_NAMESPACE=acme_ $(URING)
-FLAGS_clang := -O2 -DRMIG_CHUNK_SIZE=67108864
+# The variants of the unit suites repeat less: what differs is how they are compiled.
+FLAGS_private := -O1 -DTEST_FEW -DRMIG_STATIC -include tests/override.h
+FLAGS_namespace := -O3 -DTEST_FEW -DNDEBUG -DRMIG_NAMESPACE=acme_ $(URING)
+FLAGS_clang := -O2 -DTEST_FEW -DRMIG_CHUNK_SIZE=67108864
 CC_clang := $(CLANG)
 
 # On machines of other kinds, under qemu-user: what needs no device. Those whose compiler is here.
@@ -140,10 +143,12 @@ $(foreach s,$(SWITCHES),$(eval $(call test_rules,$(s),$(UNIT))))
 $(foreach a,$(ARCHES),$(eval $(call test_rules,$(a),$(ARCH_SUITES))))
 
 FUZZ_BINARIES := $(addprefix $(B)/fuzz/,$(FUZZERS))
-CHECK_BINARIES := $(TEST_BINARIES) $(FUZZ_BINARIES) $(addprefix $(B)/,$(EXAMPLES)) \
+# Plain ones: those that `make check` runs so, on this machine, in the virtual machines and under valgrind.
+PLAIN := $(addprefix $(B)/plain/,$(WITHOUT_ASAN) fabric_conformance rdma unit_params unit_blocks unit_wire)
+CHECK_BINARIES := $(PLAIN) $(filter-out $(B)/plain/%,$(TEST_BINARIES)) $(FUZZ_BINARIES) $(addprefix $(B)/,$(EXAMPLES)) \
 	$(addprefix $(B)/asan/,$(EXAMPLES)) $(COSTS) $(B)/bench/report
 
--include $(addsuffix .d,$(CHECK_BINARIES)) $(wildcard $(B)/bench/*.d)
+-include $(addsuffix .d,$(sort $(CHECK_BINARIES) $(TEST_BINARIES))) $(wildcard $(B)/bench/*.d)
 
 # >>checks
 # One line a program: how it reports, its name, its limit in seconds, the command. tests/run.pl runs and counts them; the
@@ -153,15 +158,15 @@ CHECK_BINARIES := $(TEST_BINARIES) $(FUZZ_BINARIES) $(addprefix $(B)/,$(EXAMPLES
 CRITERION := $(shell grep -ls 'criterion/' $(addsuffix .c,$(addprefix tests/,$(SUITES))))
 kind = $(if $(filter tests/$(1).c,$(CRITERION)),criterion,status)
 suite_lines = $(foreach s,$(2),'$(call kind,$(s)) $(1)/$(s) 2400 $(B)/$(1)/$(s)')
-PLAIN_LINES := $(call suite_lines,plain,$(SUITES)) \
-	'tap integration/minimal 600 tests/minimal.sh $(B)/minimal' \
-	'tap integration/migrate 2400 tests/migrate.sh $(B)/rmig_migrate' \
-	'tap integration/kvm_live 1200 tests/kvm_live.sh $(B)/kvm_live' \
+program_lines = 'tap integration/migrate$(2) 2400 tests/migrate.sh $(B)/$(1)rmig_migrate' \
+	'tap integration/minimal$(2) 600 tests/minimal.sh $(B)/$(1)minimal'
+INTEGRATION_LINES := 'tap integration/kvm_live 1200 tests/kvm_live.sh $(B)/kvm_live' \
 	'tap integration/qemu 2400 tests/qemu_examples.sh $(B)/qemu_sink $(B)/qemu_source' \
 	'tap integration/mapped_ram 2400 tests/mapped_ram.sh $(B)/mapped_ram $(B)' \
 	'tap soak 600 tests/soak_tool.sh $(B)/plain/random_migration' \
 	'tap readme 600 tests/readme.sh $(B)/rmig_migrate' \
 	'tap quick_start 1200 tests/quick_start.sh'
+QUICK_LINES = $(call suite_lines,plain,$(SUITES)) $(call program_lines) $(INTEGRATION_LINES)
 # Over RDMA devices: in virtual machines, or on the adapter that is named. The longest come first.
 RDMA_DEV ?=
 RDMA_BINARIES := $(addprefix $(B)/,plain/fabric_conformance plain/rdma verbs/hostile_peer rmig_migrate kvm_live \
@@ -177,11 +182,9 @@ RDMA_LINES = $(if $(RDMA_DEV),$(call rdma_line,here conformance ofi session migr
 ARCH_LINES := 'tap arch 2400 tests/arch.sh $(B) $(ARCH_SUITES)'
 LINT_LINES := 'tap lint 2400 tests/lint.sh'
 FUZZ_LINES = 'tap fuzz 86400 tests/fuzz.sh $(1) $(FUZZ_BINARIES)'
-CHECK_LINES = $(LINT_LINES) 'tap headers 2400 tests/headers.sh' $(VM_LINES) $(PLAIN_LINES) \
-	$(call suite_lines,asan,$(SUITES)) $(call suite_lines,tsan,$(TSAN_SUITES)) \
-	$(foreach s,$(SWITCHES),$(call suite_lines,$(s),$(UNIT))) \
-	'tap integration/minimal-asan 600 tests/minimal.sh $(B)/asan/minimal' \
-	'tap integration/migrate-asan 2400 tests/migrate.sh $(B)/asan/rmig_migrate' \
+CHECK_LINES = $(LINT_LINES) 'tap headers 2400 tests/headers.sh' $(VM_LINES) $(INTEGRATION_LINES) \
+	$(call program_lines,asan/,-asan) $(call suite_lines,asan,$(SUITES)) $(call suite_lines,plain,$(WITHOUT_ASAN)) \
+	$(call suite_lines,tsan,$(TSAN_SUITES)) $(foreach s,$(SWITCHES),$(call suite_lines,$(s),$(UNIT))) \
 	'tap costs 1200 bench/costs.sh $(B)' \
 	'tap figures 1200 bench/figures.sh $(B) check' \
 	'tap valgrind 2400 tests/valgrind.sh $(B)/minimal $(B)/plain' \
@@ -198,7 +201,7 @@ check: | $(AFTER_DEPS)
 	@$(call run_lines,check-binaries,$(CHECK_LINES))
 
 quick: | $(AFTER_DEPS)
-	@$(call run_lines,quick-binaries,$(PLAIN_LINES))
+	@$(call run_lines,quick-binaries,$(QUICK_LINES))
 
 ifneq ($(RDMA_DEV),)
 export RMIG_TEST_DEVICE := $(RDMA_DEV)

@@ -6,6 +6,13 @@
 #include <stdint.h>
 #include <stdlib.h>
 
+/* How often to repeat: less in the variants, whose machine code is another and whose logic is the same. */
+#ifdef TEST_FEW
+#define TIMES(n) ((n) / 10)
+#else
+#define TIMES(n) (n)
+#endif
+
 static inline uint64_t rng(void) {
     static uint64_t rng_state;
     if (rng_state == 0) {

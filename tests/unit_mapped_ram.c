@@ -348,7 +348,7 @@ static void random_snapshot(void) {
 }
 
 Test(mapped_rounds, random_snapshots_come_back, .timeout = 600) {
-    for (unsigned i = 0; i < 40; i++)
+    for (unsigned i = 0; i < TIMES(40); i++)
         random_snapshot();
 }
 
@@ -417,7 +417,7 @@ static void twenty_rounds(const struct rmig_mapped_options *opt) {
 }
 
 Test(mapped_rounds, twenty_rounds_make_no_longer_file_in_any_mode, .timeout = 600) {
-    for (unsigned mode = 0; mode < 64; mode++) {
+    for (unsigned mode = 0; mode < 64; mode += 64 / TIMES(64)) {
         struct rmig_mapped_options opt = {.no_sync = true,
                                           .direct = (mode & 1) != 0,
                                           .threads = (mode & 2) != 0 ? 3 : 1,
@@ -659,7 +659,7 @@ Test(mapped_lazy, nobody_waits_when_the_loading_has_ended, .timeout = 600) {
         ram.mem[at] = 1;
     int fd = new_file();
     save_file(fd, &opt, &ram, 1);
-    for (unsigned i = 0; i < 150; i++)
+    for (unsigned i = 0; i < TIMES(150); i++)
         end_among_touchers(&ram, fd, i % 2 == 1);
     close(fd);
 }
