@@ -1116,6 +1116,10 @@ static int load_open(struct load *l, struct rmig_error *err) {
     opt.progress = load_progress;
     opt.progress_user = l;
     int rc = snapshot_open(&l->file, l->o->load, &opt, &l->state, err);
+    if (rc == RMIG_ERR_CANCELLED) {
+        *err = l->gave_up;
+        return err->status;
+    }
     if (rc == RMIG_OK && l->state.layout.ram > l->o->ram_max)
         rc = rmig_fail(err, RMIG_ERR_SETUP, 0, "%s: RAM is %s: must be at most --ram-max, %s", l->o->load,
                        rmig_size_format(l->state.layout.ram, is, sizeof is),

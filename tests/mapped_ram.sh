@@ -481,6 +481,32 @@ device_in_use() {
     [ $? = 3 ] && grep -q 'Device or resource busy' "$tmp/out" || { cat "$tmp/out"; return 1; }
 }
 
+# Device state whose end is missing is read as far as the device goes: here for a quarter of an hour at least.
+device_without_an_end() {
+    local saver i status command
+    truncate -s 1T "$tmp/disk.img" && losetup -c "$device" && mapped save --in-place "$tmp/a" "$device" &&
+        i=$(stat -c %s "$tmp/sa") && dd if=/dev/zero of="$device" bs=1 seek=$((i - 1)) count=1 conv=notrunc status=none || return 1
+    for command in info verify "load $tmp/endless"; do
+        # shellcheck disable=SC2086 # a command and its arguments
+        "$program" ${command%% *} "$device" ${command#"${command%% *}"} >"$tmp/out" 2>&1 &
+        saver=$!
+        for ((i = 0; i < 6000; i++)); do # 64 MiB: it has left the RAM behind
+            [ "$(sed -n 's/^rchar: //p' "/proc/$saver/io")" -lt 67108864 ] || break
+            sleep 0.01
+        done
+        kill -INT "$saver"
+        for ((i = 0; i < 6000; i++)); do
+            kill -0 "$saver" 2>/dev/null || break
+            sleep 0.01
+        done
+        kill -9 "$saver" 2>/dev/null
+        wait "$saver"
+        status=$?
+        [ "$status" = 7 ] && grep -q cancelled "$tmp/out" || { echo "$command: exit status $status"; cat "$tmp/out"; return 1; }
+    done
+    [ -z "$(find "$tmp" -name 'endless*')" ]
+}
+
 long_names() { # of files; a block's are qemu_examples.sh's
     local name letters
     name=$(printf 'n%.0s' {1..255})
@@ -536,6 +562,7 @@ places() {
         check 'a block device' on_a_device
         check 'a block device, killed 10 times' in_place_killed 10 "$device"
         check 'a block device that is in use' device_in_use
+        check 'a block device whose device state has no end' device_without_an_end
     else
         device=
         skip 'a block device' 'no loop device can be had'

@@ -1131,6 +1131,26 @@ on_a_device() {
     [ $rc = 0 ] && says "$tmp/sink.err" 'the device is too short' 'state of the devices'
 }
 
+# Device state without its end is read as far as the device goes: here for a quarter of an hour at least.
+endless_device() {
+    local size i victim
+    truncate -s 1T "$tmp/disk.img" && losetup -c "$loop" && rm -f "$tmp/saved" && mapped save "$tmp/vm" "$tmp/saved" &&
+        mapped save --in-place "$tmp/vm" "$loop" && size=$(stat -c %s "$tmp/saved") &&
+        dd if=/dev/zero of="$loop" bs=1 seek=$((size - 1)) count=1 conv=notrunc status=none || return 1
+    "$source_program" "${over[@]}" "$loop" 127.0.0.1:1 >"$tmp/source.out" 2>"$tmp/source.err" &
+    victim=$!
+    wait_for "[ \$(sed -n 's/^rchar: //p' /proc/$victim/io) -ge 67108864 ]" || return 1
+    kill -INT "$victim"
+    for ((i = 0; i < 6000; i++)); do
+        kill -0 "$victim" 2>/dev/null || break
+        sleep 0.01
+    done
+    kill -KILL "$victim" 2>/dev/null
+    ends "$victim" 7 60 qemu_source && says "$tmp/source.err" cancelled
+    i=$?
+    truncate -s 64M "$tmp/disk.img" && losetup -c "$loop" && return $i
+}
+
 files_and_their_places() {
     check 'what lies before --offset stays' keeps_what_lies_before
     check 'a link to a file is what it leads to' file_by_a_link
@@ -1139,6 +1159,7 @@ files_and_their_places() {
     truncate -s 64M "$tmp/disk.img"
     if loop=$(losetup --find --show "$tmp/disk.img" 2>/dev/null); then
         check 'on a block device' on_a_device
+        check 'a block device whose device state has no end' endless_device
     else
         loop=
         skip 'on a block device' 'no loop device can be had'
