@@ -45,6 +45,7 @@ struct run {
     bool seal_tried, described; // machine.json is written
     bool ram_written; // into FILE.part
     bool sealed; // everything is on the disk
+    uint64_t end_without_magic; // of a device: what has no end is no snapshot there, but ends here
     bool kept; // what is there is no longer ours to remove
     uint64_t messages, hooks, pings;
 };
@@ -320,11 +321,14 @@ static int finish_without_end(struct run *r) {
     int n = rmig_qemu_encode_end(end, sizeof end, "{}", 2);
     if (n < 0 || rmig_mapped_writer_put(r->writer, end, (size_t)n) < 0 || rmig_mapped_writer_finish(r->writer) < 0)
         return fail_writer(r);
-    bool cut = is_device(r) ? pwrite(r->out.fd, no_magic, sizeof no_magic, (off_t)r->c.snapshot.offset) ==
-                                  (ssize_t)sizeof no_magic
-                            : ftruncate(r->out.fd, (off_t)rmig_mapped_writer_size(r->writer) - n) == 0;
+    uint64_t length = rmig_mapped_writer_size(r->writer) - (uint64_t)n;
+    bool device = is_device(r);
+    bool cut = device ? pwrite(r->out.fd, no_magic, sizeof no_magic, (off_t)r->c.snapshot.offset) ==
+                            (ssize_t)sizeof no_magic
+                      : ftruncate(r->out.fd, (off_t)length) == 0;
     if (!cut || fsync(r->out.fd) < 0)
         return fail(&r->c.p, EXIT_FILES, "cannot end %s: %s", r->out.part, strerror(errno));
+    r->end_without_magic = device ? length : 0;
     return 0;
 }
 
@@ -598,6 +602,16 @@ static int receive_events(struct run *r) {
     return 0;
 }
 
+/* The command makes what a file would hold: there nothing follows the state. */
+static void describe_without_magic(const struct run *r, char *out, size_t size) {
+    uint64_t offset = r->c.snapshot.offset;
+    snprintf(out, size,
+             ". It is no snapshot yet: its first 8 bytes, at offset %" PRIu64 ", are zeros, because the end of an older "
+             "one may follow it on the device. If the source says completed, copy it into a file with them, which a "
+             "QEMU may load: { printf 'QEVM\\0\\0\\0\\3'; tail -c +%" PRIu64 " %.200s | head -c %" PRIu64 "; } >FILE",
+             offset, offset + 9, r->out.part, r->end_without_magic - offset - 8);
+}
+
 /* After a failure: what is in what is kept, and what is not. */
 static void describe_part(const struct run *r, const char *unsealed, char *out, size_t size) {
     bool whole = rmig_qemu_reader_whole(&r->reader);
@@ -617,6 +631,8 @@ static void describe_part(const struct run *r, const char *unsealed, char *out, 
     if (!r->sealed)
         snprintf(out + n, size - n, "%s%s%s%.600s", whole ? "" : ", and ", lack, unsealed[0] == '\0' ? "" : ": ",
                  unsealed);
+    else if (r->end_without_magic != 0)
+        describe_without_magic(r, out + n, size - n);
 }
 
 /* When the source may have completed the migration, what is here may be all there is of the machine. A source that says

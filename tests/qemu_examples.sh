@@ -1022,6 +1022,23 @@ file_without_end() {
             "$sink_program" "${over[@]}" --listen 127.0.0.1:0 --snapshot "$snap" && [ -s "$snap.part" ]
 }
 
+# On a device an older end may follow, so it is no snapshot there; what the message says makes of it what a file holds.
+device_without_end() {
+    rm -f "$snap" "$snap.part"
+    start_file_sink && raw_delivers "$end$device" && ends "$sink" 6 5 qemu_sink && mv "$snap.part" "$tmp/no.end" || return 1
+    local snap=$loop at command
+    for at in 0 5000; do
+        start_file_sink --in-place --offset ${at}B && raw_delivers "$end$device" && ends "$sink" 6 5 qemu_sink &&
+            says "$tmp/sink.err" suppress-vmdesc "$loop is kept" "first 8 bytes, at offset $at, are zeros" || return 1
+        [ "$(od -An -tu8 -j$at -N8 "$loop")" -eq 0 ] || { echo 'the magic is there'; return 1; }
+        command=$(sed -n 's/.*: \({ printf .*\)FILE$/\1/p' "$tmp/sink.err")
+        bash -c "$command$tmp/copied" && [ -s "$tmp/copied" ] || { echo "the command: $command"; return 1; }
+        [ $at != 0 ] || cmp "$tmp/copied" "$tmp/no.end" || return 1
+        mapped info --json "$tmp/copied" >"$tmp/info"
+        json "$tmp/info" '!$j->{info}{whole} && $j->{info}{machine} eq "m"' || return 1
+    done
+}
+
 file_cancelled_with_all_state() {
     rm -f "$snap"
     start_file_sink --trace || return 1
@@ -1210,6 +1227,7 @@ snapshots() {
     on_tmpfs 'the disk is full when the source has left' size=20M full_when_the_source_has_left
     [ ! -x "$tmp/raw" ] || {
         check 'a file of a source without a description of its devices' file_without_end
+        [ -z "$loop" ] || check 'a device, of a source without a description of its devices' device_without_end
         check 'a sink into a file is cancelled when all state has come' file_cancelled_with_all_state
     }
     files_of_sources_like_qemu
