@@ -118,8 +118,9 @@ no_file_for_a_snapshot() {
 
 written_by_another() {
     : >"$tmp/l.part"
-    ends 3 'is being written by another process' flock "$tmp/l.part" timeout 600 "$program" save "$tmp/a" "$tmp/l" &&
-        [ -e "$tmp/l.part" ]
+    ends 3 'l.part is in use by another process' flock "$tmp/l.part" timeout 600 "$program" save "$tmp/a" "$tmp/l" &&
+        [ -e "$tmp/l.part" ] &&
+        ends 3 's is being written by another process' flock "$tmp/s" timeout 600 "$program" verify "$tmp/s"
 }
 
 can_mount() { unshare -m true 2>/dev/null; }
@@ -364,6 +365,41 @@ owner_stays() {
         [ "$(stat -c '%u %g %a' "$tmp/m")" = '65534 12345 640' ] || { stat "$tmp/m"; return 1; }
 }
 
+# acl WHICH PATH [BYTES]: shows an access list (access or default), or sets it.
+make_acl() {
+    cat >"$tmp/acl.c" <<'END'
+#include <errno.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/xattr.h>
+int main(int argc, char **argv) {
+    char name[64], list[4096];
+    snprintf(name, sizeof name, "system.posix_acl_%s", argv[1]);
+    ssize_t n = argc == 3 ? getxattr(argv[2], name, list, sizeof list) : fread(list, 1, sizeof list, stdin);
+    if (argc == 3 && n < 0 && errno == ENODATA)
+        return 0;
+    if (n < 0 || (argc == 4 && setxattr(argv[2], name, list, (size_t)n, 0) < 0))
+        return fprintf(stderr, "%s of %s: %s\n", name, argv[2], strerror(errno)), 1;
+    return argc == 3 && fwrite(list, 1, (size_t)n, stdout) != (size_t)n;
+}
+END
+    cc "$tmp/acl.c" -o "$tmp/acl"
+}
+
+set_acl() { # WHICH PATH UID: who may read
+    perl -e 'print pack("V(vvV)5", 2, 1, 6, -1 & 0xffffffff, 2, 4, $ARGV[0], 4, 0, -1 & 0xffffffff, 16, 4, -1 & 0xffffffff,
+        32, 0, -1 & 0xffffffff)' "$3" | "$tmp/acl" "$1" "$2" set
+}
+
+# Whoever may read the older file may read the new one, and nobody else.
+access_list_stays() {
+    rm -rf "$tmp/lists" && mkdir "$tmp/lists" && local s=$tmp/lists/s && mapped save "$tmp/a" "$s" && set_acl access "$s" 12345 &&
+        "$tmp/acl" access "$s" >"$tmp/list" && [ -s "$tmp/list" ] && mapped save "$tmp/b" "$s" &&
+        "$tmp/acl" access "$s" | cmp - "$tmp/list" && [ "$(stat -c %a "$s")" = 640 ] || return 1
+    rm "$s" && mapped save "$tmp/a" "$s" && chmod 640 "$s" && set_acl default "$tmp/lists" 12345 && mapped save "$tmp/b" "$s" &&
+        [ -z "$("$tmp/acl" access "$s")" ] && [ "$(stat -c %a "$s")" = 640 ]
+}
+
 nobody() { # COMMAND...: as a user who may do little; what $tmp/open has is open to all
     rm -rf "$tmp/open" && chmod 711 "$tmp" && mkdir "$tmp/open" && cp -r "$program" "$tmp/a" "$tmp/open" &&
         chmod -R a+rX "$tmp/open"
@@ -378,6 +414,19 @@ owner_that_cannot_stay() {
         [ "$(ls -A "$tmp/open/dir")" = s ] && [ "$(cat "$tmp/open/dir/s")" = old ]
 }
 
+# What somebody else left, or laid there, under the name of a part: it would be theirs to read and to change.
+part_of_another() {
+    rm -rf "$tmp/part.of" && mkdir "$tmp/part.of" && local s=$tmp/part.of/s && echo theirs >"$s.part" && chown 12345 "$s.part" || return 1
+    ends 3 "s.part is there already, and is of user 12345" mapped save "$tmp/a" "$s" && [ "$(cat "$s.part")" = theirs ] &&
+        ends 3 'is of user 12345' mapped extract "$tmp/sa" rom "$s" && [ "$(stat -c '%u %s' "$s.part")" = '12345 7' ] || return 1
+    echo older >"$s" && ends 3 'is of user 12345' mapped save "$tmp/a" "$s" && [ "$(cat "$s" "$s.part")" = $'older\ntheirs' ] || return 1
+    chown 12345 "$s" && mapped save "$tmp/a" "$s" && mapped verify "$s" && [ ! -e "$s.part" ] || return 1 # a killed save left it
+    nobody && mkdir -m 777 "$tmp/open/dir" && echo theirs >"$tmp/open/dir/s.part" && chmod 666 "$tmp/open/dir/s.part" &&
+        ends 3 'is of user 0' as_nobody save "$tmp/open/a" "$tmp/open/dir/s" && chmod 600 "$tmp/open/dir/s.part" &&
+        ends 3 's.part, which is there already: Permission denied' as_nobody save "$tmp/open/a" "$tmp/open/dir/s" &&
+        [ "$(cat "$tmp/open/dir/s.part")" = theirs ] && [ ! -e "$tmp/open/dir/s" ]
+}
+
 # A prepared file in a directory that may not be written.
 in_a_closed_directory() {
     nobody && mkdir "$tmp/open/dir" && echo old >"$tmp/open/dir/s" && chmod 666 "$tmp/open/dir/s" || return 1
@@ -387,13 +436,21 @@ in_a_closed_directory() {
         mapped diff "$tmp/open/dir/s" "$tmp/sa" && [ "$(stat -c '%u %a' "$tmp/open/dir/s")" = '0 666' ]
 }
 
+# A part that is also another file: that would be emptied, and written.
+part_of_two_names() {
+    rm -rf "$tmp/part.of" && mkdir "$tmp/part.of" && local s=$tmp/part.of/s && echo mine >"$tmp/part.of/other" &&
+        ln "$tmp/part.of/other" "$s.part" && ends 3 's.part is there already, and has 2 names' mapped save "$tmp/a" "$s" &&
+        [ "$(cat "$tmp/part.of/other")" = mine ] && rm "$tmp/part.of/other" && mapped save "$tmp/a" "$s" && mapped verify "$s"
+}
+
 in_place() {
     local inode
     mapped save "$tmp/b" "$tmp/p" && inode=$(stat -c %i "$tmp/p") && mapped save --in-place "$tmp/a" "$tmp/p" &&
         [ "$(stat -c %i "$tmp/p")" = "$inode" ] && mapped diff "$tmp/p" "$tmp/sa" && [ ! -e "$tmp/p.part" ] &&
         ends 3 'what is written in place must be there' mapped save --in-place "$tmp/a" "$tmp/p2" &&
         [ ! -e "$tmp/p2" ] && ends 3 'neither a regular file nor a block device' mapped save --in-place "$tmp/a" /dev/null &&
-        ends 3 'is being written by another process' flock "$tmp/p" timeout 600 "$program" save --in-place "$tmp/b" "$tmp/p" &&
+        ends 3 'p is in use by another process' flock "$tmp/p" timeout 600 "$program" save --in-place "$tmp/b" "$tmp/p" &&
+        ends 3 'p is in use by another process' flock -s "$tmp/p" timeout 600 "$program" save --in-place "$tmp/b" "$tmp/p" &&
         mapped diff "$tmp/p" "$tmp/sa" && ends 2 '--in-place is for save' mapped verify --in-place "$tmp/p"
 }
 
@@ -537,6 +594,12 @@ places() {
     check 'names that load would not have given are refused' names_of_a_machine
     check 'a link is what it leads to' links_are_followed
     check 'the mode of a file that is replaced stays' mode_stays
+    if make_acl && : >"$tmp/list" && set_acl access "$tmp/list" 1 2>"$tmp/err"; then
+        check 'the access list of a file that is replaced stays' access_list_stays
+    else
+        skip 'the access list of a file that is replaced stays' "$(tail -n 1 "$tmp/err")"
+    fi
+    check 'a part with two names is refused' part_of_two_names
     check 'in place' in_place
     check 'in place, and it fails' in_place_and_failed
     cp "$tmp/sb" "$tmp/sp"
@@ -554,6 +617,7 @@ places() {
         check 'the owner of a file that is replaced stays' owner_stays
         check 'a file whose owner cannot stay is not replaced' owner_that_cannot_stay
         check 'a prepared file in a closed directory' in_a_closed_directory
+        check 'a part of another user is refused' part_of_another
     else
         skip 'owners' 'not root, or not installed: setpriv'
     fi
