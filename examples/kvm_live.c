@@ -1703,6 +1703,7 @@ static error_t option_parse(int key, char *arg, struct argp_state *state) {
 
 int main(int argc, char **argv) {
     struct options o = {.ram = 512 * RMIG_MIB, .ram_max = 64 * RMIG_GIB, .work = UINT64_MAX, .fill = UINT64_MAX};
+    whole_file_hold_standard();
     o.dirty_rate = 100 * RMIG_MIB;
     o.downtime_ns = 50 * MS;
     o.run_before_ns = 500 * MS;

@@ -734,6 +734,7 @@ static void clean_up(struct run *r) {
 int main(int argc, char **argv) {
     static struct run run;
     static const struct argp argp = {option_table, parse_option, "COMMAND ARGUMENT...", doc, NULL, NULL, NULL};
+    whole_file_hold_standard();
     run.fd = run.other_fd = run.out.fd = run.state_fd = -1;
     run.opt.progress = on_progress;
     parse_arguments(&argp, &run, argc, argv);

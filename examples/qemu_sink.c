@@ -772,6 +772,7 @@ int main(int argc, char **argv) {
     static const struct argp_child children[] = {{&common_argp, 0, NULL, 0}, {NULL, 0, NULL, 0}};
     static const struct argp argp = {option_table, parse_option, "DIR\n--snapshot FILE", doc, children, NULL, NULL};
     struct rmig_stats st = {0};
+    whole_file_hold_standard();
     run.max_size = 1024 * RMIG_GIB;
     run.out.fd = run.state_fd = -1;
     without_extension(&run.c);

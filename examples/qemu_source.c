@@ -397,6 +397,7 @@ int main(int argc, char **argv) {
     static const struct argp_child children[] = {{&common_argp, 0, NULL, 0}, {NULL, 0, NULL, 0}};
     static const struct argp argp = {NULL, parse_option, "DIR HOST:PORT\nFILE HOST:PORT", doc, children, NULL, NULL};
     struct rmig_stats st = {0};
+    whole_file_hold_standard();
     run.state_fd = run.snapshot_fd = -1;
     without_extension(&run.c);
     parse_arguments(&argp, &run, argc, argv);

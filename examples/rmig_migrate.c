@@ -293,14 +293,28 @@ static int open_for_sending(struct run *r, struct image *image) {
     return 0;
 }
 
+/* Is its part that of another block here, or of the state? */
+static bool is_ours(const struct run *r, const struct image *image) {
+    for (size_t i = 0; i <= r->images.count; i++) {
+        const struct whole_file *other = i < r->images.count ? &r->images.at[i].file : &r->state.file;
+        const struct whole_file as = {.fd = other->fd, .part = image->file.part};
+        if (other != &image->file && as.fd >= 0 && as.part != NULL && whole_file_is_mine(&as))
+            return true;
+    }
+    return false;
+}
+
 static int open_part(struct run *r, struct image *image, const char *what) {
     struct rmig_error err;
     struct stat st;
     if (!r->opt.force && lstat(image->path, &st) == 0)
         return fail(&r->p, EXIT_FILES, "%s: %s exists: remove it, or give --force", what, image->path);
-    return whole_file_open(&image->file, image->path, WHOLE_FILE_ONLY, &err) == RMIG_OK
-               ? 0
-               : fail(&r->p, EXIT_FILES, "%s: %s", what, err.text);
+    if (whole_file_open(&image->file, image->path, WHOLE_FILE_ONLY, &err) == RMIG_OK)
+        return 0;
+    if (is_ours(r, image))
+        return fail(&r->p, EXIT_FILES, "%s: %s is already the file of another block, or of the state: name one for each",
+                    what, image->path);
+    return fail(&r->p, EXIT_FILES, "%s: %s", what, err.text);
 }
 
 static int open_for_receiving(struct run *r, struct image *image) {
@@ -1280,6 +1294,7 @@ static void clean_up(struct run *r) {
 int main(int argc, char **argv) {
     static const struct argp argp = {option_table, parse_option, "send|recv", doc, NULL, NULL, NULL};
     static struct run run;
+    whole_file_hold_standard();
     run.opt.rounds = 1;
     run.opt.disk_seconds = 3600;
     run.opt.max_size = 1024 * RMIG_GIB;

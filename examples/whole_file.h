@@ -43,6 +43,17 @@ enum whole_file_flags {
     WHOLE_FILE_MAY_BE_IN_PLACE = 4 // the program has an option for that, --in-place, which messages may name
 };
 
+/* First in main. A standard descriptor that a shell closed (2>&-) would be the number of a file that is opened: what is
+   printed would land in an image. It gets a descriptor by which nothing can be read or written. */
+static inline void whole_file_hold_standard(void) {
+    int fd;
+    do
+        fd = open("/", O_PATH);
+    while (fd >= 0 && fd <= STDERR_FILENO);
+    if (fd >= 0)
+        close(fd);
+}
+
 // >>names
 
 struct whole_file_text {
