@@ -18,6 +18,7 @@ qemu_source takes either back into a QEMU; a QEMU loads FILE itself, with -incom
 #define PROGRAM "qemu_sink"
 #define RMIG_IMPLEMENTATION
 #include "qemu_common.h"
+#include "disk_room.h"
 #include <sys/statvfs.h>
 
 #define STATE_ROOM (16 * RMIG_MIB) // on the file system, for the state of the devices
@@ -152,14 +153,34 @@ static int dig_run(const struct image *image, off_t at, off_t end) {
     return 0;
 }
 
-/* Registration has made zero pages take space; what fails here costs only that. Holes are not read: on tmpfs that takes
-   space, which may not be there. */
+/* For disk_room.h. */
+static int take_room(void *user, uint64_t address, uint64_t length, struct rmig_error *err) {
+    struct run *r = user;
+    int status = RMIG_OK;
+    for (uint32_t i = 0; i < r->c.machine.image_count && status == RMIG_OK; i++) {
+        const struct image *image = &r->c.machine.image[i];
+        char *name = join(r->out.part, image->file);
+        if (image->map != MAP_FAILED)
+            status = disk_room_in(image->fd, image->map, image->block.length, address, length, name, err);
+        free(name);
+    }
+    if (status != RMIG_OK)
+        fail(&r->c.p, EXIT_FILES, "%s", err->text);
+    return status;
+}
+
+/* Registration, and the room for it, have made zero pages take space; what fails here costs only that. Holes are not
+   read: on tmpfs that takes space, which may not be there. */
 static void dig_holes(const struct image *image) {
-    off_t at = 0, end;
-    while ((at = lseek(image->fd, at, SEEK_DATA)) >= 0 && (end = lseek(image->fd, at, SEEK_HOLE)) >= 0) {
-        if (dig_run(image, at, end) < 0)
+    off_t at = 0, data, end, size = (off_t)image->block.length;
+    for (; at < size; at = end) {
+        data = lseek(image->fd, at, SEEK_DATA);
+        data = data < 0 ? size : data;
+        if (data > at && fallocate(image->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, at, data - at) < 0)
             return;
-        at = end;
+        end = data < size ? lseek(image->fd, data, SEEK_HOLE) : size;
+        if (end < 0 || dig_run(image, data, end) < 0)
+            return;
     }
 }
 
@@ -323,9 +344,9 @@ static int finish_without_end(struct run *r) {
         return fail_writer(r);
     uint64_t length = rmig_mapped_writer_size(r->writer) - (uint64_t)n;
     bool device = is_device(r);
-    bool cut = device ? pwrite(r->out.fd, no_magic, sizeof no_magic, (off_t)r->c.snapshot.offset) ==
-                            (ssize_t)sizeof no_magic
-                      : ftruncate(r->out.fd, (off_t)length) == 0;
+    bool cut =
+        device ? pwrite(r->out.fd, no_magic, sizeof no_magic, (off_t)r->c.snapshot.offset) == (ssize_t)sizeof no_magic
+               : ftruncate(r->out.fd, (off_t)length) == 0;
     if (!cut || fsync(r->out.fd) < 0)
         return fail(&r->c.p, EXIT_FILES, "cannot end %s: %s", r->out.part, strerror(errno));
     r->end_without_magic = device ? length : 0;
@@ -606,7 +627,8 @@ static int receive_events(struct run *r) {
 static void describe_without_magic(const struct run *r, char *out, size_t size) {
     uint64_t offset = r->c.snapshot.offset;
     snprintf(out, size,
-             ". It is no snapshot yet: its first 8 bytes, at offset %" PRIu64 ", are zeros, because the end of an older "
+             ". It is no snapshot yet: its first 8 bytes, at offset %" PRIu64
+             ", are zeros, because the end of an older "
              "one may follow it on the device. If the source says completed, copy it into a file with them, which a "
              "QEMU may load: { printf 'QEVM\\0\\0\\0\\3'; tail -c +%" PRIu64 " %.200s | head -c %" PRIu64 "; } >FILE",
              offset, offset + 9, r->out.part, r->end_without_magic - offset - 8);
@@ -670,6 +692,8 @@ static int receive(struct run *r) {
     struct rmig_error err;
     if ((r->file != NULL ? make_file_part(r) : make_dir_part(r)) < 0 || open_the_fabric(&r->c) < 0)
         return -1;
+    if (r->file == NULL)
+        disk_room_by_chunk(r->c.fabric, take_room, r);
     if (rmig_sink_open(r->c.fabric, &r->c.cfg, &r->sink, &err) < 0)
         return fail_rmig(&r->c.p, EXIT_CONNECT, &err);
     if (rmig_sink_listen(r->sink, r->address) < 0)

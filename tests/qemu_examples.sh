@@ -619,6 +619,14 @@ no_inodes() {
         state_kept "$device$description" && [ -e "$out.part/ram/a" ]
 }
 
+# Either end says so, and the source keeps its machine: QEMU's protocol has no words for the other end.
+full_disk() {
+    local out=$tmp/small/vm
+    sink_into "$out" && source_from "$tmp/large"
+    [ $? = 5 ] && says "$tmp/source.err" 'gave up' && ends "$sink" 3 5 qemu_sink &&
+        says "$tmp/sink.err" "$out.part/ram/" 'no room for' 'No space left on device' && [ -z "$(ls -A "$tmp/small")" ]
+}
+
 on_tmpfs() { # NAME OPTIONS COMMAND...
     mkdir -p "$tmp/small"
     if ! mount -t tmpfs -o "$2" tmpfs "$tmp/small" 2>"$tmp/mount"; then
@@ -658,6 +666,7 @@ handovers() {
     check 'a sink is cancelled when all state has come' cancel_with_all_state
     check 'a source without a description of its devices' no_description
     on_tmpfs 'a file system without inodes' nr_inodes=5,size=16M no_inodes
+    on_tmpfs 'the disk is full, a directory' size=5M full_disk
     if ! make_slow_calls 2>"$tmp/cc"; then
         not_ok 'calls that take their time are built' "$(cat "$tmp/cc")"
         return
