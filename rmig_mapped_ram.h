@@ -400,14 +400,21 @@ static void rmig__mapped_io_init(struct rmig__mapped_io *io, int fd, int direct_
 
 static struct rmig__qemu_text rmig__mapped_name(const char *name) { return rmig__qemu_show(name, strlen(name)); }
 
+/* What an error of the system does not say by itself: EFAULT is of the memory, not of the file. */
+static const char *rmig__mapped_hint(bool out, bool direct, int code) {
+    if (code == EFAULT)
+        return out ? " (the memory cannot be read: was its own file cut?)"
+                   : " (the memory cannot be written: is the disk of its own file full?)";
+    return direct && code == EINVAL ? " (direct I/O of multiples of 4096 bytes; switch direct off)" : "";
+}
+
 static int rmig__mapped_io_failed(struct rmig__mapped_io *io, bool out, uint64_t n, uint64_t at, bool direct) {
     struct rmig__qemu_text name = rmig__mapped_name(io->block == NULL ? "" : io->block);
     int code = errno;
     return rmig_fail(&io->error, RMIG_ERR_FILE, code, "%s%s%scannot %s %llu bytes at file offset %llu: %s%s",
                      io->block == NULL ? "" : "block \"", name.s,
                      io->block == NULL ? "" : "\": ", out ? "write" : "read", (unsigned long long)n,
-                     (unsigned long long)at, strerror(code),
-                     direct && code == EINVAL ? " (direct I/O of multiples of 4096 bytes; switch direct off)" : "");
+                     (unsigned long long)at, strerror(code), rmig__mapped_hint(out, direct, code));
 }
 
 static bool rmig__mapped_bounce(struct rmig__mapped_io *io) {

@@ -138,6 +138,16 @@ END
     ends 3 'No space left on device' unshare -m sh "$tmp/full.sh" "$tmp" "$program"
 }
 
+# There the disk is met by way of memory, of which the system only says that it is a bad address.
+no_space_for_a_directory() {
+    mkdir -p "$tmp/full"
+    ends 3 'is the disk of its own file full?' unshare -m sh -c 'mount -t tmpfs -o size=4M none "$1/full" || exit 90
+        timeout 600 "$2" load "$1/s" "$1/full/d"
+        status=$?
+        [ -z "$(ls -A "$1/full")" ] || exit 91
+        exit $status' sh "$tmp" "$program"
+}
+
 read_only() {
     mkdir -p "$tmp/ro"
     ends 3 'Read-only file system' unshare -m sh -c \
@@ -661,6 +671,7 @@ alone() {
     check 'cancelled by SIGTERM' cancelled TERM
     if can_mount; then
         check 'no space left' no_space
+        check 'no space left for a directory' no_space_for_a_directory
         check 'a read-only file system' read_only
     else
         skip 'no space left, a read-only file system' 'nothing can be mounted here'
