@@ -856,6 +856,16 @@ static int check_dir(struct run *r, const char *dir) {
     return 0;
 }
 
+/* Of what will be replaced, or made. */
+static int check_file(struct run *r, const char *path) {
+    struct stat st;
+    if (path[whole_file_dir_length(path)] == '\0')
+        return fail(&r->p, EXIT_FILES, "\"%s\": the name of a file is missing at its end", path);
+    if (stat(path, &st) == 0 && !S_ISREG(st.st_mode))
+        return fail(&r->p, EXIT_FILES, "%s is not a regular file, and will not be replaced", path);
+    return 0;
+}
+
 /* Finds what can be wrong with the places before a source is kept waiting. */
 static int check_outputs(struct run *r) {
     r->state.path = r->opt.state_path != NULL ? checked(strdup(r->opt.state_path)) : join(r->opt.out_dir, "state");
@@ -866,7 +876,9 @@ static int check_outputs(struct run *r) {
         char *target = whole_file_resolve(i < r->opt.blocks.count ? r->opt.blocks.at[i].path : r->state.path, &err);
         if (target == NULL)
             return fail_rmig(&r->p, EXIT_FILES, &err);
-        int rc = check_dir(r, dirname(target));
+        int rc = check_file(r, target);
+        if (rc == 0)
+            rc = check_dir(r, dirname(target));
         free(target);
         if (rc < 0)
             return -1;

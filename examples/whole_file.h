@@ -218,8 +218,12 @@ static inline int whole_file_lock_to_read(int fd, const char *path, struct rmig_
 
 /* What is at the target: st_mode 0 where nothing is. Refuses what cannot be replaced, or not be written in place. */
 static inline int whole_file_look(const struct whole_file *f, int flags, struct stat *older, struct rmig_error *err) {
+    struct stat st;
     memset(older, 0, sizeof *older);
-    if (stat(f->target, older) < 0)
+    if (stat(f->target, older) < 0 && errno == ENOENT && stat(f->path, &st) == 0)
+        return rmig_fail(err, RMIG_ERR_FILE, 0, "%s leads to what has no name: a pipe, or a file that was removed",
+                         whole_file_show(f->path).s);
+    if (older->st_mode == 0)
         return f->in_place ? rmig_fail(err, RMIG_ERR_FILE, errno, "%s: %s; what is written in place must be there",
                                        whole_file_show(f->path).s, strerror(errno))
                            : RMIG_OK;

@@ -361,6 +361,9 @@ links_are_followed() {
         same_machine "$tmp/a" "$tmp/disk/dir" || return 1
     ln -s ../disk/ram "$tmp/names/ram" && mapped extract "$tmp/disk/s" pc.ram "$tmp/names/ram" && [ -L "$tmp/names/ram" ] &&
         cmp "$tmp/disk/ram" "$tmp/a/ram/pc.ram" || return 1
+    ends 3 '/dev/fd/9 leads to what has no name' bash -c '"$1" save "$2" /dev/fd/9 9> >(cat)' bash "$program" "$tmp/a" &&
+        ends 3 '/dev/fd/9 leads to what has no name' bash -c 'exec 9>"$3" && rm "$3" && "$1" save "$2" /dev/fd/9' bash \
+            "$program" "$tmp/a" "$tmp/names/removed" && [ -z "$(find "$tmp/names" -name 'removed*')" ] || return 1
     ln -s round "$tmp/names/round" && ends 3 'Too many levels' mapped save "$tmp/a" "$tmp/names/round" &&
         [ -z "$(find "$tmp/disk" "$tmp/names" -name '*.part')" ]
 }

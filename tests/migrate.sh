@@ -321,6 +321,10 @@ file_errors() {
     check 'a missing folder' refused 3 "$tmp/no/where" -- recv --listen 127.0.0.1:0 --out "$tmp/no/where"
     check 'a folder that is a file' refused 3 "$tmp/page" -- recv --listen 127.0.0.1:0 --out "$tmp/page"
     check 'a block in a missing folder' refused 3 "$tmp/no" -- recv --listen 127.0.0.1:0 --out "$tmp" --block "a=$tmp/no/a"
+    check 'a block into a device' refused 3 /dev/null 'not a regular file' -- recv --listen 127.0.0.1:0 --out "$tmp" --force \
+        --block a=/dev/null
+    check 'state into a folder' refused 3 "$tmp" 'not a regular file' -- recv --listen 127.0.0.1:0 --out "$tmp" --state "$tmp"
+    check 'state without a name' refused 3 'the name of a file is missing' -- recv --listen 127.0.0.1:0 --out "$tmp" --state ''
     check 'a file that exists is not replaced' existing_stays
     check '--force replaces a file that exists' existing_is_replaced
     check 'one file for two blocks is refused' one_file_twice
