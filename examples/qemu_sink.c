@@ -623,15 +623,18 @@ static int receive_events(struct run *r) {
     return 0;
 }
 
-/* The command makes what a file would hold: there nothing follows the state. */
+/* The command makes what a file would hold: there nothing follows the state. Offsets in the stream count from the
+   beginning of the device, so what lies before it is copied, too. */
 static void describe_without_magic(const struct run *r, char *out, size_t size) {
     uint64_t offset = r->c.snapshot.offset;
+    const char *device = r->out.part;
     snprintf(out, size,
              ". It is no snapshot yet: its first 8 bytes, at offset %" PRIu64
              ", are zeros, because the end of an older "
              "one may follow it on the device. If the source says completed, copy it into a file with them, which a "
-             "QEMU may load: { printf 'QEVM\\0\\0\\0\\3'; tail -c +%" PRIu64 " %.200s | head -c %" PRIu64 "; } >FILE",
-             offset, offset + 9, r->out.part, r->end_without_magic - offset - 8);
+             "QEMU may load at that offset: { head -c %" PRIu64 " %.200s; printf 'QEVM\\0\\0\\0\\3'; tail -c +%" PRIu64
+             " %.200s | head -c %" PRIu64 "; } >FILE",
+             offset, offset, device, offset + 9, device, r->end_without_magic - offset - 8);
 }
 
 /* After a failure: what is in what is kept, and what is not. */
@@ -661,7 +664,7 @@ static void describe_part(const struct run *r, const char *unsealed, char *out, 
    ERROR has not. */
 static int settle(struct run *r) {
     struct program *p = &r->c.p;
-    char why[900], unsealed[700] = "", content[900];
+    char why[900], unsealed[700] = "", content[1200];
     bool gave_up = p->status == RMIG_ERR_REFUSED && !rmig_qemu_reader_whole(&r->reader);
     if (p->code != EXIT_HANDOVER && (gave_up || !may_be_completed(r)))
         return -1;

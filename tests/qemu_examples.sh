@@ -1033,18 +1033,19 @@ file_without_end() {
 
 # On a device an older end may follow, so it is no snapshot there; what the message says makes of it what a file holds.
 device_without_end() {
-    rm -f "$snap" "$snap.part"
-    start_file_sink && raw_delivers "$end$device" && ends "$sink" 6 5 qemu_sink && mv "$snap.part" "$tmp/no.end" || return 1
-    local snap=$loop at command
+    local at command
     for at in 0 5000; do
-        start_file_sink --in-place --offset ${at}B && raw_delivers "$end$device" && ends "$sink" 6 5 qemu_sink &&
+        rm -f "$snap" "$snap.part"
+        start_file_sink --offset ${at}B && raw_delivers "$end$device" && ends "$sink" 6 5 qemu_sink && mv "$snap.part" "$tmp/no.end" || return 1
+        snap=$loop start_file_sink --in-place --offset ${at}B && raw_delivers "$end$device" && ends "$sink" 6 5 qemu_sink &&
             says "$tmp/sink.err" suppress-vmdesc "$loop is kept" "first 8 bytes, at offset $at, are zeros" || return 1
         [ "$(od -An -tu8 -j$at -N8 "$loop")" -eq 0 ] || { echo 'the magic is there'; return 1; }
-        command=$(sed -n 's/.*: \({ printf .*\)FILE$/\1/p' "$tmp/sink.err")
-        bash -c "$command$tmp/copied" && [ -s "$tmp/copied" ] || { echo "the command: $command"; return 1; }
-        [ $at != 0 ] || cmp "$tmp/copied" "$tmp/no.end" || return 1
-        mapped info --json "$tmp/copied" >"$tmp/info"
-        json "$tmp/info" '!$j->{info}{whole} && $j->{info}{machine} eq "m"' || return 1
+        command=$(sed -n 's/.*: \({ head .*\)FILE$/\1/p' "$tmp/sink.err")
+        bash -c "$command$tmp/copied" && [ "$(stat -c %s "$tmp/copied")" = "$(stat -c %s "$tmp/no.end")" ] ||
+            { echo "the command: $command"; return 1; }
+        refused 5 'does not end in a description' -- "$mapped_program" verify --offset ${at}B "$tmp/copied" || return 1
+        printf "$description" | tee -a "$tmp/no.end" >>"$tmp/copied"
+        mapped diff --offset ${at}B "$tmp/no.end" "$tmp/copied" || return 1
     done
 }
 
