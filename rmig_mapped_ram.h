@@ -58,7 +58,8 @@ THREADS
 their own, with all signals blocked but those of their own faults (SIGBUS, SIGSEGV ...), and have joined them when they
 return; the calling thread works too. load_start starts two, which end with the loading or with close. Waits are for the
 file alone, and last as long as the file system takes: there is no deadline to put on a read or a write of a file.
-opt.progress can end them between two pieces of at most 16 MiB, or a page of the guest where that is larger.
+opt.progress can end them between two pieces of at most 16 MiB, or a page of the guest where that is larger; it can end
+the opening of a reader, too.
 
 DIRECT I/O
 
@@ -165,8 +166,8 @@ struct rmig_mapped_options {
     bool memory_is_zero; // reader: fresh memory, so that pages of zeros need no look
     bool incomplete; // reader: open what has no end, to look at it; load, read and get refuse then
 
-    /* Called by the calling thread in end_round and load, after each piece that it has moved; not 0: end with
-       RMIG_ERR_CANCELLED. Must not call back. */
+    /* Called by the calling thread: in end_round and load after each piece that it has moved, when a reader is opened
+       before each piece of at most 4096 bytes. Not 0: end with RMIG_ERR_CANCELLED. Must not call back. */
     int (*progress)(void *user, const struct rmig_stats *stats);
     void *progress_user;
 };
@@ -251,7 +252,8 @@ struct rmig_mapped_block {
 /* Reads and checks all but the pages, the device state up to its first end: nothing may follow it in a file, anything
    on a block device. fd: a regular file or a block device, open for reading, not O_DIRECT; stays the caller's and must
    stay open until close; its position is moved. RMIG_OK and *out, or RMIG_ERR_ARGUMENT, RMIG_ERR_PARAM,
-   RMIG_ERR_NO_MEMORY, RMIG_ERR_FILE, or RMIG_ERR_WIRE: the file is not whole or not right, *err (may be NULL) says
+   RMIG_ERR_NO_MEMORY, RMIG_ERR_FILE, RMIG_ERR_CANCELLED (by options.progress: device state without an end is read as
+   far as the file or the device goes), or RMIG_ERR_WIRE: the file is not whole or not right, *err (may be NULL) says
    where. */
 RMIG_API int rmig_mapped_reader_open(int fd, const struct rmig_mapped_options *options, struct rmig_mapped_reader **out,
                                      struct rmig_error *err);
@@ -398,14 +400,21 @@ static void rmig__mapped_io_init(struct rmig__mapped_io *io, int fd, int direct_
 
 static struct rmig__qemu_text rmig__mapped_name(const char *name) { return rmig__qemu_show(name, strlen(name)); }
 
+/* What an error of the system does not say by itself: EFAULT is of the memory, not of the file. */
+static const char *rmig__mapped_hint(bool out, bool direct, int code) {
+    if (code == EFAULT)
+        return out ? " (the memory cannot be read: was its own file cut?)"
+                   : " (the memory cannot be written: is the disk of its own file full?)";
+    return direct && code == EINVAL ? " (direct I/O of multiples of 4096 bytes; switch direct off)" : "";
+}
+
 static int rmig__mapped_io_failed(struct rmig__mapped_io *io, bool out, uint64_t n, uint64_t at, bool direct) {
     struct rmig__qemu_text name = rmig__mapped_name(io->block == NULL ? "" : io->block);
     int code = errno;
     return rmig_fail(&io->error, RMIG_ERR_FILE, code, "%s%s%scannot %s %llu bytes at file offset %llu: %s%s",
                      io->block == NULL ? "" : "block \"", name.s,
                      io->block == NULL ? "" : "\": ", out ? "write" : "read", (unsigned long long)n,
-                     (unsigned long long)at, strerror(code),
-                     direct && code == EINVAL ? " (direct I/O of multiples of 4096 bytes; switch direct off)" : "");
+                     (unsigned long long)at, strerror(code), rmig__mapped_hint(out, direct, code));
 }
 
 static bool rmig__mapped_bounce(struct rmig__mapped_io *io) {
@@ -1691,6 +1700,13 @@ static int rmig__reader_read(struct rmig_mapped_reader *r, void *p, uint64_t n, 
     return status;
 }
 
+/* As rmig__reader_read, for opening: how much there is to read is for the file to say, so each piece may be the last. */
+static int rmig__reader_look(struct rmig_mapped_reader *r, void *p, uint64_t n, uint64_t at, const char *block) {
+    if (r->opt.progress != NULL && r->opt.progress(r->opt.progress_user, &r->stats) != 0)
+        return rmig_fail(&r->error, RMIG_ERR_CANCELLED, 0, "cancelled by the function progress");
+    return rmig__reader_read(r, p, n, at, block);
+}
+
 /* What was read is of one file only if nobody wrote to it meanwhile. */
 static int rmig__mapped_unchanged(int fd, const struct stat *before, struct rmig_error *err) {
     struct stat st;
@@ -1788,7 +1804,7 @@ static int rmig__reader_check_bitmap(struct rmig_mapped_reader *r, const char *n
         if (data >= 0 && (uint64_t)data > b->bitmap_offset + at * 8)
             at = rmig__min(((uint64_t)data - b->bitmap_offset) / 8, end);
         n = rmig__min(end - at, sizeof word / sizeof word[0]);
-        int status = rmig__reader_read(r, word, n * 8, b->bitmap_offset + at * 8, name);
+        int status = rmig__reader_look(r, word, n * 8, b->bitmap_offset + at * 8, name);
         if (status != RMIG_OK)
             return status;
         uint64_t last = n > 0 ? word[n - 1] : 0, mask = rmig__word_mask(0, pages % 64);
@@ -1990,7 +2006,7 @@ static int rmig__reader_check_magic(struct rmig_mapped_reader *r, uint64_t at) {
         return rmig_fail(&r->error, RMIG_ERR_WIRE, 0,
                          "the file has %llu bytes: no stream begins at offset %llu; its writer did not finish",
                          (unsigned long long)rmig__reader_size(r), (unsigned long long)at);
-    int status = rmig__reader_read(r, magic, sizeof magic, at, NULL);
+    int status = rmig__reader_look(r, magic, sizeof magic, at, NULL);
     if (status == RMIG_OK && memcmp(magic, none, sizeof magic) == 0)
         return rmig_fail(&r->error, RMIG_ERR_WIRE, 0,
                          "no magic at file offset %llu: it is written last, so the writer of this file did not finish",
@@ -2012,7 +2028,7 @@ static int rmig__reader_nonzero(struct rmig_mapped_reader *r, uint64_t *at) {
     uint64_t size = rmig__reader_size(r);
     while ((*at = rmig__reader_data(r, *at)) < size) {
         uint64_t n = rmig__min(sizeof piece, size - *at), i = 0;
-        int status = rmig__reader_read(r, piece, n, *at, NULL);
+        int status = rmig__reader_look(r, piece, n, *at, NULL);
         if (status != RMIG_OK)
             return status;
         while (i < n && piece[i] == 0)
@@ -2034,7 +2050,7 @@ static int rmig__reader_check_end(struct rmig_mapped_reader *r) {
         return RMIG_OK;
     int status = rmig__reader_nonzero(r, &at);
     if (status == RMIG_OK && size - at >= sizeof magic)
-        status = rmig__reader_read(r, magic, sizeof magic, at, NULL);
+        status = rmig__reader_look(r, magic, sizeof magic, at, NULL);
     if (status != RMIG_OK)
         return status;
     if (memcmp(magic, rmig__qemu_magic, sizeof magic) == 0)
@@ -2084,7 +2100,7 @@ static int rmig__reader_parse(struct rmig_mapped_reader *r) {
     while (status == RMIG_OK && p.at < size && p.q.first_end_ == 0) {
         rmig__reader_pass_hole(r, &p, sizeof piece);
         size_t n = (size_t)rmig__min(sizeof piece, size - p.at);
-        status = rmig__reader_read(r, piece, n, p.at, NULL);
+        status = rmig__reader_look(r, piece, n, p.at, NULL);
         if (status == RMIG_OK)
             status = rmig__reader_feed(r, &p, piece, n);
     }
@@ -2154,7 +2170,7 @@ RMIG__DEF int rmig_mapped_reader_open(int fd, const struct rmig_mapped_options *
     if (status == RMIG_OK || (status == RMIG_ERR_WIRE && opt.incomplete)) {
         struct rmig_error first = r->error;
         int bitmaps = rmig__reader_check_bitmaps(r);
-        if (status == RMIG_OK)
+        if (status == RMIG_OK || bitmaps == RMIG_ERR_CANCELLED)
             status = bitmaps;
         else
             r->error = first;

@@ -1116,6 +1116,10 @@ static int load_open(struct load *l, struct rmig_error *err) {
     opt.progress = load_progress;
     opt.progress_user = l;
     int rc = snapshot_open(&l->file, l->o->load, &opt, &l->state, err);
+    if (rc == RMIG_ERR_CANCELLED) {
+        *err = l->gave_up;
+        return err->status;
+    }
     if (rc == RMIG_OK && l->state.layout.ram > l->o->ram_max)
         rc = rmig_fail(err, RMIG_ERR_SETUP, 0, "%s: RAM is %s: must be at most --ram-max, %s", l->o->load,
                        rmig_size_format(l->state.layout.ram, is, sizeof is),
@@ -1699,6 +1703,7 @@ static error_t option_parse(int key, char *arg, struct argp_state *state) {
 
 int main(int argc, char **argv) {
     struct options o = {.ram = 512 * RMIG_MIB, .ram_max = 64 * RMIG_GIB, .work = UINT64_MAX, .fill = UINT64_MAX};
+    whole_file_hold_standard();
     o.dirty_rate = 100 * RMIG_MIB;
     o.downtime_ns = 50 * MS;
     o.run_before_ns = 500 * MS;

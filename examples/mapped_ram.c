@@ -238,9 +238,12 @@ static int count_bytes(struct run *r, void *user, uint64_t offset, const uint8_t
 static int read_state(struct run *r, int out) {
     uint8_t piece[65536];
     int64_t got;
-    while ((got = rmig_mapped_reader_get(r->reader, piece, sizeof piece)) > 0)
+    while ((got = rmig_mapped_reader_get(r->reader, piece, sizeof piece)) > 0) {
+        if (cancelled)
+            return fail(&r->p, EXIT_CANCELLED, "cancelled");
         if (out >= 0 && write_all(out, piece, (size_t)got) < 0)
             return fail(&r->p, EXIT_FILES, "cannot write %s/" STATE_FILE ": %s", r->out.part, strerror(errno));
+    }
     return got < 0 ? fail_reader(r) : 0;
 }
 
@@ -416,6 +419,8 @@ static int compare_states(struct run *r) {
         m = rmig_mapped_reader_get(r->other, b, sizeof b);
         if (n < 0 || m < 0)
             return n < 0 ? fail_reader(r) : fail_other(r);
+        if (cancelled)
+            return fail(&r->p, EXIT_CANCELLED, "cancelled");
         same = same && n == m && memcmp(a, b, (size_t)n) == 0;
     } while (same && n > 0);
     if (!same)
@@ -519,9 +524,12 @@ static int save_ram(struct run *r) {
 static int save_state(struct run *r) {
     uint8_t piece[65536];
     ssize_t got;
-    while ((got = read(r->state_fd, piece, sizeof piece)) > 0)
+    while ((got = read(r->state_fd, piece, sizeof piece)) > 0) {
+        if (cancelled)
+            return fail(&r->p, EXIT_CANCELLED, "cancelled");
         if (rmig_mapped_writer_put(r->writer, piece, (size_t)got) < 0)
             return fail_writer(r);
+    }
     return got < 0 ? fail(&r->p, EXIT_FILES, "cannot read %s/" STATE_FILE ": %s", r->arg[0], strerror(errno)) : 0;
 }
 
@@ -726,6 +734,7 @@ static void clean_up(struct run *r) {
 int main(int argc, char **argv) {
     static struct run run;
     static const struct argp argp = {option_table, parse_option, "COMMAND ARGUMENT...", doc, NULL, NULL, NULL};
+    whole_file_hold_standard();
     run.fd = run.other_fd = run.out.fd = run.state_fd = -1;
     run.opt.progress = on_progress;
     parse_arguments(&argp, &run, argc, argv);

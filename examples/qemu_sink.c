@@ -18,6 +18,7 @@ qemu_source takes either back into a QEMU; a QEMU loads FILE itself, with -incom
 #define PROGRAM "qemu_sink"
 #define RMIG_IMPLEMENTATION
 #include "qemu_common.h"
+#include "disk_room.h"
 #include <sys/statvfs.h>
 
 #define STATE_ROOM (16 * RMIG_MIB) // on the file system, for the state of the devices
@@ -45,6 +46,7 @@ struct run {
     bool seal_tried, described; // machine.json is written
     bool ram_written; // into FILE.part
     bool sealed; // everything is on the disk
+    uint64_t end_without_magic; // of a device: what has no end is no snapshot there, but ends here
     bool kept; // what is there is no longer ours to remove
     uint64_t messages, hooks, pings;
 };
@@ -151,14 +153,34 @@ static int dig_run(const struct image *image, off_t at, off_t end) {
     return 0;
 }
 
-/* Registration has made zero pages take space; what fails here costs only that. Holes are not read: on tmpfs that takes
-   space, which may not be there. */
+/* For disk_room.h. */
+static int take_room(void *user, uint64_t address, uint64_t length, struct rmig_error *err) {
+    struct run *r = user;
+    int status = RMIG_OK;
+    for (uint32_t i = 0; i < r->c.machine.image_count && status == RMIG_OK; i++) {
+        const struct image *image = &r->c.machine.image[i];
+        char *name = join(r->out.part, image->file);
+        if (image->map != MAP_FAILED)
+            status = disk_room_in(image->fd, image->map, image->block.length, address, length, name, err);
+        free(name);
+    }
+    if (status != RMIG_OK)
+        fail(&r->c.p, EXIT_FILES, "%s", err->text);
+    return status;
+}
+
+/* Registration, and the room for it, have made zero pages take space; what fails here costs only that. Holes are not
+   read: on tmpfs that takes space, which may not be there. */
 static void dig_holes(const struct image *image) {
-    off_t at = 0, end;
-    while ((at = lseek(image->fd, at, SEEK_DATA)) >= 0 && (end = lseek(image->fd, at, SEEK_HOLE)) >= 0) {
-        if (dig_run(image, at, end) < 0)
+    off_t at = 0, data, end, size = (off_t)image->block.length;
+    for (; at < size; at = end) {
+        data = lseek(image->fd, at, SEEK_DATA);
+        data = data < 0 ? size : data;
+        if (data > at && fallocate(image->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, at, data - at) < 0)
             return;
-        at = end;
+        end = data < size ? lseek(image->fd, data, SEEK_HOLE) : size;
+        if (end < 0 || dig_run(image, data, end) < 0)
+            return;
     }
 }
 
@@ -320,11 +342,14 @@ static int finish_without_end(struct run *r) {
     int n = rmig_qemu_encode_end(end, sizeof end, "{}", 2);
     if (n < 0 || rmig_mapped_writer_put(r->writer, end, (size_t)n) < 0 || rmig_mapped_writer_finish(r->writer) < 0)
         return fail_writer(r);
-    bool cut = is_device(r) ? pwrite(r->out.fd, no_magic, sizeof no_magic, (off_t)r->c.snapshot.offset) ==
-                                  (ssize_t)sizeof no_magic
-                            : ftruncate(r->out.fd, (off_t)rmig_mapped_writer_size(r->writer) - n) == 0;
+    uint64_t length = rmig_mapped_writer_size(r->writer) - (uint64_t)n;
+    bool device = is_device(r);
+    bool cut =
+        device ? pwrite(r->out.fd, no_magic, sizeof no_magic, (off_t)r->c.snapshot.offset) == (ssize_t)sizeof no_magic
+               : ftruncate(r->out.fd, (off_t)length) == 0;
     if (!cut || fsync(r->out.fd) < 0)
         return fail(&r->c.p, EXIT_FILES, "cannot end %s: %s", r->out.part, strerror(errno));
+    r->end_without_magic = device ? length : 0;
     return 0;
 }
 
@@ -598,6 +623,20 @@ static int receive_events(struct run *r) {
     return 0;
 }
 
+/* The command makes what a file would hold: there nothing follows the state. Offsets in the stream count from the
+   beginning of the device, so what lies before it is copied, too. */
+static void describe_without_magic(const struct run *r, char *out, size_t size) {
+    uint64_t offset = r->c.snapshot.offset;
+    const char *device = r->out.part;
+    snprintf(out, size,
+             ". It is no snapshot yet: its first 8 bytes, at offset %" PRIu64
+             ", are zeros, because the end of an older "
+             "one may follow it on the device. If the source says completed, copy it into a file with them, which a "
+             "QEMU may load at that offset: { head -c %" PRIu64 " %.200s; printf 'QEVM\\0\\0\\0\\3'; tail -c +%" PRIu64
+             " %.200s | head -c %" PRIu64 "; } >FILE",
+             offset, offset, device, offset + 9, device, r->end_without_magic - offset - 8);
+}
+
 /* After a failure: what is in what is kept, and what is not. */
 static void describe_part(const struct run *r, const char *unsealed, char *out, size_t size) {
     bool whole = rmig_qemu_reader_whole(&r->reader);
@@ -617,13 +656,15 @@ static void describe_part(const struct run *r, const char *unsealed, char *out, 
     if (!r->sealed)
         snprintf(out + n, size - n, "%s%s%s%.600s", whole ? "" : ", and ", lack, unsealed[0] == '\0' ? "" : ": ",
                  unsealed);
+    else if (r->end_without_magic != 0)
+        describe_without_magic(r, out + n, size - n);
 }
 
 /* When the source may have completed the migration, what is here may be all there is of the machine. A source that says
    ERROR has not. */
 static int settle(struct run *r) {
     struct program *p = &r->c.p;
-    char why[900], unsealed[700] = "", content[900];
+    char why[900], unsealed[700] = "", content[1200];
     bool gave_up = p->status == RMIG_ERR_REFUSED && !rmig_qemu_reader_whole(&r->reader);
     if (p->code != EXIT_HANDOVER && (gave_up || !may_be_completed(r)))
         return -1;
@@ -654,6 +695,8 @@ static int receive(struct run *r) {
     struct rmig_error err;
     if ((r->file != NULL ? make_file_part(r) : make_dir_part(r)) < 0 || open_the_fabric(&r->c) < 0)
         return -1;
+    if (r->file == NULL)
+        disk_room_by_chunk(r->c.fabric, take_room, r);
     if (rmig_sink_open(r->c.fabric, &r->c.cfg, &r->sink, &err) < 0)
         return fail_rmig(&r->c.p, EXIT_CONNECT, &err);
     if (rmig_sink_listen(r->sink, r->address) < 0)
@@ -756,6 +799,7 @@ int main(int argc, char **argv) {
     static const struct argp_child children[] = {{&common_argp, 0, NULL, 0}, {NULL, 0, NULL, 0}};
     static const struct argp argp = {option_table, parse_option, "DIR\n--snapshot FILE", doc, children, NULL, NULL};
     struct rmig_stats st = {0};
+    whole_file_hold_standard();
     run.max_size = 1024 * RMIG_GIB;
     run.out.fd = run.state_fd = -1;
     without_extension(&run.c);

@@ -58,9 +58,12 @@ static int copy_state(struct run *r) {
     r->state_fd = memfd_create("device-state", MFD_CLOEXEC);
     if (r->state_fd < 0)
         return fail(&r->c.p, EXIT_FILES, "no memory for the state of the devices: %s", strerror(errno));
-    while ((n = rmig_mapped_reader_get(r->reader, piece, sizeof piece)) > 0)
+    while ((n = rmig_mapped_reader_get(r->reader, piece, sizeof piece)) > 0) {
+        if (cancelled)
+            return fail(&r->c.p, EXIT_CANCELLED, "cancelled");
         if (write_all(r->state_fd, piece, (size_t)n) < 0)
             return fail(&r->c.p, EXIT_FILES, "no memory for the state of the devices: %s", strerror(errno));
+    }
     if (n < 0)
         return fail_reader(r);
     return lseek(r->state_fd, 0, SEEK_SET) == 0
@@ -191,9 +194,12 @@ static int check_stream(struct run *r) {
     rmig_qemu_reader_end_message(&reader, &ev);
     if (read_through(r, &reader, r->epilogue, r->epilogue_size) < 0)
         return -1;
-    while ((n = read(r->state_fd, piece, sizeof piece)) > 0)
+    while ((n = read(r->state_fd, piece, sizeof piece)) > 0) {
+        if (cancelled)
+            return fail(&r->c.p, EXIT_CANCELLED, "cancelled");
         if (read_through(r, &reader, piece, (size_t)n) < 0)
             return -1;
+    }
     rmig_qemu_reader_end_message(&reader, &ev);
     if (n < 0 || lseek(r->state_fd, 0, SEEK_SET) < 0)
         return fail(&r->c.p, EXIT_FILES, "cannot read %s: %s", state_of(r), strerror(errno));
@@ -391,6 +397,7 @@ int main(int argc, char **argv) {
     static const struct argp_child children[] = {{&common_argp, 0, NULL, 0}, {NULL, 0, NULL, 0}};
     static const struct argp argp = {NULL, parse_option, "DIR HOST:PORT\nFILE HOST:PORT", doc, children, NULL, NULL};
     struct rmig_stats st = {0};
+    whole_file_hold_standard();
     run.state_fd = run.snapshot_fd = -1;
     without_extension(&run.c);
     parse_arguments(&argp, &run, argc, argv);

@@ -25,6 +25,7 @@ disk refuses, the source hears, and keeps its images. What fails behind the answ
 #define RMIG_IMPLEMENTATION
 #include "../rmig.h"
 #define PROGRAM "rmig_migrate"
+#include "disk_room.h"
 #include "open_fabric.h"
 #include "program.h"
 #include "whole_file.h"
@@ -96,8 +97,6 @@ struct run {
     bool tty, connected, draws;
     bool ours; // what failed is this end's, and the next source would meet the same
     struct program p; // json and quiet are in opt
-    struct rmig_fabric_ops ops; // --sparse: the fabric's own, but for reg
-    const struct rmig_fabric_ops *below;
 };
 
 static struct run *bus_error_run; // for the handler of SIGBUS, and for reserve
@@ -293,14 +292,29 @@ static int open_for_sending(struct run *r, struct image *image) {
     return 0;
 }
 
+/* Is its part that of another block here, or of the state? */
+static bool is_ours(const struct run *r, const struct image *image) {
+    for (size_t i = 0; i <= r->images.count; i++) {
+        const struct whole_file *other = i < r->images.count ? &r->images.at[i].file : &r->state.file;
+        const struct whole_file as = {.fd = other->fd, .part = image->file.part};
+        if (other != &image->file && as.fd >= 0 && as.part != NULL && whole_file_is_mine(&as))
+            return true;
+    }
+    return false;
+}
+
 static int open_part(struct run *r, struct image *image, const char *what) {
     struct rmig_error err;
     struct stat st;
     if (!r->opt.force && lstat(image->path, &st) == 0)
         return fail(&r->p, EXIT_FILES, "%s: %s exists: remove it, or give --force", what, image->path);
-    return whole_file_open(&image->file, image->path, WHOLE_FILE_ONLY, &err) == RMIG_OK
-               ? 0
-               : fail(&r->p, EXIT_FILES, "%s: %s", what, err.text);
+    if (whole_file_open(&image->file, image->path, WHOLE_FILE_ONLY, &err) == RMIG_OK)
+        return 0;
+    if (is_ours(r, image))
+        return fail(&r->p, EXIT_FILES,
+                    "%s: %s is already the file of another block, or of the state: name one for each", what,
+                    image->path);
+    return fail(&r->p, EXIT_FILES, "%s: %s", what, err.text);
 }
 
 static int open_for_receiving(struct run *r, struct image *image) {
@@ -326,34 +340,18 @@ static int open_for_receiving(struct run *r, struct image *image) {
     return 0;
 }
 
-/* --sparse: room on the disk is taken with the keys that the source asks for, a chunk at a time. Without it the data
-   would meet the full disk inside the provider, which can only break the connection off; this way the source is told.
- */
-static int reserve(struct rmig_ep *ep, void *address, uint64_t length, unsigned access, struct rmig_mr *mr,
-                   struct rmig_error *err) {
-    struct run *r = bus_error_run;
-    uint64_t at = (uint64_t)(uintptr_t)address;
-    for (size_t i = 0; i < r->images.count && (access & RMIG_ACCESS_REMOTE_WRITE) != 0; i++) {
+/* --sparse: for disk_room.h. */
+static int take_room(void *user, uint64_t address, uint64_t length, struct rmig_error *err) {
+    struct run *r = user;
+    int status = RMIG_OK;
+    for (size_t i = 0; i < r->images.count && status == RMIG_OK; i++) {
         const struct image *image = &r->images.at[i];
-        uint64_t from = (uint64_t)(uintptr_t)image->map;
-        if (image->map == MAP_FAILED || at < from || at >= from + image->length)
-            continue;
-        uint64_t left = image->length - (at - from), n = length < left ? length : left;
-        if (fallocate(image->file.fd, 0, (off_t)(at - from), (off_t)n) == 0 || errno == EOPNOTSUPP)
-            continue;
-        int error = errno;
-        fail(&r->p, EXIT_FILES, "%s: no room for %llu more bytes: %s", image->file.part, (unsigned long long)n,
-             strerror(error));
-        return rmig_fail(err, RMIG_ERR_REGISTRATION, error, "%s", r->p.text);
+        if (image->map != MAP_FAILED)
+            status = disk_room_in(image->file.fd, image->map, image->length, address, length, image->file.part, err);
     }
-    return r->below->reg(ep, address, length, access, mr, err);
-}
-
-static void reserve_by_chunk(struct run *r) {
-    r->below = r->fabric->ops;
-    r->ops = *r->below;
-    r->ops.reg = reserve;
-    r->fabric->ops = &r->ops;
+    if (status != RMIG_OK)
+        fail(&r->p, EXIT_FILES, "%s", err->text);
+    return status;
 }
 
 // >>send
@@ -834,7 +832,7 @@ static int settle(struct run *r) {
 static int receive_all(struct run *r) {
     struct rmig_error err;
     if (r->opt.sparse)
-        reserve_by_chunk(r);
+        disk_room_by_chunk(r->fabric, take_room, r);
     if (rmig_sink_open(r->fabric, &r->opt.cfg, &r->sink, &err) < 0)
         return fail_rmig(&r->p, EXIT_CONNECT, &err);
     if (rmig_sink_listen(r->sink, r->opt.address) < 0)
@@ -858,6 +856,16 @@ static int check_dir(struct run *r, const char *dir) {
     return 0;
 }
 
+/* Of what will be replaced, or made. */
+static int check_file(struct run *r, const char *path) {
+    struct stat st;
+    if (path[whole_file_dir_length(path)] == '\0')
+        return fail(&r->p, EXIT_FILES, "\"%s\": the name of a file is missing at its end", path);
+    if (stat(path, &st) == 0 && !S_ISREG(st.st_mode))
+        return fail(&r->p, EXIT_FILES, "%s is not a regular file, and will not be replaced", path);
+    return 0;
+}
+
 /* Finds what can be wrong with the places before a source is kept waiting. */
 static int check_outputs(struct run *r) {
     r->state.path = r->opt.state_path != NULL ? checked(strdup(r->opt.state_path)) : join(r->opt.out_dir, "state");
@@ -868,7 +876,9 @@ static int check_outputs(struct run *r) {
         char *target = whole_file_resolve(i < r->opt.blocks.count ? r->opt.blocks.at[i].path : r->state.path, &err);
         if (target == NULL)
             return fail_rmig(&r->p, EXIT_FILES, &err);
-        int rc = check_dir(r, dirname(target));
+        int rc = check_file(r, target);
+        if (rc == 0)
+            rc = check_dir(r, dirname(target));
         free(target);
         if (rc < 0)
             return -1;
@@ -1280,6 +1290,7 @@ static void clean_up(struct run *r) {
 int main(int argc, char **argv) {
     static const struct argp argp = {option_table, parse_option, "send|recv", doc, NULL, NULL, NULL};
     static struct run run;
+    whole_file_hold_standard();
     run.opt.rounds = 1;
     run.opt.disk_seconds = 3600;
     run.opt.max_size = 1024 * RMIG_GIB;

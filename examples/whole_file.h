@@ -6,7 +6,7 @@ whole_file.h - a file or directory that has its name only when all of it is ther
 again.
 
     A PATH that is a symbolic link is what it leads to, also when nothing is there yet: PATH.part is beside that. A file
-    that takes the place of another has its owner and mode.
+    that takes the place of another has its owner, mode and access list.
 
     In place: a file or block device that is there is written itself. That is for what has a mark of its own of being
     whole, as a snapshot has; who gives up leaves what is there without it.
@@ -23,6 +23,7 @@ again.
 #include <string.h>
 #include <sys/file.h>
 #include <sys/stat.h>
+#include <sys/xattr.h>
 #include <unistd.h>
 
 #include "../rmig.h"
@@ -41,6 +42,17 @@ enum whole_file_flags {
     WHOLE_FILE_IN_PLACE = 2,
     WHOLE_FILE_MAY_BE_IN_PLACE = 4 // the program has an option for that, --in-place, which messages may name
 };
+
+/* First in main. A standard descriptor that a shell closed (2>&-) would be the number of a file that is opened: what is
+   printed would land in an image. It gets a descriptor by which nothing can be read or written. */
+static inline void whole_file_hold_standard(void) {
+    int fd;
+    do
+        fd = open("/", O_PATH);
+    while (fd >= 0 && fd <= STDERR_FILENO);
+    if (fd >= 0)
+        close(fd);
+}
 
 // >>names
 
@@ -170,7 +182,7 @@ static inline int whole_file_lock(int fd, const char *part, struct stat *mine, s
         return rmig_fail(err, RMIG_ERR_FILE, code, "cannot lock %s: %s", whole_file_show(part).s, strerror(code));
     if (code != 0 || fstat(fd, mine) < 0 || stat(part, &named) < 0 || mine->st_ino != named.st_ino ||
         mine->st_dev != named.st_dev)
-        return rmig_fail(err, RMIG_ERR_FILE, code, "%s is being written by another process", whole_file_show(part).s);
+        return rmig_fail(err, RMIG_ERR_FILE, code, "%s is in use by another process", whole_file_show(part).s);
     return RMIG_OK;
 }
 
@@ -206,8 +218,12 @@ static inline int whole_file_lock_to_read(int fd, const char *path, struct rmig_
 
 /* What is at the target: st_mode 0 where nothing is. Refuses what cannot be replaced, or not be written in place. */
 static inline int whole_file_look(const struct whole_file *f, int flags, struct stat *older, struct rmig_error *err) {
+    struct stat st;
     memset(older, 0, sizeof *older);
-    if (stat(f->target, older) < 0)
+    if (stat(f->target, older) < 0 && errno == ENOENT && stat(f->path, &st) == 0)
+        return rmig_fail(err, RMIG_ERR_FILE, 0, "%s leads to what has no name: a pipe, or a file that was removed",
+                         whole_file_show(f->path).s);
+    if (older->st_mode == 0)
         return f->in_place ? rmig_fail(err, RMIG_ERR_FILE, errno, "%s: %s; what is written in place must be there",
                                        whole_file_show(f->path).s, strerror(errno))
                            : RMIG_OK;
@@ -222,23 +238,71 @@ static inline int whole_file_look(const struct whole_file *f, int flags, struct 
                                                                              : "");
 }
 
+/* A new part, or *found: one that was there before. */
+static inline int whole_file_create_part(const char *part, int how, bool *found) {
+    for (int i = 0; i < 100; i++) { // whoever had it may remove it in between
+        int fd = open(part, how | O_CREAT | O_EXCL, 0600);
+        *found = fd < 0 && errno == EEXIST;
+        if (*found)
+            fd = open(part, how);
+        if (fd >= 0 || !*found || errno != ENOENT)
+            return fd;
+    }
+    return -1;
+}
+
 /* A block device that is in use, for instance mounted, is not opened (O_EXCL). */
-static inline int whole_file_open_part(struct whole_file *f, int flags, const struct stat *older,
+static inline int whole_file_open_part(struct whole_file *f, int flags, const struct stat *older, bool *found,
                                        struct rmig_error *err) {
     int how = O_RDWR | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK;
-    if (!f->in_place)
-        how |= O_CREAT;
-    else if (S_ISBLK(older->st_mode))
+    if (f->in_place && S_ISBLK(older->st_mode))
         how |= O_EXCL;
-    int fd = open(f->part, how, 0600), error = errno;
-    bool closed = !f->in_place && (error == EACCES || error == EPERM);
+    int fd = f->in_place ? open(f->part, how) : whole_file_create_part(f->part, how, found), error = errno;
+    bool closed = !f->in_place && !*found && (error == EACCES || error == EPERM);
     if (fd < 0)
-        rmig_fail(err, RMIG_ERR_FILE, error, "cannot %s %s: %s%s", f->in_place ? "write into" : "create",
-                  whole_file_show(f->part).s, strerror(error),
+        rmig_fail(err, RMIG_ERR_FILE, error, "cannot %s %s%s: %s%s",
+                  f->in_place ? "write into"
+                  : *found    ? "open"
+                              : "create",
+                  whole_file_show(f->part).s, *found ? ", which is there already" : "", strerror(error),
                   closed && older->st_mode != 0 && (flags & WHOLE_FILE_MAY_BE_IN_PLACE) != 0
                       ? "; --in-place writes into the file that is there"
                       : "");
     return fd;
+}
+
+/* A part that was there before: whoever else it belongs to, or has another name of it, could read what is written, or
+   lose what it held. The owner of the file that is replaced may have it, whose part a killed process left. */
+static inline int whole_file_may_take_over(const struct whole_file *f, const struct stat *mine,
+                                           const struct stat *older, struct rmig_error *err) {
+    if (mine->st_uid != geteuid() && (older->st_mode == 0 || mine->st_uid != older->st_uid))
+        return rmig_fail(
+            err, RMIG_ERR_FILE, EEXIST,
+            "%s is there already, and is of user %u, to whom what is written would belong: look at it, then "
+            "remove it",
+            whole_file_show(f->part).s, (unsigned)mine->st_uid);
+    if (mine->st_nlink > 1)
+        return rmig_fail(err, RMIG_ERR_FILE, EEXIST,
+                         "%s is there already, and has %llu names, all of which what is written would get: look at it, "
+                         "then remove it",
+                         whole_file_show(f->part).s, (unsigned long long)mine->st_nlink);
+    return RMIG_OK;
+}
+
+/* The access list of POSIX. Where the older file has none, none that the directory gave stays. */
+static inline int whole_file_keep_access_list(const struct whole_file *f, struct rmig_error *err) {
+    static const char name[] = "system.posix_acl_access";
+    char list[65536]; // the longest that there is
+    ssize_t n = getxattr(f->target, name, list, sizeof list);
+    int rc = (int)n;
+    if (n >= 0)
+        rc = fsetxattr(f->fd, name, list, (size_t)n, 0);
+    else if (errno == ENODATA)
+        rc = fremovexattr(f->fd, name);
+    if (rc == 0 || errno == ENODATA || errno == EOPNOTSUPP)
+        return RMIG_OK;
+    return rmig_fail(err, RMIG_ERR_FILE, errno, "cannot give %s the access list of %s: %s", whole_file_show(f->part).s,
+                     whole_file_show(f->path).s, strerror(errno));
 }
 
 /* The file will be in the place of another, and whoever could read that one shall read it. */
@@ -249,6 +313,8 @@ static inline int whole_file_be_like(const struct whole_file *f, const struct st
         return rmig_fail(err, RMIG_ERR_FILE, errno,
                          "%s is of user %u and group %u, and what replaces it cannot be: %s; remove it first",
                          whole_file_show(f->path).s, (unsigned)older->st_uid, (unsigned)older->st_gid, strerror(errno));
+    if (whole_file_keep_access_list(f, err) != RMIG_OK)
+        return err->status;
     if (fchmod(f->fd, older->st_mode & 07777) < 0)
         return rmig_fail(err, RMIG_ERR_FILE, errno, "cannot give %s the mode %o of %s: %s", whole_file_show(f->part).s,
                          (unsigned)(older->st_mode & 07777), whole_file_show(f->path).s, strerror(errno));
@@ -274,18 +340,21 @@ static inline int whole_file_clear(const struct whole_file *f, int fd, int flags
 }
 
 /* Opens a file for reading and writing: a new PATH.part, or in place what is there, with what it holds. A PATH.part
-   that a killed process left is taken over, unless WHOLE_FILE_ONLY says otherwise. What is at PATH must be a regular
-   file, or nothing; in place a regular file or a block device. Free it in any case. RMIG_OK; RMIG_ERR_FILE,
-   RMIG_ERR_NO_MEMORY. */
+   that a killed process of the same user left is taken over, unless WHOLE_FILE_ONLY says otherwise. What is at PATH
+   must be a regular file, or nothing; in place a regular file or a block device. Free it in any case. RMIG_OK;
+   RMIG_ERR_FILE, RMIG_ERR_NO_MEMORY. */
 static inline int whole_file_open(struct whole_file *f, const char *path, int flags, struct rmig_error *err) {
     struct stat mine = {0}, older;
+    bool found = false;
     int status = whole_file_name(f, path, flags, err);
     if (status == RMIG_OK)
         status = whole_file_look(f, flags, &older, err);
-    int fd = status == RMIG_OK ? whole_file_open_part(f, flags, &older, err) : -1;
+    int fd = status == RMIG_OK ? whole_file_open_part(f, flags, &older, &found, err) : -1;
     if (fd < 0)
         return err->status;
     status = whole_file_lock(fd, f->part, &mine, err);
+    if (status == RMIG_OK && found)
+        status = whole_file_may_take_over(f, &mine, &older, err);
     if (status == RMIG_OK && !f->in_place)
         status = whole_file_clear(f, fd, flags, &mine, err);
     if (status != RMIG_OK) {

@@ -118,8 +118,9 @@ no_file_for_a_snapshot() {
 
 written_by_another() {
     : >"$tmp/l.part"
-    ends 3 'is being written by another process' flock "$tmp/l.part" timeout 600 "$program" save "$tmp/a" "$tmp/l" &&
-        [ -e "$tmp/l.part" ]
+    ends 3 'l.part is in use by another process' flock "$tmp/l.part" timeout 600 "$program" save "$tmp/a" "$tmp/l" &&
+        [ -e "$tmp/l.part" ] &&
+        ends 3 's is being written by another process' flock "$tmp/s" timeout 600 "$program" verify "$tmp/s"
 }
 
 can_mount() { unshare -m true 2>/dev/null; }
@@ -135,6 +136,16 @@ exit $status
 END
     mkdir -p "$tmp/full"
     ends 3 'No space left on device' unshare -m sh "$tmp/full.sh" "$tmp" "$program"
+}
+
+# There the disk is met by way of memory, of which the system only says that it is a bad address.
+no_space_for_a_directory() {
+    mkdir -p "$tmp/full"
+    ends 3 'is the disk of its own file full?' unshare -m sh -c 'mount -t tmpfs -o size=4M none "$1/full" || exit 90
+        timeout 600 "$2" load "$1/s" "$1/full/d"
+        status=$?
+        [ -z "$(ls -A "$1/full")" ] || exit 91
+        exit $status' sh "$tmp" "$program"
 }
 
 read_only() {
@@ -350,6 +361,9 @@ links_are_followed() {
         same_machine "$tmp/a" "$tmp/disk/dir" || return 1
     ln -s ../disk/ram "$tmp/names/ram" && mapped extract "$tmp/disk/s" pc.ram "$tmp/names/ram" && [ -L "$tmp/names/ram" ] &&
         cmp "$tmp/disk/ram" "$tmp/a/ram/pc.ram" || return 1
+    ends 3 '/dev/fd/9 leads to what has no name' bash -c '"$1" save "$2" /dev/fd/9 9> >(cat)' bash "$program" "$tmp/a" &&
+        ends 3 '/dev/fd/9 leads to what has no name' bash -c 'exec 9>"$3" && rm "$3" && "$1" save "$2" /dev/fd/9' bash \
+            "$program" "$tmp/a" "$tmp/names/removed" && [ -z "$(find "$tmp/names" -name 'removed*')" ] || return 1
     ln -s round "$tmp/names/round" && ends 3 'Too many levels' mapped save "$tmp/a" "$tmp/names/round" &&
         [ -z "$(find "$tmp/disk" "$tmp/names" -name '*.part')" ]
 }
@@ -362,6 +376,41 @@ mode_stays() {
 owner_stays() {
     mapped save "$tmp/a" "$tmp/m" && chown 65534:12345 "$tmp/m" && chmod 640 "$tmp/m" && mapped save "$tmp/b" "$tmp/m" &&
         [ "$(stat -c '%u %g %a' "$tmp/m")" = '65534 12345 640' ] || { stat "$tmp/m"; return 1; }
+}
+
+# acl WHICH PATH [BYTES]: shows an access list (access or default), or sets it.
+make_acl() {
+    cat >"$tmp/acl.c" <<'END'
+#include <errno.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/xattr.h>
+int main(int argc, char **argv) {
+    char name[64], list[4096];
+    snprintf(name, sizeof name, "system.posix_acl_%s", argv[1]);
+    ssize_t n = argc == 3 ? getxattr(argv[2], name, list, sizeof list) : fread(list, 1, sizeof list, stdin);
+    if (argc == 3 && n < 0 && errno == ENODATA)
+        return 0;
+    if (n < 0 || (argc == 4 && setxattr(argv[2], name, list, (size_t)n, 0) < 0))
+        return fprintf(stderr, "%s of %s: %s\n", name, argv[2], strerror(errno)), 1;
+    return argc == 3 && fwrite(list, 1, (size_t)n, stdout) != (size_t)n;
+}
+END
+    cc "$tmp/acl.c" -o "$tmp/acl"
+}
+
+set_acl() { # WHICH PATH UID: who may read
+    perl -e 'print pack("V(vvV)5", 2, 1, 6, -1 & 0xffffffff, 2, 4, $ARGV[0], 4, 0, -1 & 0xffffffff, 16, 4, -1 & 0xffffffff,
+        32, 0, -1 & 0xffffffff)' "$3" | "$tmp/acl" "$1" "$2" set
+}
+
+# Whoever may read the older file may read the new one, and nobody else.
+access_list_stays() {
+    rm -rf "$tmp/lists" && mkdir "$tmp/lists" && local s=$tmp/lists/s && mapped save "$tmp/a" "$s" && set_acl access "$s" 12345 &&
+        "$tmp/acl" access "$s" >"$tmp/list" && [ -s "$tmp/list" ] && mapped save "$tmp/b" "$s" &&
+        "$tmp/acl" access "$s" | cmp - "$tmp/list" && [ "$(stat -c %a "$s")" = 640 ] || return 1
+    rm "$s" && mapped save "$tmp/a" "$s" && chmod 640 "$s" && set_acl default "$tmp/lists" 12345 && mapped save "$tmp/b" "$s" &&
+        [ -z "$("$tmp/acl" access "$s")" ] && [ "$(stat -c %a "$s")" = 640 ]
 }
 
 nobody() { # COMMAND...: as a user who may do little; what $tmp/open has is open to all
@@ -378,6 +427,19 @@ owner_that_cannot_stay() {
         [ "$(ls -A "$tmp/open/dir")" = s ] && [ "$(cat "$tmp/open/dir/s")" = old ]
 }
 
+# What somebody else left, or laid there, under the name of a part: it would be theirs to read and to change.
+part_of_another() {
+    rm -rf "$tmp/part.of" && mkdir "$tmp/part.of" && local s=$tmp/part.of/s && echo theirs >"$s.part" && chown 12345 "$s.part" || return 1
+    ends 3 "s.part is there already, and is of user 12345" mapped save "$tmp/a" "$s" && [ "$(cat "$s.part")" = theirs ] &&
+        ends 3 'is of user 12345' mapped extract "$tmp/sa" rom "$s" && [ "$(stat -c '%u %s' "$s.part")" = '12345 7' ] || return 1
+    echo older >"$s" && ends 3 'is of user 12345' mapped save "$tmp/a" "$s" && [ "$(cat "$s" "$s.part")" = $'older\ntheirs' ] || return 1
+    chown 12345 "$s" && mapped save "$tmp/a" "$s" && mapped verify "$s" && [ ! -e "$s.part" ] || return 1 # a killed save left it
+    nobody && mkdir -m 777 "$tmp/open/dir" && echo theirs >"$tmp/open/dir/s.part" && chmod 666 "$tmp/open/dir/s.part" &&
+        ends 3 'is of user 0' as_nobody save "$tmp/open/a" "$tmp/open/dir/s" && chmod 600 "$tmp/open/dir/s.part" &&
+        ends 3 's.part, which is there already: Permission denied' as_nobody save "$tmp/open/a" "$tmp/open/dir/s" &&
+        [ "$(cat "$tmp/open/dir/s.part")" = theirs ] && [ ! -e "$tmp/open/dir/s" ]
+}
+
 # A prepared file in a directory that may not be written.
 in_a_closed_directory() {
     nobody && mkdir "$tmp/open/dir" && echo old >"$tmp/open/dir/s" && chmod 666 "$tmp/open/dir/s" || return 1
@@ -387,13 +449,21 @@ in_a_closed_directory() {
         mapped diff "$tmp/open/dir/s" "$tmp/sa" && [ "$(stat -c '%u %a' "$tmp/open/dir/s")" = '0 666' ]
 }
 
+# A part that is also another file: that would be emptied, and written.
+part_of_two_names() {
+    rm -rf "$tmp/part.of" && mkdir "$tmp/part.of" && local s=$tmp/part.of/s && echo mine >"$tmp/part.of/other" &&
+        ln "$tmp/part.of/other" "$s.part" && ends 3 's.part is there already, and has 2 names' mapped save "$tmp/a" "$s" &&
+        [ "$(cat "$tmp/part.of/other")" = mine ] && rm "$tmp/part.of/other" && mapped save "$tmp/a" "$s" && mapped verify "$s"
+}
+
 in_place() {
     local inode
     mapped save "$tmp/b" "$tmp/p" && inode=$(stat -c %i "$tmp/p") && mapped save --in-place "$tmp/a" "$tmp/p" &&
         [ "$(stat -c %i "$tmp/p")" = "$inode" ] && mapped diff "$tmp/p" "$tmp/sa" && [ ! -e "$tmp/p.part" ] &&
         ends 3 'what is written in place must be there' mapped save --in-place "$tmp/a" "$tmp/p2" &&
         [ ! -e "$tmp/p2" ] && ends 3 'neither a regular file nor a block device' mapped save --in-place "$tmp/a" /dev/null &&
-        ends 3 'is being written by another process' flock "$tmp/p" timeout 600 "$program" save --in-place "$tmp/b" "$tmp/p" &&
+        ends 3 'p is in use by another process' flock "$tmp/p" timeout 600 "$program" save --in-place "$tmp/b" "$tmp/p" &&
+        ends 3 'p is in use by another process' flock -s "$tmp/p" timeout 600 "$program" save --in-place "$tmp/b" "$tmp/p" &&
         mapped diff "$tmp/p" "$tmp/sa" && ends 2 '--in-place is for save' mapped verify --in-place "$tmp/p"
 }
 
@@ -482,6 +552,32 @@ device_in_use() {
     [ $? = 3 ] && grep -q 'Device or resource busy' "$tmp/out" || { cat "$tmp/out"; return 1; }
 }
 
+# Device state whose end is missing is read as far as the device goes: here for a quarter of an hour at least.
+device_without_an_end() {
+    local saver i status command
+    truncate -s 1T "$tmp/disk.img" && losetup -c "$device" && mapped save --in-place "$tmp/a" "$device" &&
+        i=$(stat -c %s "$tmp/sa") && dd if=/dev/zero of="$device" bs=1 seek=$((i - 1)) count=1 conv=notrunc status=none || return 1
+    for command in info verify "load $tmp/endless"; do
+        # shellcheck disable=SC2086 # a command and its arguments
+        "$program" ${command%% *} "$device" ${command#"${command%% *}"} >"$tmp/out" 2>&1 &
+        saver=$!
+        for ((i = 0; i < 6000; i++)); do # 64 MiB: it has left the RAM behind
+            [ "$(sed -n 's/^rchar: //p' "/proc/$saver/io")" -lt 67108864 ] || break
+            sleep 0.01
+        done
+        kill -INT "$saver"
+        for ((i = 0; i < 6000; i++)); do
+            kill -0 "$saver" 2>/dev/null || break
+            sleep 0.01
+        done
+        kill -9 "$saver" 2>/dev/null
+        wait "$saver"
+        status=$?
+        [ "$status" = 7 ] && grep -q cancelled "$tmp/out" || { echo "$command: exit status $status"; cat "$tmp/out"; return 1; }
+    done
+    [ -z "$(find "$tmp" -name 'endless*')" ]
+}
+
 long_names() { # of files; a block's are qemu_examples.sh's
     local name letters
     name=$(printf 'n%.0s' {1..255})
@@ -512,6 +608,12 @@ places() {
     check 'names that load would not have given are refused' names_of_a_machine
     check 'a link is what it leads to' links_are_followed
     check 'the mode of a file that is replaced stays' mode_stays
+    if make_acl && : >"$tmp/list" && set_acl access "$tmp/list" 1 2>"$tmp/err"; then
+        check 'the access list of a file that is replaced stays' access_list_stays
+    else
+        skip 'the access list of a file that is replaced stays' "$(tail -n 1 "$tmp/err")"
+    fi
+    check 'a part with two names is refused' part_of_two_names
     check 'in place' in_place
     check 'in place, and it fails' in_place_and_failed
     cp "$tmp/sb" "$tmp/sp"
@@ -529,6 +631,7 @@ places() {
         check 'the owner of a file that is replaced stays' owner_stays
         check 'a file whose owner cannot stay is not replaced' owner_that_cannot_stay
         check 'a prepared file in a closed directory' in_a_closed_directory
+        check 'a part of another user is refused' part_of_another
     else
         skip 'owners' 'not root, or not installed: setpriv'
     fi
@@ -537,6 +640,7 @@ places() {
         check 'a block device' on_a_device
         check 'a block device, killed 10 times' in_place_killed 10 "$device"
         check 'a block device that is in use' device_in_use
+        check 'a block device whose device state has no end' device_without_an_end
     else
         device=
         skip 'a block device' 'no loop device can be had'
@@ -571,6 +675,7 @@ alone() {
     check 'cancelled by SIGTERM' cancelled TERM
     if can_mount; then
         check 'no space left' no_space
+        check 'no space left for a directory' no_space_for_a_directory
         check 'a read-only file system' read_only
     else
         skip 'no space left, a read-only file system' 'nothing can be mounted here'

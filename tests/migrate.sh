@@ -321,9 +321,14 @@ file_errors() {
     check 'a missing folder' refused 3 "$tmp/no/where" -- recv --listen 127.0.0.1:0 --out "$tmp/no/where"
     check 'a folder that is a file' refused 3 "$tmp/page" -- recv --listen 127.0.0.1:0 --out "$tmp/page"
     check 'a block in a missing folder' refused 3 "$tmp/no" -- recv --listen 127.0.0.1:0 --out "$tmp" --block "a=$tmp/no/a"
+    check 'a block into a device' refused 3 /dev/null 'not a regular file' -- recv --listen 127.0.0.1:0 --out "$tmp" --force \
+        --block a=/dev/null
+    check 'state into a folder' refused 3 "$tmp" 'not a regular file' -- recv --listen 127.0.0.1:0 --out "$tmp" --state "$tmp"
+    check 'state without a name' refused 3 'the name of a file is missing' -- recv --listen 127.0.0.1:0 --out "$tmp" --state ''
     check 'a file that exists is not replaced' existing_stays
     check '--force replaces a file that exists' existing_is_replaced
     check 'one file for two blocks is refused' one_file_twice
+    check 'standard descriptors that are closed' closed_descriptors
     check 'a link is what it leads to' links_are_followed
     check 'a block that the source has not is refused' unknown_block
     check 'more than --max-size is refused' too_large
@@ -421,7 +426,22 @@ second_receiver() {
 one_file_twice() {
     send=(--block "a=$tmp/odd" --block "b=$tmp/page")
     recv=(--block "a=$tmp/target" --block "b=$tmp/target")
-    both 5 3 && says "$tmp/recv.err" "$tmp/target" && [ ! -e "$tmp/target" ]
+    both 5 3 && says "$tmp/recv.err" "block b: $tmp/target is already the file of another block" && [ ! -e "$tmp/target" ]
+}
+
+# What is printed must not land in an image that has got the number of a closed descriptor. Which one has depends on what
+# the system opens before.
+closed_descriptors() {
+    local image=$tmp/closed.image
+    cp "$tmp/odd" "$image" && send=(--block "ram=$image") recv=() || return 1
+    timeout -k 5 600 "$program" send --connect 127.0.0.1:1 --block "ram=$image" 2>&-
+    [ $? = 4 ] && cmp "$tmp/odd" "$image" || return 1
+    timeout -k 5 600 "$program" send --json --connect 127.0.0.1:1 --block "ram=$image" >&- 2>"$tmp/send.err"
+    [ $? = 4 ] && cmp "$tmp/odd" "$image" || return 1
+    timeout -k 5 600 "$program" send --json --connect 127.0.0.1:1 --block "ram=$image" <&- >&- 2>&-
+    [ $? = 4 ] && cmp "$tmp/odd" "$image" || return 1
+    start_recv 127.0.0.1 && timeout -k 5 600 "$program" send --trace --connect "$address" --block "ram=$image" <&- 2>&- >"$tmp/send.out" &&
+        wait "$receiver" && cmp "$tmp/odd" "$image" && same "$image" ram
 }
 
 unknown_block() {
@@ -561,7 +581,7 @@ long_names() {
 state_poses_as_block() {
     send=(--block "state=$tmp/page" --state "$tmp/device")
     recv=()
-    ! both 0 0 >"$tmp/both.out" && says "$tmp/recv.err" state && nothing_left
+    both 5 3 && says "$tmp/recv.err" "the state: $out/state is already the file of another block" && nothing_left
 }
 
 # >>the disk of the receiver

@@ -619,6 +619,14 @@ no_inodes() {
         state_kept "$device$description" && [ -e "$out.part/ram/a" ]
 }
 
+# Either end says so, and the source keeps its machine: QEMU's protocol has no words for the other end.
+full_disk() {
+    local out=$tmp/small/vm
+    sink_into "$out" && source_from "$tmp/large"
+    [ $? = 5 ] && says "$tmp/source.err" 'gave up' && ends "$sink" 3 5 qemu_sink &&
+        says "$tmp/sink.err" "$out.part/ram/" 'no room for' 'No space left on device' && [ -z "$(ls -A "$tmp/small")" ]
+}
+
 on_tmpfs() { # NAME OPTIONS COMMAND...
     mkdir -p "$tmp/small"
     if ! mount -t tmpfs -o "$2" tmpfs "$tmp/small" 2>"$tmp/mount"; then
@@ -658,6 +666,7 @@ handovers() {
     check 'a sink is cancelled when all state has come' cancel_with_all_state
     check 'a source without a description of its devices' no_description
     on_tmpfs 'a file system without inodes' nr_inodes=5,size=16M no_inodes
+    on_tmpfs 'the disk is full, a directory' size=5M full_disk
     if ! make_slow_calls 2>"$tmp/cc"; then
         not_ok 'calls that take their time are built' "$(cat "$tmp/cc")"
         return
@@ -1022,6 +1031,24 @@ file_without_end() {
             "$sink_program" "${over[@]}" --listen 127.0.0.1:0 --snapshot "$snap" && [ -s "$snap.part" ]
 }
 
+# On a device an older end may follow, so it is no snapshot there; what the message says makes of it what a file holds.
+device_without_end() {
+    local at command
+    for at in 0 5000; do
+        rm -f "$snap" "$snap.part"
+        start_file_sink --offset ${at}B && raw_delivers "$end$device" && ends "$sink" 6 5 qemu_sink && mv "$snap.part" "$tmp/no.end" || return 1
+        snap=$loop start_file_sink --in-place --offset ${at}B && raw_delivers "$end$device" && ends "$sink" 6 5 qemu_sink &&
+            says "$tmp/sink.err" suppress-vmdesc "$loop is kept" "first 8 bytes, at offset $at, are zeros" || return 1
+        [ "$(od -An -tu8 -j$at -N8 "$loop")" -eq 0 ] || { echo 'the magic is there'; return 1; }
+        command=$(sed -n 's/.*: \({ head .*\)FILE$/\1/p' "$tmp/sink.err")
+        bash -c "$command$tmp/copied" && [ "$(stat -c %s "$tmp/copied")" = "$(stat -c %s "$tmp/no.end")" ] ||
+            { echo "the command: $command"; return 1; }
+        refused 5 'does not end in a description' -- "$mapped_program" verify --offset ${at}B "$tmp/copied" || return 1
+        printf "$description" | tee -a "$tmp/no.end" >>"$tmp/copied"
+        mapped diff --offset ${at}B "$tmp/no.end" "$tmp/copied" || return 1
+    done
+}
+
 file_cancelled_with_all_state() {
     rm -f "$snap"
     start_file_sink --trace || return 1
@@ -1131,6 +1158,26 @@ on_a_device() {
     [ $rc = 0 ] && says "$tmp/sink.err" 'the device is too short' 'state of the devices'
 }
 
+# Device state without its end is read as far as the device goes: here for a quarter of an hour at least.
+endless_device() {
+    local size i victim
+    truncate -s 1T "$tmp/disk.img" && losetup -c "$loop" && rm -f "$tmp/saved" && mapped save "$tmp/vm" "$tmp/saved" &&
+        mapped save --in-place "$tmp/vm" "$loop" && size=$(stat -c %s "$tmp/saved") &&
+        dd if=/dev/zero of="$loop" bs=1 seek=$((size - 1)) count=1 conv=notrunc status=none || return 1
+    "$source_program" "${over[@]}" "$loop" 127.0.0.1:1 >"$tmp/source.out" 2>"$tmp/source.err" &
+    victim=$!
+    wait_for "[ \$(sed -n 's/^rchar: //p' /proc/$victim/io) -ge 67108864 ]" || return 1
+    kill -INT "$victim"
+    for ((i = 0; i < 6000; i++)); do
+        kill -0 "$victim" 2>/dev/null || break
+        sleep 0.01
+    done
+    kill -KILL "$victim" 2>/dev/null
+    ends "$victim" 7 60 qemu_source && says "$tmp/source.err" cancelled
+    i=$?
+    truncate -s 64M "$tmp/disk.img" && losetup -c "$loop" && return $i
+}
+
 files_and_their_places() {
     check 'what lies before --offset stays' keeps_what_lies_before
     check 'a link to a file is what it leads to' file_by_a_link
@@ -1139,6 +1186,7 @@ files_and_their_places() {
     truncate -s 64M "$tmp/disk.img"
     if loop=$(losetup --find --show "$tmp/disk.img" 2>/dev/null); then
         check 'on a block device' on_a_device
+        check 'a block device whose device state has no end' endless_device
     else
         loop=
         skip 'on a block device' 'no loop device can be had'
@@ -1189,6 +1237,7 @@ snapshots() {
     on_tmpfs 'the disk is full when the source has left' size=20M full_when_the_source_has_left
     [ ! -x "$tmp/raw" ] || {
         check 'a file of a source without a description of its devices' file_without_end
+        [ -z "$loop" ] || check 'a device, of a source without a description of its devices' device_without_end
         check 'a sink into a file is cancelled when all state has come' file_cancelled_with_all_state
     }
     files_of_sources_like_qemu

@@ -1687,6 +1687,11 @@ static int stop_at_once(void *user, const struct rmig_stats *stats) {
     return 1;
 }
 
+static int stop_once_it_loads(void *user, const struct rmig_stats *stats) {
+    ++*(int *)user;
+    return stats->bytes_written > 0;
+}
+
 Test(mapped_fails, progress_can_cancel_and_nothing_whole_is_left) {
     int calls = 0;
     struct ram ram = {"ram", new_memory(8 * RMIG_MIB), 8 * RMIG_MIB};
@@ -1703,13 +1708,66 @@ Test(mapped_fails, progress_can_cancel_and_nothing_whole_is_left) {
     expect_refused(fd, NULL, "the writer of this file did not finish");
     opt.progress = NULL;
     save_file(fd, &opt, &ram, 1);
-    opt.progress = stop_at_once;
+    opt.progress = stop_once_it_loads;
     struct rmig_mapped_reader *r = open_reader(fd, &opt);
     struct rmig_block_desc desc = describe(&ram, 0);
     cr_assert_eq(rmig_mapped_reader_add_block(r, &desc), RMIG_OK);
     cr_assert_eq(rmig_mapped_reader_load(r), RMIG_ERR_CANCELLED);
     rmig_mapped_reader_close(r);
     close(fd);
+}
+
+struct patience {
+    uint64_t asked, most;
+};
+
+static int stop_after_some(void *user, const struct rmig_stats *stats) {
+    struct patience *p = (struct patience *)user;
+    (void)stats;
+    return p->asked++ == p->most;
+}
+
+// Opens a file of which so many bytes are read: that can be ended before each piece of 4096 of them.
+static void cancel_opening(int fd, bool incomplete, uint64_t bytes, int status) {
+    struct patience p = {0, UINT64_MAX};
+    struct rmig_mapped_options opt = {.progress = stop_after_some, .progress_user = &p, .incomplete = incomplete};
+    struct rmig_mapped_reader *r = NULL;
+    struct rmig_error err;
+    cr_assert_eq(rmig_mapped_reader_open(fd, &opt, &r, &err), status);
+    rmig_mapped_reader_close(r);
+    uint64_t all = p.asked;
+    cr_assert_geq(all, bytes / 4096, "asked %" PRIu64 " times in %" PRIu64 " bytes", all, bytes);
+    for (uint64_t n = 0; n < all; n += n < 40 ? 1 : (all - n) / 2 + 1) {
+        p = (struct patience){0, n};
+        cr_assert_eq(refused(fd, &opt, &err), RMIG_ERR_CANCELLED);
+    }
+    close(fd);
+}
+
+static int with_bytes_behind(uint64_t at, int byte, uint64_t n) {
+    void *bytes = malloc(n);
+    int fd = small_file();
+    cr_assert_not_null(bytes);
+    write_at(fd, memset(bytes, byte, n), n, at);
+    free(bytes);
+    return fd;
+}
+
+// Whatever it is of which there may be much: the bitmaps, state without an end, zeros behind the end.
+Test(mapped_fails, progress_can_cancel_the_opening_of_any_file, .timeout = 600) {
+    const uint64_t much = 4 * RMIG_MIB, end = 36928;
+    cancel_opening(small_file(), false, 3 * 4096, RMIG_OK);
+    cancel_opening(small_file(), true, 3 * 4096, RMIG_OK);
+    cancel_opening(with_bytes_behind(end - STATE_SIZE, 1, much), false, much, RMIG_ERR_WIRE);
+    cancel_opening(with_bytes_behind(end - STATE_SIZE, 1, much), true, much, RMIG_OK); // the bitmaps come behind it
+    cancel_opening(with_bytes_behind(end, 0, much), false, much, RMIG_ERR_WIRE);
+    struct ram ram = {"ram", new_memory(RMIG_GIB), RMIG_GIB}; // a bitmap of 32 KiB
+    for (uint64_t at = 0; at < ram.length; at += RMIG_GIB / 8)
+        ram.mem[at] = 1;
+    int fd = new_file();
+    save_file(fd, &small_opt, &ram, 1);
+    munmap(ram.mem, ram.length);
+    cancel_opening(fd, false, 32 * RMIG_KIB, RMIG_OK);
 }
 
 Test(mapped_fails, a_limit_of_the_file_size_is_an_error_with_its_reason) {
@@ -1774,7 +1832,8 @@ struct meddler {
 
 static int meddle(void *user, const struct rmig_stats *stats) {
     struct meddler *m = (struct meddler *)user;
-    (void)stats;
+    if (stats->bytes_written == 0) // it is being opened
+        return 0;
     if (m->cuts)
         cr_assert_eq(ftruncate(m->fd, 4096), 0);
     else
