@@ -5786,10 +5786,10 @@ static void rmig__sink_accept(struct rmig_sink *s, const struct rmig_fabric_even
     s->pin_all = (answer.flags & RMIG_FLAG_PIN_ALL) != 0 && !ss->extended;
 }
 
-/* A stock source waits for its return path before it says anything; its request may overtake the news that the first
-   connection is there. What comes later is another source, which had better be told so. */
+/* A stock source waits for its return path before it says anything. What comes later is another source, which had better
+   be told so. */
 static bool rmig__return_wanted(const struct rmig_sink *s, const struct rmig_private_data *asked) {
-    return (s->state == RMIG__SINK_ACCEPTING || s->state == RMIG__SINK_UP) && !s->ss.extended && !s->begun &&
+    return s->state == RMIG__SINK_UP && !s->ss.extended && !s->begun &&
            s->ret.ep == NULL && asked->flags == s->asked.flags &&
            rmig__now(&s->ss) < rmig__after(s->accepted_at, rmig_get(&s->ss.cfg, RMIG_PARAM_CONNECT_TIMEOUT));
 }
@@ -5844,33 +5844,40 @@ static void rmig__sink_on_request(struct rmig_sink *s, const struct rmig_fabric_
     }
 }
 
+/* Others wait until it is known whether the source at hand is there at all: it may have given up, and asked again by
+   another address of this host. connect-timeout bounds that. */
+static bool rmig__sink_listens(const struct rmig_sink *s) {
+    return s->listener != NULL && s->state != RMIG__SINK_PARTING && s->state != RMIG__SINK_ACCEPTING &&
+           s->state != RMIG__SINK_HELLO;
+}
+
 /* Takes requests until there is something to tell, and so many in one call of process: strangers may knock without
    end. */
-static int rmig__sink_poll_listener(struct rmig_sink *s) {
-    while (s->event == RMIG_SINK_NONE) {
+static void rmig__sink_poll_listener(struct rmig_sink *s, bool *moved) {
+    while (s->event == RMIG_SINK_NONE && rmig__sink_listens(s)) {
         struct rmig_fabric_event e;
         if (s->requests == RMIG__STEP_REQUESTS) {
             s->ss.again = true;
-            break;
+            return;
         }
         int n = s->ss.fabric->ops->poll(s->listener, &e, 1, &s->ss.error);
         if (n < 0 && s->ss.ep != NULL) { // the source that is there does not need it
             rmig__trace(&s->ss, "listener: %s", s->ss.error.text);
             s->ss.fabric->ops->close(s->listener);
             s->listener = NULL;
-            return RMIG_OK;
+            return;
         }
         if (n < 0)
-            return rmig__session_end(&s->ss);
-        if (n == 0)
-            break;
+            rmig__session_end(&s->ss);
+        if (n <= 0)
+            return;
         s->requests++;
+        *moved = true;
         if (e.type == RMIG_FEV_REQUEST)
             rmig__sink_on_request(s, &e);
         if (e.type == RMIG_FEV_ERROR) // one request's, not the listener's
             rmig__trace(&s->ss, "listener: %s", e.text);
     }
-    return s->ss.failed;
 }
 
 /* The migration has begun: the sink is this source's, which has opened all the connections that it will. */
@@ -6805,8 +6812,7 @@ static void rmig__sink_turn(struct rmig_sink *s, bool *moved) {
         rmig__sink_left(s);
         return;
     }
-    if (s->state == RMIG__SINK_OVER || (s->listener != NULL && rmig__sink_poll_listener(s) != RMIG_OK) ||
-        s->event != RMIG_SINK_NONE)
+    if (s->state == RMIG__SINK_OVER)
         return;
     int status = rmig__return_poll(s);
     if (status == RMIG_OK && s->state == RMIG__SINK_RETURNING)
@@ -6815,6 +6821,8 @@ static void rmig__sink_turn(struct rmig_sink *s, bool *moved) {
         status = rmig__sink_connection(s, moved);
     if (status != RMIG_OK)
         rmig__sink_spare(s);
+    else
+        rmig__sink_poll_listener(s, moved);
 }
 
 /* Turns until there is an event or nothing moves. */
@@ -6866,7 +6874,7 @@ static size_t rmig__sink_eps(const struct rmig_sink *s, struct rmig_ep **eps) {
     size_t n = 0;
     bool leaving = s->state == RMIG__SINK_LEAVING;
     bool ended = s->state >= RMIG__SINK_RETURNING && (s->ss.disconnected || s->ss.broken); // and polled no more
-    if (s->listener != NULL && s->state != RMIG__SINK_PARTING && !leaving)
+    if (rmig__sink_listens(s))
         eps[n++] = s->listener;
     if (s->ss.ep != NULL && !ended)
         eps[n++] = s->ss.ep;

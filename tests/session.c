@@ -1873,6 +1873,31 @@ Test(session, a_sink_that_is_busy_says_so_and_the_next_address_is_tried) {
     close_world(&w);
 }
 
+/* All of a name's addresses lead to one sink, whose embedder is away for the first one's share: the source has given that
+   up, so it is not what the sink is busy with. */
+static void connect_to_a_sink_that_was_away(bool v1) {
+    struct world w;
+    small_world(&w);
+    if (v1)
+        version_1(&w);
+    w.listens_on = true;
+    param(&w.source_cfg, RMIG_PARAM_CONNECT_TIMEOUT, 8 * SIM_SECOND);
+    open_world(&w);
+    sim_spend(w.sim, 1, 5 * SIM_SECOND); // the shares are 4 s
+    SOURCE_OK(&w, rmig_source_connect(w.source, by_name(&w, "sink+sink")));
+    cr_expect_geq(world_now(&w, 0), 5 * SIM_SECOND);
+    cr_expect(w.events & 1u << RMIG_SINK_FORGOTTEN, "the sink has not met the request that was given up");
+    one_round(&w);
+    finish(&w);
+    close_world(&w);
+}
+
+Test(session, a_request_that_was_given_up_does_not_keep_a_sink_busy) { connect_to_a_sink_that_was_away(false); }
+
+Test(session, a_version_1_request_that_was_given_up_does_not_keep_a_sink_busy) {
+    connect_to_a_sink_that_was_away(true);
+}
+
 /* The clock of a wait begins with the wait, not with the last word before a pause that was this end's own. */
 Test(session, a_source_that_was_busy_elsewhere_still_gives_the_sink_io_timeout) {
     for (unsigned v1 = 0; v1 < 2; v1++) {
