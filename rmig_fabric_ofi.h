@@ -238,7 +238,7 @@ struct rmig__ofi_request {
 struct rmig__ofi_listener {
     struct rmig__ofi_ep head; // info: of the first address
     struct fid_pep **pep; // one for each address
-    size_t pep_count;
+    size_t pep_count, pep_live; // behind the live ones: those whose adapter was removed
     char name[256]; // that was given, where it has several addresses
     struct rmig__ofi_request *requests;
     char text[512]; // what went wrong with a request; empty: nothing that was not told
@@ -776,7 +776,7 @@ static void rmig__ofi_stop_listener(struct rmig__ofi_listener *l) {
         fi_close(&l->pep[i]->fid);
     rmig__ofi_free(l->pep);
     l->pep = NULL;
-    l->pep_count = 0;
+    l->pep_count = l->pep_live = 0;
     rmig__ofi_stop_queue(l);
 }
 
@@ -832,6 +832,18 @@ static void rmig__ofi_add_request(struct rmig__ofi_listener *l, const struct fi_
     *tail = r;
 }
 
+/* An adapter was removed: the other addresses are listened on further. False: there is none. */
+static bool rmig__ofi_lose_adapter(struct rmig__ofi_listener *l, const struct fid *fid) {
+    for (size_t i = 0; i < l->pep_live; i++) {
+        struct fid_pep *pep = l->pep[i];
+        if (&pep->fid != fid)
+            continue;
+        l->pep[i] = l->pep[--l->pep_live];
+        l->pep[l->pep_live] = pep; // closed with the listener: a request may still name it
+    }
+    return l->pep_live > 0;
+}
+
 /* What is wrong with one that asks ends nothing but its request. Returns the listener's own status. */
 static int rmig__ofi_read_listener_error(struct rmig__ofi_listener *l, struct rmig_error *err) {
     struct fi_eq_err_entry e;
@@ -840,7 +852,9 @@ static int rmig__ofi_read_listener_error(struct rmig__ofi_listener *l, struct rm
     if (n == -FI_EAGAIN)
         return RMIG_OK;
     int code = n < 0 ? (int)-n : e.err < 0 ? -e.err : e.err;
-    if (n < 0 || code == FI_ENODEV) // the adapter is gone
+    if (n >= 0 && code == FI_ENODEV && rmig__ofi_lose_adapter(l, e.fid))
+        return RMIG_OK;
+    if (n < 0 || code == FI_ENODEV)
         return rmig__ofi_fail(err, RMIG_ERR_FABRIC, -code, "listening");
     l->code = code;
     snprintf(l->text, sizeof l->text, "a request to connect failed: %s", fi_strerror(code));
@@ -963,9 +977,10 @@ static int rmig__ofi_add_pep(struct rmig__ofi *f, struct rmig__ofi_listener *l, 
         l->head.info = info;
     int status = rmig__ofi_make_pep(f, l, info, &pep, err);
     if (status == RMIG_OK)
-        l->pep[l->pep_count++] = pep;
+        l->pep[l->pep_live++] = pep;
     else if (pep != NULL)
         fi_close(&pep->fid);
+    l->pep_count = l->pep_live;
     if (!first)
         fi_freeinfo(info);
     else if (status != RMIG_OK)

@@ -174,8 +174,8 @@ struct rmig__verbs_request {
 
 struct rmig__verbs_listener {
     struct rmig__verbs_ep head;
-    bool removed; // its device
-    struct rdma_cm_id **ids; // one for each address
+    bool removed; // the last of its devices
+    struct rdma_cm_id **ids; // one for each address that is listened on
     size_t id_count;
     char name[256]; // that was given, where it has several addresses
     struct rmig__verbs_request *requests;
@@ -499,9 +499,9 @@ static size_t rmig__verbs_copy_data(uint8_t *to, const struct rdma_cm_event *eve
 
 /*
 Requests wait in a list until they are answered. What goes wrong with one, or comes for one that is in the list (its
-peer gave up, its device went), concerns that one alone: only what is the listener's own, its device or its channel,
-makes poll fail. One poll reads a bounded number of events, and the list has a limit: who floods a listener with
-requests is rejected and holds up nobody.
+peer gave up, its device went), concerns that one alone: only what is the listener's own, its channel or the last of its
+devices, makes poll fail. One poll reads a bounded number of events, and the list has a limit: who floods a listener
+with requests is rejected and holds up nobody.
 */
 
 /* Over iWARP the peer tells a rejection from a port where nobody listens by its data. */
@@ -553,6 +553,20 @@ static bool rmig__verbs_owns(const struct rmig__verbs_listener *l, const struct 
     return i < l->id_count;
 }
 
+/* The device of one address was removed: the others are listened on further. The last one is kept, for its name. */
+static void rmig__verbs_lose_device(struct rmig__verbs_listener *l, struct rdma_cm_id *id) {
+    size_t left = 0;
+    l->removed = l->id_count == 1;
+    if (l->removed)
+        return;
+    for (size_t i = 0; i < l->id_count; i++)
+        if (l->ids[i] != id)
+            l->ids[left++] = l->ids[i];
+    l->id_count = left;
+    l->head.id = l->ids[0];
+    rdma_destroy_id(id);
+}
+
 /* Ids are destroyed behind the acknowledgement of their events: before, that would wait for it. */
 static void rmig__verbs_on_listener(struct rmig__verbs_listener *l, struct rdma_cm_event *event) {
     struct rdma_cm_id *id = event->id;
@@ -566,7 +580,8 @@ static void rmig__verbs_on_listener(struct rmig__verbs_listener *l, struct rdma_
         rdma_reject(id, wrong ? NULL : rmig__verbs_no_reason, wrong ? 0 : sizeof rmig__verbs_no_reason);
         rdma_destroy_id(id);
     } else if (!asks && rmig__verbs_owns(l, id)) {
-        l->removed = l->removed || type == RDMA_CM_EVENT_DEVICE_REMOVAL;
+        if (type == RDMA_CM_EVENT_DEVICE_REMOVAL)
+            rmig__verbs_lose_device(l, id);
     } else if (!asks) {
         rmig__verbs_lose_request(l, id);
     }
