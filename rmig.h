@@ -1073,7 +1073,7 @@ RMIG_API int rmig_source_block_at(struct rmig_source *s, uint64_t guest_offset, 
    same name without _start is the same, waiting. One operation at a time: RMIG_ERR_STATE otherwise. connect resolves,
    connects and agrees on the protocol, within connect-timeout. address: "host:port". All addresses of a name are tried,
    one after the other, each with its share of that time, also when process was called late; an error names each, and
-   why it did not do, as far as its text has room (some eight). */
+   why it did not do, as far as its text has room (some eight), and counts the others. */
 RMIG_API int rmig_source_connect_start(struct rmig_source *s, const char *address);
 RMIG_API int rmig_source_connect(struct rmig_source *s, const char *address);
 
@@ -2599,6 +2599,41 @@ RMIG__DEF void rmig_fabric_close(struct rmig_fabric *f) {
         f->ops->close_fabric(f);
 }
 
+/* What a text lists, each entry with an equal share of the room, but at least some words: a longer one is cut behind a
+   word, and those that find no room are counted. */
+struct rmig__list {
+    char text[472];
+    const char *separator;
+    size_t room, share;
+    size_t used; // but for the count
+    unsigned more;
+};
+
+#define RMIG__LIST_SHARE 48
+#define RMIG__LIST_MORE (sizeof "; and 4294967295 more")
+
+static void rmig__list_begin(struct rmig__list *l, const char *separator, size_t room, size_t entries) {
+    memset(l, 0, sizeof *l);
+    l->separator = separator;
+    l->room = (size_t)rmig__min(room, sizeof l->text);
+    l->share = (size_t)rmig__max((l->room - RMIG__LIST_MORE) / rmig__max(entries, 1), RMIG__LIST_SHARE);
+}
+
+static void rmig__list_add(struct rmig__list *l, const char *entry) {
+    const char *separator = l->used == 0 ? "" : l->separator, *dots = "";
+    size_t n = strlen(entry), most = l->share - strlen(l->separator);
+    if (n > most) {
+        dots = "...";
+        for (n = most - strlen(dots); n > most / 2 && entry[n] != ' ';)
+            n--;
+    }
+    char *at = l->text + l->used;
+    if (l->more == 0 && l->used + strlen(separator) + n + strlen(dots) + RMIG__LIST_MORE <= l->room)
+        l->used += (size_t)snprintf(at, l->room - l->used, "%s%.*s%s", separator, (int)n, entry, dots);
+    else
+        snprintf(at, l->room - l->used, "%sand %u more", l->separator, ++l->more);
+}
+
 static bool rmig__copy_part(char *out, size_t cap, const char *from, size_t n) {
     if (n >= cap)
         return false;
@@ -3487,7 +3522,7 @@ struct rmig_source {
     uint32_t addresses; // of the name
     bool rejected; // one of them was there
     bool other_fds; // next has closed descriptors, and the new ones may have their numbers
-    char tried[sizeof(((struct rmig_error *)NULL)->text) - 40]; // why those before did not do
+    struct rmig__list tried; // why those before did not do
 
     bool credit; // a READY is in hand
     uint32_t await; // type of the reply that is due, 0: none
@@ -3709,6 +3744,7 @@ static int rmig__connect_start(struct rmig_source *s, const char *address) {
     s->op = RMIG__OP_CONNECT;
     s->connect_began = rmig__now(ss);
     s->addresses = ss->ep->others + 1;
+    rmig__list_begin(&s->tried, "; ", sizeof s->tried.text, s->addresses);
     rmig__source_attempt(s);
     rmig__trace(ss, "connect %s", address);
     return RMIG_OK;
@@ -3723,15 +3759,14 @@ RMIG__DEF int rmig_source_connect_start(struct rmig_source *s, const char *addre
 
 // --- connecting
 
-/* Why the address at hand did not do goes to what was tried before; each has its part of the text. */
+/* Why the address at hand did not do goes to what was tried before. */
 static void rmig__source_note_tried(struct rmig_source *s) {
     struct rmig__session *ss = &s->ss;
     char address[RMIG__ADDRESS_MAX], text[RMIG__ADDRESS_MAX + 2 + sizeof ss->link_text];
-    size_t used = strlen(s->tried), part = (size_t)rmig__max(sizeof s->tried / s->addresses, 60) - 2;
     bool named = s->addresses == 1 || ss->fabric->ops->address(ss->ep, address, sizeof address, NULL) != RMIG_OK ||
                  strstr(ss->link_text, address) != NULL;
     snprintf(text, sizeof text, "%s%s%s", named ? "" : address, named ? "" : ": ", ss->link_text);
-    snprintf(s->tried + used, sizeof s->tried - used, "%s%.*s", used == 0 ? "" : "; ", (int)part, text);
+    rmig__list_add(&s->tried, text);
     s->rejected = s->rejected || ss->rejected;
 }
 
@@ -3741,7 +3776,7 @@ static int rmig__source_next(struct rmig_source *s, int status) {
     struct rmig__session *ss = &s->ss;
     rmig__source_note_tried(s);
     if (ss->ep->others == 0)
-        return RMIG__END(ss, s->rejected ? RMIG_ERR_REFUSED : status, ss->link_code, "%s", s->tried);
+        return RMIG__END(ss, s->rejected ? RMIG_ERR_REFUSED : status, ss->link_code, "%s", s->tried.text);
     rmig__trace(ss, "next address: %s", ss->link_text);
     rmig__control_deregister(ss);
     ss->fabric->ops->next(ss->ep);

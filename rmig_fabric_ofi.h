@@ -1021,10 +1021,11 @@ static bool rmig__ofi_v6_takes_v4(void) {
 
 /* Listens on all of the list that is here, on a free port on the same one everywhere. */
 static int rmig__ofi_add_peps(struct rmig__ofi *f, struct rmig__ofi_listener *l, const struct addrinfo *list,
-                              bool any_host, struct rmig_error *err) {
-    char port[16] = "", tried[400] = "", text[128];
+                              size_t count, bool any_host, struct rmig_error *err) {
+    char port[16] = "", text[128], entry[250];
+    struct rmig__list tried;
     int status = RMIG_OK;
-    size_t used = 0;
+    rmig__list_begin(&tried, "; ", 300, count);
     for (const struct addrinfo *a = list; a != NULL; a = a->ai_next) {
         status = rmig__ofi_add_pep(f, l, a, port[0] == '\0' ? NULL : port, err);
         if (status == RMIG_OK && port[0] == '\0')
@@ -1036,15 +1037,15 @@ static int rmig__ofi_add_peps(struct rmig__ofi *f, struct rmig__ofi_listener *l,
             continue;
         if (rmig__ofi_print(a->ai_addr, a->ai_addrlen, text, sizeof text, NULL) != RMIG_OK)
             text[0] = '\0';
-        snprintf(tried + used, sizeof tried - used, "%s%s: %.100s", used == 0 ? "" : "; ", text, err->text);
-        used = strlen(tried);
+        snprintf(entry, sizeof entry, "%s: %.100s", text, err->text);
+        rmig__list_add(&tried, entry);
         if (!rmig__ofi_not_here(err->provider_code))
             break;
         status = RMIG_OK;
     }
     if (status == RMIG_OK && l->pep_count > 0)
         return RMIG_OK;
-    return rmig_fail(err, err->status, err->provider_code, "%s", tried);
+    return rmig_fail(err, err->status, err->provider_code, "%s", tried.text);
 }
 
 static int rmig__ofi_start_listener(struct rmig__ofi *f, struct rmig__ofi_listener *l, const char *address,
@@ -1062,7 +1063,7 @@ static int rmig__ofi_start_listener(struct rmig__ofi *f, struct rmig__ofi_listen
     for (int i = 0; i < RMIG__OFI_FREE_PORTS && again; i++) {
         l->pep = (struct fid_pep **)rmig__ofi_alloc(count + 1, sizeof(struct fid_pep *));
         status = l->pep == NULL ? rmig_fail(err, RMIG_ERR_NO_MEMORY, 0, "out of memory for a listener")
-                                : rmig__ofi_add_peps(f, l, list, host[0] == '\0', err);
+                                : rmig__ofi_add_peps(f, l, list, count, host[0] == '\0', err);
         again = status != RMIG_OK && any_port && l->pep_count > 0 && err->provider_code == FI_EADDRINUSE;
         if (again) // a port that was free at one address is not at another
             rmig__ofi_stop_listener(l);

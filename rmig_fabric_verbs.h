@@ -676,23 +676,23 @@ static bool rmig__verbs_not_here(int code, bool any_host) {
 
 /* Listens on all of the list that is here. Returns 0, or the error's number; what did not do is in tried. */
 static int rmig__verbs_bind_all(struct rmig__verbs *f, struct rmig__verbs_listener *l, struct addrinfo *list,
-                                size_t count, bool any_host, char *tried, size_t size) {
+                                size_t count, bool any_host, struct rmig__list *tried) {
     int code = 0;
-    tried[0] = '\0';
+    rmig__list_begin(tried, "; ", 260, count);
     l->ids = (struct rdma_cm_id **)rmig__verbs_alloc(count + 1, sizeof(struct rdma_cm_id *));
     if (l->ids == NULL)
         return ENOMEM;
     for (int v6 = 1; v6 >= 0; v6--) {
         for (struct addrinfo *a = list; a != NULL; a = a->ai_next) {
-            char text[128] = "";
-            size_t used = strlen(tried);
+            char text[128] = "", entry[250];
             if ((a->ai_family == AF_INET6) != (v6 == 1))
                 continue;
             rmig__verbs_print(a->ai_addr, text, sizeof text, NULL);
             int ret = rmig__verbs_bind(f, l, a);
             if (ret == 0)
                 continue;
-            snprintf(tried + used, size - used, "%s%s: %s", used == 0 ? "" : "; ", text, strerror(ret));
+            snprintf(entry, sizeof entry, "%s: %s", text, strerror(ret));
+            rmig__list_add(tried, entry);
             code = ret;
             if (!rmig__verbs_not_here(ret, any_host))
                 return code;
@@ -703,7 +703,8 @@ static int rmig__verbs_bind_all(struct rmig__verbs *f, struct rmig__verbs_listen
 
 static int rmig__verbs_start_listener(struct rmig__verbs *f, struct rmig__verbs_listener *l, const char *address,
                                       struct rmig_error *err) {
-    char host[256] = "", port[16] = "", tried[300] = "", fds[300];
+    char host[256] = "", port[16] = "", fds[300];
+    struct rmig__list tried;
     struct addrinfo *list = NULL;
     size_t count = 0;
     int code = 0, status = rmig__verbs_lookup(address, true, &list, err);
@@ -713,11 +714,11 @@ static int rmig__verbs_start_listener(struct rmig__verbs *f, struct rmig__verbs_
         for (const struct addrinfo *a = list; a != NULL; a = a->ai_next)
             count++;
         rmig_split_address(address, host, sizeof host, port, sizeof port, NULL);
-        code = rmig__verbs_bind_all(f, l, list, count, host[0] == '\0', tried, sizeof tried);
+        code = rmig__verbs_bind_all(f, l, list, count, host[0] == '\0', &tried);
         bool any_port = strtoul(port, NULL, 10) == 0;
         for (int i = 1; i < RMIG__VERBS_FREE_PORTS && code == EADDRINUSE && l->id_count > 0 && any_port; i++) {
             rmig__verbs_stop_listener(l); // a port that was free at one address is not at another
-            code = rmig__verbs_bind_all(f, l, list, count, host[0] == '\0', tried, sizeof tried);
+            code = rmig__verbs_bind_all(f, l, list, count, host[0] == '\0', &tried);
         }
         if (count > 1 && host[0] != '\0')
             snprintf(l->name, sizeof l->name, "%s", host);
@@ -732,7 +733,7 @@ static int rmig__verbs_start_listener(struct rmig__verbs *f, struct rmig__verbs_
     else if (hint[0] == '\0' && code == EADDRNOTAVAIL)
         hint = "; another program listens on this port";
     return rmig_fail(err, RMIG_ERR_FABRIC, code, "verbs: listening on '%.100s'%s%s failed: %s%s", address,
-                     f->device[0] == '\0' ? "" : " with ", f->device, tried, hint);
+                     f->device[0] == '\0' ? "" : " with ", f->device, tried.text, hint);
 }
 
 static int rmig__verbs_listen(struct rmig_fabric *base, const char *address, struct rmig_ep **out,
@@ -1955,15 +1956,15 @@ static const struct rmig_fabric_ops *rmig__verbs_ops(void) {
 
 /* RMIG_OK, or an error that lists what devices there are. */
 static int rmig__verbs_check_device(const char *wanted, struct rmig_error *err) {
-    char names[160] = "";
+    struct rmig__list names;
     int count = 0;
     bool found = false;
     struct ibv_device **list = ibv_get_device_list(&count);
+    rmig__list_begin(&names, ", ", 300, (size_t)count);
     for (int i = 0; list != NULL && i < count; i++) {
         const char *name = ibv_get_device_name(list[i]);
-        size_t used = strlen(names);
         found = found || wanted == NULL || strcmp(name, wanted) == 0;
-        snprintf(names + used, sizeof names - used, "%s%s", used == 0 ? "" : ", ", name);
+        rmig__list_add(&names, name);
     }
     if (list != NULL)
         ibv_free_device_list(list);
@@ -1972,7 +1973,7 @@ static int rmig__verbs_check_device(const char *wanted, struct rmig_error *err) 
     if (count == 0)
         return rmig_fail(err, RMIG_ERR_FABRIC, ENODEV,
                          "verbs: no RDMA device here (`rdma link` lists them; is ib_uverbs loaded?)");
-    return rmig_fail(err, RMIG_ERR_FABRIC, ENODEV, "verbs: no RDMA device '%s' here; there is %s", wanted, names);
+    return rmig_fail(err, RMIG_ERR_FABRIC, ENODEV, "verbs: no RDMA device '%s' here; there is %s", wanted, names.text);
 }
 
 RMIG__DEF struct rmig_fabric *rmig_verbs_open(const struct rmig_verbs_options *options, struct rmig_error *err) {

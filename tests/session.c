@@ -1854,6 +1854,25 @@ Test(session, every_address_of_a_long_list_is_named) {
     close_world(&w);
 }
 
+/* Whole words stand for as many as a text has room for, and the rest is counted. */
+Test(session, addresses_beyond_the_room_of_an_error_are_counted) {
+    static const char full[] = ".dead:7000 did not answer for 1s, its share of connect-timeout";
+    struct world w;
+    char hosts[64] = ".dead";
+    unsigned named = 0, more = 0;
+    small_world(&w);
+    open_world(&w);
+    for (unsigned i = 1; i < 10; i++)
+        snprintf(hosts + strlen(hosts), sizeof hosts - strlen(hosts), "+.dead");
+    cr_expect_eq(rmig_source_connect(w.source, by_name(&w, hosts)), RMIG_ERR_TIMEOUT);
+    const char *text = rmig_source_error(w.source)->text, *at = text, *end;
+    for (; (end = strstr(at, "...; ")) != NULL; at = end + 5, named++)
+        cr_expect(strncmp(at, full, (size_t)(end - at)) == 0 && full[end - at] == ' ', "cut in a word: %s", text);
+    cr_expect_eq(sscanf(at, "and %u more", &more), 1, "%s", text);
+    cr_expect(named >= 8 && named + more == 10, "%s", text);
+    close_world(&w);
+}
+
 /* The one that was there is what counts. */
 Test(session, a_sink_that_is_busy_says_so_and_the_next_address_is_tried) {
     struct world w;
