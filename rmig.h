@@ -310,7 +310,8 @@ extern "C" {
     X(ERR_FABRIC, -104, "the fabric failed", "")                                                                       \
     X(ERR_REGISTRATION, -105, "memory could not be registered",                                                        \
       "raise RLIMIT_MEMLOCK, lower register-ahead, leave pin-all off, or tell a version 1 sink its peer-chunk-size")   \
-    X(ERR_UNREACHABLE, -106, "the address cannot be reached", "check the address, and that a sink listens there")      \
+    X(ERR_UNREACHABLE, -106, "the address cannot be reached",                                                          \
+      "check the address, and that a sink listens there: one whose migration has begun does not")                      \
     X(ERR_CANCELLED, -107, "cancelled", "")                                                                            \
     X(ERR_SETUP, -108, "the session could not be set up", "")                                                          \
     X(ERR_HANDOVER, -109, "the link broke during the handover",                                                        \
@@ -951,6 +952,7 @@ struct rmig_fabric_event {
     void *request; // REQUEST: for open_request or reject
     const char *text; // REJECTED, DISCONNECTED, ERROR: in words, never NULL; valid until the next call on the endpoint
     int provider_code;
+    bool at_this_end; // ERROR before ESTABLISHED: no other address would do better, as without file descriptors
 };
 
 struct rmig_fd { // a descriptor to wait on: readable, or also writable
@@ -2738,6 +2740,7 @@ struct rmig__session {
     unsigned inbox_count;
 
     bool resolved, established, disconnected, broken, rejected;
+    bool broken_here; // for what no other address would do better
     struct rmig_private_data peer;
     bool peer_data_short; // the peer's private data did not hold the 8 bytes
     char link_text[320]; // why disconnected or broken
@@ -3118,6 +3121,7 @@ static int rmig__on_event(struct rmig__session *ss, const struct rmig_fabric_eve
     case RMIG_FEV_ERROR:
         rmig__link_down(ss, e);
         ss->broken = true;
+        ss->broken_here = e->at_this_end;
         break;
     case RMIG_FEV_REQUEST:
         break;
@@ -3788,6 +3792,8 @@ static int rmig__source_next(struct rmig_source *s, int status) {
 
 static int rmig__source_connect_step(struct rmig_source *s) {
     struct rmig__session *ss = &s->ss;
+    if (!ss->established && ss->broken_here)
+        return RMIG__END(ss, RMIG_ERR_FABRIC, ss->link_code, "%s", ss->link_text);
     if (!ss->established && (ss->broken || ss->disconnected))
         return rmig__source_next(s, RMIG_ERR_UNREACHABLE);
     if (ss->resolved && !s->connect_posted) {
@@ -5821,11 +5827,11 @@ static void rmig__sink_accept(struct rmig_sink *s, const struct rmig_fabric_even
     s->pin_all = (answer.flags & RMIG_FLAG_PIN_ALL) != 0 && !ss->extended;
 }
 
-/* A stock source waits for its return path before it says anything. What comes later is another source, which had better
-   be told so. */
+/* A stock source waits for its return path before it says anything. What comes later is another source, which had
+   better be told so. */
 static bool rmig__return_wanted(const struct rmig_sink *s, const struct rmig_private_data *asked) {
-    return s->state == RMIG__SINK_UP && !s->ss.extended && !s->begun &&
-           s->ret.ep == NULL && asked->flags == s->asked.flags &&
+    return s->state == RMIG__SINK_UP && !s->ss.extended && !s->begun && s->ret.ep == NULL &&
+           asked->flags == s->asked.flags &&
            rmig__now(&s->ss) < rmig__after(s->accepted_at, rmig_get(&s->ss.cfg, RMIG_PARAM_CONNECT_TIMEOUT));
 }
 

@@ -62,8 +62,9 @@ ADDRESSES
 
     "host:port", "127.0.0.1:4444", "[::1]:4444", "[fe80::1%eth0]:4444". To listen on all addresses of the host: ":4444",
     of IPv4 alone: "0.0.0.0:4444"; on a free port: port 0. A name is listened on at all of its addresses that the host
-    has, and connected to at the first that takes the connection. Host names are looked up by the call that opens the
-    endpoint, which may block for as long as the resolver does; numeric addresses do not.
+    has, and connected to at the first that takes the connection; link-local ones that come without their interface are
+    left out. Host names are looked up by the call that opens the endpoint, which may block for as long as the resolver
+    does; numeric addresses do not.
 
 QEMU
 
@@ -630,21 +631,42 @@ static int rmig__ofi_choose(struct rmig__ofi *f, const char *wanted, struct rmig
     return rmig__ofi_no_provider(wanted, ret == 0 ? FI_ENODATA : -ret, err);
 }
 
-/* A resolver may give an address twice: in a hosts file each line counts. */
-static void rmig__ofi_drop_twins(struct addrinfo *list) {
-    for (struct addrinfo *a = list; a != NULL; a = a->ai_next) {
-        struct addrinfo **at = &a->ai_next;
-        while (*at != NULL) {
-            struct addrinfo *b = *at;
-            if (b->ai_addrlen != a->ai_addrlen || memcmp(b->ai_addr, a->ai_addr, a->ai_addrlen) != 0) {
-                at = &b->ai_next;
-                continue;
-            }
-            *at = b->ai_next;
-            b->ai_next = NULL;
-            freeaddrinfo(b);
+static bool rmig__ofi_same(const struct addrinfo *a, const struct addrinfo *b) {
+    return b->ai_addrlen == a->ai_addrlen && memcmp(b->ai_addr, a->ai_addr, a->ai_addrlen) == 0;
+}
+
+/* Which of the host's interfaces leads to a link-local address only its scope can tell. */
+static bool rmig__ofi_lacks_scope(const struct addrinfo *a) {
+    const struct sockaddr_in6 *in6 = (const struct sockaddr_in6 *)(const void *)a->ai_addr;
+    return a->ai_family == AF_INET6 && in6->sin6_addr.s6_addr[0] == 0xfe &&
+           (in6->sin6_addr.s6_addr[1] & 0xc0) == 0x80 && in6->sin6_scope_id == 0;
+}
+
+/* Drops those that lack their scope, and what is there twice: in a hosts file each line counts. */
+static struct addrinfo *rmig__ofi_sift(struct addrinfo *list) {
+    struct addrinfo *first = NULL, **last = &first;
+    while (list != NULL) {
+        struct addrinfo *a = list, *b = first;
+        list = a->ai_next;
+        a->ai_next = NULL;
+        while (b != NULL && !rmig__ofi_same(a, b))
+            b = b->ai_next;
+        if (b != NULL || rmig__ofi_lacks_scope(a)) {
+            freeaddrinfo(a);
+            continue;
         }
+        *last = a;
+        last = &a->ai_next;
     }
+    return first;
+}
+
+static int rmig__ofi_no_address(const char *address, const char *host, bool passive, struct rmig_error *err) {
+    return rmig_fail(
+        err, passive ? RMIG_ERR_FABRIC : RMIG_ERR_UNREACHABLE, 0,
+        "address '%.100s': '%.100s' stands for link-local addresses alone, which do not tell the interface: "
+        "give such an address itself, as in [fe80::2%%eth0]:4444",
+        address, host);
 }
 
 /* All addresses of a name, IPv6 first where the host was left out: its wildcard mostly takes IPv4 too. */
@@ -666,7 +688,9 @@ static int rmig__ofi_lookup(const char *address, bool passive, struct addrinfo *
     if (gai != 0)
         return rmig_fail(err, passive ? RMIG_ERR_FABRIC : RMIG_ERR_UNREACHABLE, gai, "address '%s': %s", address,
                          gai_strerror(gai));
-    rmig__ofi_drop_twins(list);
+    list = rmig__ofi_sift(list);
+    if (list == NULL)
+        return rmig__ofi_no_address(address, host, passive, err);
     struct addrinfo *second = list->ai_next;
     if (host[0] == '\0' && list->ai_family == AF_INET && second != NULL && second->ai_next == NULL) {
         second->ai_next = list; // there are two
@@ -1466,6 +1490,8 @@ static int rmig__ofi_open_active(struct rmig_fabric *base, const char *address, 
     err = err == NULL ? &why : err;
     c->cfg = *cfg;
     int status = rmig__ofi_lookup(address, false, &c->addresses, err);
+    if (status == RMIG_ERR_UNREACHABLE)
+        status = rmig__ofi_blame_descriptors((struct rmig__ofi *)(void *)base, err); // it reads files
     if (status == RMIG_OK) {
         c->address = c->addresses;
         for (const struct addrinfo *a = c->address->ai_next; a != NULL; a = a->ai_next)
@@ -1763,6 +1789,7 @@ static size_t rmig__ofi_tell_end(struct rmig__ofi_conn *c, struct rmig_fabric_ev
     rmig__ofi_event(e, c->end);
     e->text = c->text;
     e->provider_code = c->end_code;
+    e->at_this_end = c->end_code == EMFILE || c->end_code == ENFILE;
     if (c->end == RMIG_FEV_REJECTED) {
         e->private_data = c->data;
         e->private_data_length = c->data_length;

@@ -26,8 +26,9 @@ ADDRESSES
     "host:port", "10.0.0.2:4444", "[fd00::2]:4444", "[fe80::2%eth0]:4444". The IP address chooses the adapter: it must
 be one of an RDMA interface's own addresses to listen on (or ":4444": all, "0.0.0.0:4444": all of IPv4), and be reached
 through one to connect to. A name is listened on at all of its addresses that are an RDMA interface's, and connected to
-at the first that takes the connection. Host names are looked up by the call that opens the endpoint, which may block
-for as long as the resolver does; numeric addresses do not.
+at the first that takes the connection; link-local ones that come without their interface are left out. Host names are
+looked up by the call that opens the endpoint, which may block for as long as the resolver does; numeric addresses do
+not.
 
 MEMORY
 
@@ -232,6 +233,7 @@ struct rmig__verbs_conn {
     bool leaving, left; // disconnect was called; was done
     enum rmig_fabric_event_type end; // how the connection ended, 0: it has not
     int end_code;
+    bool end_here; // for what no other address would do better
     uint64_t held_at; // when the first operation was flushed, 0: none was
     size_t data_length;
     uint8_t data[RMIG__VERBS_CM_DATA];
@@ -409,25 +411,46 @@ static int rmig__verbs_tame(int fd, struct rmig_error *err) {
 
 // >>verbs: addresses
 
-/* A resolver may give an address twice: in a hosts file each line counts. */
-static void rmig__verbs_drop_twins(struct addrinfo *list) {
-    for (struct addrinfo *a = list; a != NULL; a = a->ai_next) {
-        struct addrinfo **at = &a->ai_next;
-        while (*at != NULL) {
-            struct addrinfo *b = *at;
-            if (b->ai_addrlen != a->ai_addrlen || memcmp(b->ai_addr, a->ai_addr, a->ai_addrlen) != 0) {
-                at = &b->ai_next;
-                continue;
-            }
-            *at = b->ai_next;
-            b->ai_next = NULL;
-            freeaddrinfo(b);
+static bool rmig__verbs_same(const struct addrinfo *a, const struct addrinfo *b) {
+    return b->ai_addrlen == a->ai_addrlen && memcmp(b->ai_addr, a->ai_addr, a->ai_addrlen) == 0;
+}
+
+/* Which of the host's interfaces leads to a link-local address only its scope can tell. */
+static bool rmig__verbs_lacks_scope(const struct addrinfo *a) {
+    const struct sockaddr_in6 *in6 = (const struct sockaddr_in6 *)(const void *)a->ai_addr;
+    return a->ai_family == AF_INET6 && in6->sin6_addr.s6_addr[0] == 0xfe &&
+           (in6->sin6_addr.s6_addr[1] & 0xc0) == 0x80 && in6->sin6_scope_id == 0;
+}
+
+/* Drops those that lack their scope, and what is there twice: in a hosts file each line counts. */
+static struct addrinfo *rmig__verbs_sift(struct addrinfo *list) {
+    struct addrinfo *first = NULL, **last = &first;
+    while (list != NULL) {
+        struct addrinfo *a = list, *b = first;
+        list = a->ai_next;
+        a->ai_next = NULL;
+        while (b != NULL && !rmig__verbs_same(a, b))
+            b = b->ai_next;
+        if (b != NULL || rmig__verbs_lacks_scope(a)) {
+            freeaddrinfo(a);
+            continue;
         }
+        *last = a;
+        last = &a->ai_next;
     }
+    return first;
+}
+
+static int rmig__verbs_no_address(const char *address, const char *host, bool passive, struct rmig_error *err) {
+    return rmig_fail(
+        err, passive ? RMIG_ERR_FABRIC : RMIG_ERR_UNREACHABLE, 0,
+        "address '%.100s': '%.100s' stands for link-local addresses alone, which do not tell the interface: "
+        "give such an address itself, as in [fe80::2%%eth0]:4444",
+        address, host);
 }
 
 static int rmig__verbs_lookup(const char *address, bool passive, struct addrinfo **out, struct rmig_error *err) {
-    char host[256], port[16];
+    char host[256], port[16], fds[300];
     int status = rmig_split_address(address, host, sizeof host, port, sizeof port, err);
     if (status != RMIG_OK)
         return status;
@@ -441,11 +464,13 @@ static int rmig__verbs_lookup(const char *address, bool passive, struct addrinfo
     hints.ai_socktype = SOCK_STREAM;
     hints.ai_flags = passive ? AI_PASSIVE : 0;
     int gai = getaddrinfo(host[0] == '\0' ? NULL : host, port, &hints, out);
-    if (gai != 0)
-        return rmig_fail(err, passive ? RMIG_ERR_FABRIC : RMIG_ERR_UNREACHABLE, gai, "address '%s': %s", address,
-                         gai_strerror(gai));
-    rmig__verbs_drop_twins(*out);
-    return RMIG_OK;
+    if (gai != 0) {
+        const char *hint = rmig__verbs_fd_hint(0, fds, sizeof fds); // it reads files
+        return rmig_fail(err, passive || hint[0] != '\0' ? RMIG_ERR_FABRIC : RMIG_ERR_UNREACHABLE, gai,
+                         "address '%.200s': %s%s", address, gai_strerror(gai), hint);
+    }
+    *out = rmig__verbs_sift(*out);
+    return *out != NULL ? RMIG_OK : rmig__verbs_no_address(address, host, passive, err);
 }
 
 /* "127.0.0.1:4444", "[::1]:4444". Returns a status. */
@@ -980,6 +1005,7 @@ static int rmig__verbs_timeout_ms(uint64_t ns) {
 
 static void rmig__verbs_unreached(struct rmig__verbs_conn *c, int code, const char *what) {
     char hint[300];
+    c->end_here = rmig__verbs_out_of_fds(code) != 0;
     rmig__verbs_end(c, RMIG_FEV_ERROR, code, "no RDMA device reaches %s: %s%s%s%s", c->peer, what,
                     code == 0 || what[0] == '\0' ? "" : ": ", code == 0 ? "" : strerror(code),
                     rmig__verbs_fd_hint(code, hint, sizeof hint));
@@ -1102,10 +1128,12 @@ static void rmig__verbs_on_address(struct rmig__verbs_conn *c) {
 static void rmig__verbs_on_route(struct rmig__verbs_conn *c) {
     struct rmig_error err;
     memset(&err, 0, sizeof err);
-    if (rmig__verbs_make_queues(c, &err) == RMIG_OK)
+    if (rmig__verbs_make_queues(c, &err) == RMIG_OK) {
         c->state = RMIG__VERBS_RESOLVED;
-    else
-        rmig__verbs_end(c, RMIG_FEV_ERROR, err.provider_code, "%s", err.text);
+        return;
+    }
+    c->end_here = rmig__verbs_out_of_fds(err.provider_code) != 0;
+    rmig__verbs_end(c, RMIG_FEV_ERROR, err.provider_code, "%s", err.text);
 }
 
 static void rmig__verbs_on_rejected(struct rmig__verbs_conn *c, int reason) {
@@ -1307,6 +1335,7 @@ static void rmig__verbs_tell_end(struct rmig__verbs_conn *c, struct rmig_fabric_
     rmig__verbs_event(e, c->end);
     e->text = c->text;
     e->provider_code = c->end_code;
+    e->at_this_end = c->end_here;
     if (c->end == RMIG_FEV_REJECTED) {
         e->private_data = c->data;
         e->private_data_length = c->data_length;

@@ -3636,8 +3636,7 @@ Test(return_path, requested_before_the_first_connection_is_seen) {
     cr_assert_eq(back.ops->connect(back.ep, good_data, sizeof good_data, &err), RMIG_OK);
     cr_assert(raw_until(&back, is_connected, SIM_SECOND) && back.established, "%s", back.text);
     pass_time(r, SIM_MS);
-    const char *accepted = strstr(log_text, "return path: accepted"),
-               *seen = strstr(log_text, "connected, version 1");
+    const char *accepted = strstr(log_text, "return path: accepted"), *seen = strstr(log_text, "connected, version 1");
     cr_assert(accepted != NULL && seen != NULL && seen < accepted, "%s", log_text); // the request waits for the news
     cr_assert(rmig_sink_has_return_path(p->sink));
     free_with_return_path(p, &back);

@@ -1873,6 +1873,18 @@ Test(session, addresses_beyond_the_room_of_an_error_are_counted) {
     close_world(&w);
 }
 
+/* What this end lacks it lacks for the next address too. */
+Test(session, what_fails_at_this_end_is_no_address_that_cannot_be_reached) {
+    struct world w;
+    small_world(&w);
+    open_world(&w);
+    cr_expect_eq(rmig_source_connect(w.source, by_name(&w, "a.full+sink")), RMIG_ERR_FABRIC);
+    const char *text = rmig_source_error(w.source)->text;
+    cr_expect_str_eq(text, "this end has no descriptor left");
+    cr_expect_eq(rmig_source_error(w.source)->provider_code, 24);
+    close_world(&w);
+}
+
 /* The one that was there is what counts. */
 Test(session, a_sink_that_is_busy_says_so_and_the_next_address_is_tried) {
     struct world w;
@@ -1892,8 +1904,26 @@ Test(session, a_sink_that_is_busy_says_so_and_the_next_address_is_tried) {
     close_world(&w);
 }
 
-/* All of a name's addresses lead to one sink, whose embedder is away for the first one's share: the source has given that
-   up, so it is not what the sink is busy with. */
+/* Whoever comes then cannot know why. */
+Test(session, nobody_listens_where_a_migration_has_begun_and_the_hint_says_so) {
+    struct world w;
+    struct rmig_source *second = NULL;
+    struct rmig_error err = {0};
+    small_world(&w);
+    connect_world(&w);
+    one_round(&w);
+    cr_assert_eq(rmig_source_open(sim_fabric(w.sim, 0), NULL, &second, &err), RMIG_OK);
+    cr_assert_eq(rmig_source_add_block(second, &w.ram[0].from, NULL), RMIG_OK);
+    cr_expect_lt(rmig_source_connect(second, w.address), 0);
+    cr_expect(says(rmig_source_error(second)->text, "nobody listens there"), "%s", rmig_source_error(second)->text);
+    cr_expect(says(rmig_status_hint(RMIG_ERR_UNREACHABLE), "whose migration has begun"));
+    rmig_source_close(second);
+    finish(&w);
+    close_world(&w);
+}
+
+/* All of a name's addresses lead to one sink, whose embedder is away for the first one's share: the source has given
+   that up, so it is not what the sink is busy with. */
 static void connect_to_a_sink_that_was_away(bool v1) {
     struct world w;
     small_world(&w);
