@@ -418,7 +418,7 @@ group_session() { criterion 1500 "$build/plain/rdma" --jobs 1; }
 group_hostile() {
     local filter='*/*'
     [ "$device" = here ] ||
-        filter='@(honest_source/@(asks|dynamic|whole|unregister)*|hostile_*/@(private|leaves|vanishes|silent|write)*)'
+        filter='@(honest_source/@(asks|dynamic|whole|unregister)*|hostile_*/@(private|leaves|vanishes|silent|whoever|write)*)'
     RMIG_HOSTILE_FABRIC=verbs RMIG_HOSTILE_ADDR="$RMIG_TEST_ADDR:0" \
         criterion 1500 "$build/verbs/hostile_peer" --jobs 4 --filter "$filter"
 }
