@@ -310,7 +310,8 @@ extern "C" {
     X(ERR_FABRIC, -104, "the fabric failed", "")                                                                       \
     X(ERR_REGISTRATION, -105, "memory could not be registered",                                                        \
       "raise RLIMIT_MEMLOCK, lower register-ahead, leave pin-all off, or tell a version 1 sink its peer-chunk-size")   \
-    X(ERR_UNREACHABLE, -106, "the address cannot be reached", "check the address, and that a sink listens there")      \
+    X(ERR_UNREACHABLE, -106, "the address cannot be reached",                                                          \
+      "check the address, and that a sink listens there: one whose migration has begun does not")                      \
     X(ERR_CANCELLED, -107, "cancelled", "")                                                                            \
     X(ERR_SETUP, -108, "the session could not be set up", "")                                                          \
     X(ERR_HANDOVER, -109, "the link broke during the handover",                                                        \
@@ -951,6 +952,7 @@ struct rmig_fabric_event {
     void *request; // REQUEST: for open_request or reject
     const char *text; // REJECTED, DISCONNECTED, ERROR: in words, never NULL; valid until the next call on the endpoint
     int provider_code;
+    bool at_this_end; // ERROR before ESTABLISHED: no other address would do better, as without file descriptors
 };
 
 struct rmig_fd { // a descriptor to wait on: readable, or also writable
@@ -1073,7 +1075,7 @@ RMIG_API int rmig_source_block_at(struct rmig_source *s, uint64_t guest_offset, 
    same name without _start is the same, waiting. One operation at a time: RMIG_ERR_STATE otherwise. connect resolves,
    connects and agrees on the protocol, within connect-timeout. address: "host:port". All addresses of a name are tried,
    one after the other, each with its share of that time, also when process was called late; an error names each, and
-   why it did not do, as far as its text has room (some eight). */
+   why it did not do, as far as its text has room (some eight), and counts the others. */
 RMIG_API int rmig_source_connect_start(struct rmig_source *s, const char *address);
 RMIG_API int rmig_source_connect(struct rmig_source *s, const char *address);
 
@@ -2599,6 +2601,41 @@ RMIG__DEF void rmig_fabric_close(struct rmig_fabric *f) {
         f->ops->close_fabric(f);
 }
 
+/* What a text lists, each entry with an equal share of the room, but at least some words: a longer one is cut behind a
+   word, and those that find no room are counted. */
+struct rmig__list {
+    char text[472];
+    const char *separator;
+    size_t room, share;
+    size_t used; // but for the count
+    unsigned more;
+};
+
+#define RMIG__LIST_SHARE 48
+#define RMIG__LIST_MORE (sizeof "; and 4294967295 more")
+
+static void rmig__list_begin(struct rmig__list *l, const char *separator, size_t room, size_t entries) {
+    memset(l, 0, sizeof *l);
+    l->separator = separator;
+    l->room = (size_t)rmig__min(room, sizeof l->text);
+    l->share = (size_t)rmig__max((l->room - RMIG__LIST_MORE) / rmig__max(entries, 1), RMIG__LIST_SHARE);
+}
+
+static void rmig__list_add(struct rmig__list *l, const char *entry) {
+    const char *separator = l->used == 0 ? "" : l->separator, *dots = "";
+    size_t n = strlen(entry), most = l->share - strlen(l->separator);
+    if (n > most) {
+        dots = "...";
+        for (n = most - strlen(dots); n > most / 2 && entry[n] != ' ';)
+            n--;
+    }
+    char *at = l->text + l->used;
+    if (l->more == 0 && l->used + strlen(separator) + n + strlen(dots) + RMIG__LIST_MORE <= l->room)
+        l->used += (size_t)snprintf(at, l->room - l->used, "%s%.*s%s", separator, (int)n, entry, dots);
+    else
+        snprintf(at, l->room - l->used, "%sand %u more", l->separator, ++l->more);
+}
+
 static bool rmig__copy_part(char *out, size_t cap, const char *from, size_t n) {
     if (n >= cap)
         return false;
@@ -2703,6 +2740,7 @@ struct rmig__session {
     unsigned inbox_count;
 
     bool resolved, established, disconnected, broken, rejected;
+    bool broken_here; // for what no other address would do better
     struct rmig_private_data peer;
     bool peer_data_short; // the peer's private data did not hold the 8 bytes
     char link_text[320]; // why disconnected or broken
@@ -3083,6 +3121,7 @@ static int rmig__on_event(struct rmig__session *ss, const struct rmig_fabric_eve
     case RMIG_FEV_ERROR:
         rmig__link_down(ss, e);
         ss->broken = true;
+        ss->broken_here = e->at_this_end;
         break;
     case RMIG_FEV_REQUEST:
         break;
@@ -3487,7 +3526,7 @@ struct rmig_source {
     uint32_t addresses; // of the name
     bool rejected; // one of them was there
     bool other_fds; // next has closed descriptors, and the new ones may have their numbers
-    char tried[sizeof(((struct rmig_error *)NULL)->text) - 40]; // why those before did not do
+    struct rmig__list tried; // why those before did not do
 
     bool credit; // a READY is in hand
     uint32_t await; // type of the reply that is due, 0: none
@@ -3709,6 +3748,7 @@ static int rmig__connect_start(struct rmig_source *s, const char *address) {
     s->op = RMIG__OP_CONNECT;
     s->connect_began = rmig__now(ss);
     s->addresses = ss->ep->others + 1;
+    rmig__list_begin(&s->tried, "; ", sizeof s->tried.text, s->addresses);
     rmig__source_attempt(s);
     rmig__trace(ss, "connect %s", address);
     return RMIG_OK;
@@ -3723,15 +3763,14 @@ RMIG__DEF int rmig_source_connect_start(struct rmig_source *s, const char *addre
 
 // --- connecting
 
-/* Why the address at hand did not do goes to what was tried before; each has its part of the text. */
+/* Why the address at hand did not do goes to what was tried before. */
 static void rmig__source_note_tried(struct rmig_source *s) {
     struct rmig__session *ss = &s->ss;
     char address[RMIG__ADDRESS_MAX], text[RMIG__ADDRESS_MAX + 2 + sizeof ss->link_text];
-    size_t used = strlen(s->tried), part = (size_t)rmig__max(sizeof s->tried / s->addresses, 60) - 2;
     bool named = s->addresses == 1 || ss->fabric->ops->address(ss->ep, address, sizeof address, NULL) != RMIG_OK ||
                  strstr(ss->link_text, address) != NULL;
     snprintf(text, sizeof text, "%s%s%s", named ? "" : address, named ? "" : ": ", ss->link_text);
-    snprintf(s->tried + used, sizeof s->tried - used, "%s%.*s", used == 0 ? "" : "; ", (int)part, text);
+    rmig__list_add(&s->tried, text);
     s->rejected = s->rejected || ss->rejected;
 }
 
@@ -3741,7 +3780,7 @@ static int rmig__source_next(struct rmig_source *s, int status) {
     struct rmig__session *ss = &s->ss;
     rmig__source_note_tried(s);
     if (ss->ep->others == 0)
-        return RMIG__END(ss, s->rejected ? RMIG_ERR_REFUSED : status, ss->link_code, "%s", s->tried);
+        return RMIG__END(ss, s->rejected ? RMIG_ERR_REFUSED : status, ss->link_code, "%s", s->tried.text);
     rmig__trace(ss, "next address: %s", ss->link_text);
     rmig__control_deregister(ss);
     ss->fabric->ops->next(ss->ep);
@@ -3753,6 +3792,8 @@ static int rmig__source_next(struct rmig_source *s, int status) {
 
 static int rmig__source_connect_step(struct rmig_source *s) {
     struct rmig__session *ss = &s->ss;
+    if (!ss->established && ss->broken_here)
+        return RMIG__END(ss, RMIG_ERR_FABRIC, ss->link_code, "%s", ss->link_text);
     if (!ss->established && (ss->broken || ss->disconnected))
         return rmig__source_next(s, RMIG_ERR_UNREACHABLE);
     if (ss->resolved && !s->connect_posted) {
@@ -5786,11 +5827,11 @@ static void rmig__sink_accept(struct rmig_sink *s, const struct rmig_fabric_even
     s->pin_all = (answer.flags & RMIG_FLAG_PIN_ALL) != 0 && !ss->extended;
 }
 
-/* A stock source waits for its return path before it says anything; its request may overtake the news that the first
-   connection is there. What comes later is another source, which had better be told so. */
+/* A stock source waits for its return path before it says anything. What comes later is another source, which had
+   better be told so. */
 static bool rmig__return_wanted(const struct rmig_sink *s, const struct rmig_private_data *asked) {
-    return (s->state == RMIG__SINK_ACCEPTING || s->state == RMIG__SINK_UP) && !s->ss.extended && !s->begun &&
-           s->ret.ep == NULL && asked->flags == s->asked.flags &&
+    return s->state == RMIG__SINK_UP && !s->ss.extended && !s->begun && s->ret.ep == NULL &&
+           asked->flags == s->asked.flags &&
            rmig__now(&s->ss) < rmig__after(s->accepted_at, rmig_get(&s->ss.cfg, RMIG_PARAM_CONNECT_TIMEOUT));
 }
 
@@ -5844,33 +5885,40 @@ static void rmig__sink_on_request(struct rmig_sink *s, const struct rmig_fabric_
     }
 }
 
+/* Others wait until it is known whether the source at hand is there at all: it may have given up, and asked again by
+   another address of this host. connect-timeout bounds that. */
+static bool rmig__sink_listens(const struct rmig_sink *s) {
+    return s->listener != NULL && s->state != RMIG__SINK_PARTING && s->state != RMIG__SINK_ACCEPTING &&
+           s->state != RMIG__SINK_HELLO;
+}
+
 /* Takes requests until there is something to tell, and so many in one call of process: strangers may knock without
    end. */
-static int rmig__sink_poll_listener(struct rmig_sink *s) {
-    while (s->event == RMIG_SINK_NONE) {
+static void rmig__sink_poll_listener(struct rmig_sink *s, bool *moved) {
+    while (s->event == RMIG_SINK_NONE && rmig__sink_listens(s)) {
         struct rmig_fabric_event e;
         if (s->requests == RMIG__STEP_REQUESTS) {
             s->ss.again = true;
-            break;
+            return;
         }
         int n = s->ss.fabric->ops->poll(s->listener, &e, 1, &s->ss.error);
         if (n < 0 && s->ss.ep != NULL) { // the source that is there does not need it
             rmig__trace(&s->ss, "listener: %s", s->ss.error.text);
             s->ss.fabric->ops->close(s->listener);
             s->listener = NULL;
-            return RMIG_OK;
+            return;
         }
         if (n < 0)
-            return rmig__session_end(&s->ss);
-        if (n == 0)
-            break;
+            rmig__session_end(&s->ss);
+        if (n <= 0)
+            return;
         s->requests++;
+        *moved = true;
         if (e.type == RMIG_FEV_REQUEST)
             rmig__sink_on_request(s, &e);
         if (e.type == RMIG_FEV_ERROR) // one request's, not the listener's
             rmig__trace(&s->ss, "listener: %s", e.text);
     }
-    return s->ss.failed;
 }
 
 /* The migration has begun: the sink is this source's, which has opened all the connections that it will. */
@@ -6805,8 +6853,7 @@ static void rmig__sink_turn(struct rmig_sink *s, bool *moved) {
         rmig__sink_left(s);
         return;
     }
-    if (s->state == RMIG__SINK_OVER || (s->listener != NULL && rmig__sink_poll_listener(s) != RMIG_OK) ||
-        s->event != RMIG_SINK_NONE)
+    if (s->state == RMIG__SINK_OVER)
         return;
     int status = rmig__return_poll(s);
     if (status == RMIG_OK && s->state == RMIG__SINK_RETURNING)
@@ -6815,6 +6862,8 @@ static void rmig__sink_turn(struct rmig_sink *s, bool *moved) {
         status = rmig__sink_connection(s, moved);
     if (status != RMIG_OK)
         rmig__sink_spare(s);
+    else
+        rmig__sink_poll_listener(s, moved);
 }
 
 /* Turns until there is an event or nothing moves. */
@@ -6866,7 +6915,7 @@ static size_t rmig__sink_eps(const struct rmig_sink *s, struct rmig_ep **eps) {
     size_t n = 0;
     bool leaving = s->state == RMIG__SINK_LEAVING;
     bool ended = s->state >= RMIG__SINK_RETURNING && (s->ss.disconnected || s->ss.broken); // and polled no more
-    if (s->listener != NULL && s->state != RMIG__SINK_PARTING && !leaving)
+    if (rmig__sink_listens(s))
         eps[n++] = s->listener;
     if (s->ss.ep != NULL && !ended)
         eps[n++] = s->ss.ep;

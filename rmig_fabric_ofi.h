@@ -62,8 +62,9 @@ ADDRESSES
 
     "host:port", "127.0.0.1:4444", "[::1]:4444", "[fe80::1%eth0]:4444". To listen on all addresses of the host: ":4444",
     of IPv4 alone: "0.0.0.0:4444"; on a free port: port 0. A name is listened on at all of its addresses that the host
-    has, and connected to at the first that takes the connection. Host names are looked up by the call that opens the
-    endpoint, which may block for as long as the resolver does; numeric addresses do not.
+    has, and connected to at the first that takes the connection; link-local ones that come without their interface are
+    left out. Host names are looked up by the call that opens the endpoint, which may block for as long as the resolver
+    does; numeric addresses do not.
 
 QEMU
 
@@ -238,7 +239,7 @@ struct rmig__ofi_request {
 struct rmig__ofi_listener {
     struct rmig__ofi_ep head; // info: of the first address
     struct fid_pep **pep; // one for each address
-    size_t pep_count;
+    size_t pep_count, pep_live; // behind the live ones: those whose adapter was removed
     char name[256]; // that was given, where it has several addresses
     struct rmig__ofi_request *requests;
     char text[512]; // what went wrong with a request; empty: nothing that was not told
@@ -630,21 +631,42 @@ static int rmig__ofi_choose(struct rmig__ofi *f, const char *wanted, struct rmig
     return rmig__ofi_no_provider(wanted, ret == 0 ? FI_ENODATA : -ret, err);
 }
 
-/* A resolver may give an address twice: in a hosts file each line counts. */
-static void rmig__ofi_drop_twins(struct addrinfo *list) {
-    for (struct addrinfo *a = list; a != NULL; a = a->ai_next) {
-        struct addrinfo **at = &a->ai_next;
-        while (*at != NULL) {
-            struct addrinfo *b = *at;
-            if (b->ai_addrlen != a->ai_addrlen || memcmp(b->ai_addr, a->ai_addr, a->ai_addrlen) != 0) {
-                at = &b->ai_next;
-                continue;
-            }
-            *at = b->ai_next;
-            b->ai_next = NULL;
-            freeaddrinfo(b);
+static bool rmig__ofi_same(const struct addrinfo *a, const struct addrinfo *b) {
+    return b->ai_addrlen == a->ai_addrlen && memcmp(b->ai_addr, a->ai_addr, a->ai_addrlen) == 0;
+}
+
+/* Which of the host's interfaces leads to a link-local address only its scope can tell. */
+static bool rmig__ofi_lacks_scope(const struct addrinfo *a) {
+    const struct sockaddr_in6 *in6 = (const struct sockaddr_in6 *)(const void *)a->ai_addr;
+    return a->ai_family == AF_INET6 && in6->sin6_addr.s6_addr[0] == 0xfe &&
+           (in6->sin6_addr.s6_addr[1] & 0xc0) == 0x80 && in6->sin6_scope_id == 0;
+}
+
+/* Drops those that lack their scope, and what is there twice: in a hosts file each line counts. */
+static struct addrinfo *rmig__ofi_sift(struct addrinfo *list) {
+    struct addrinfo *first = NULL, **last = &first;
+    while (list != NULL) {
+        struct addrinfo *a = list, *b = first;
+        list = a->ai_next;
+        a->ai_next = NULL;
+        while (b != NULL && !rmig__ofi_same(a, b))
+            b = b->ai_next;
+        if (b != NULL || rmig__ofi_lacks_scope(a)) {
+            freeaddrinfo(a);
+            continue;
         }
+        *last = a;
+        last = &a->ai_next;
     }
+    return first;
+}
+
+static int rmig__ofi_no_address(const char *address, const char *host, bool passive, struct rmig_error *err) {
+    return rmig_fail(
+        err, passive ? RMIG_ERR_FABRIC : RMIG_ERR_UNREACHABLE, 0,
+        "address '%.100s': '%.100s' stands for link-local addresses alone, which do not tell the interface: "
+        "give such an address itself, as in [fe80::2%%eth0]:4444",
+        address, host);
 }
 
 /* All addresses of a name, IPv6 first where the host was left out: its wildcard mostly takes IPv4 too. */
@@ -666,7 +688,9 @@ static int rmig__ofi_lookup(const char *address, bool passive, struct addrinfo *
     if (gai != 0)
         return rmig_fail(err, passive ? RMIG_ERR_FABRIC : RMIG_ERR_UNREACHABLE, gai, "address '%s': %s", address,
                          gai_strerror(gai));
-    rmig__ofi_drop_twins(list);
+    list = rmig__ofi_sift(list);
+    if (list == NULL)
+        return rmig__ofi_no_address(address, host, passive, err);
     struct addrinfo *second = list->ai_next;
     if (host[0] == '\0' && list->ai_family == AF_INET && second != NULL && second->ai_next == NULL) {
         second->ai_next = list; // there are two
@@ -776,7 +800,7 @@ static void rmig__ofi_stop_listener(struct rmig__ofi_listener *l) {
         fi_close(&l->pep[i]->fid);
     rmig__ofi_free(l->pep);
     l->pep = NULL;
-    l->pep_count = 0;
+    l->pep_count = l->pep_live = 0;
     rmig__ofi_stop_queue(l);
 }
 
@@ -832,6 +856,18 @@ static void rmig__ofi_add_request(struct rmig__ofi_listener *l, const struct fi_
     *tail = r;
 }
 
+/* An adapter was removed: the other addresses are listened on further. False: there is none. */
+static bool rmig__ofi_lose_adapter(struct rmig__ofi_listener *l, const struct fid *fid) {
+    for (size_t i = 0; i < l->pep_live; i++) {
+        struct fid_pep *pep = l->pep[i];
+        if (&pep->fid != fid)
+            continue;
+        l->pep[i] = l->pep[--l->pep_live];
+        l->pep[l->pep_live] = pep; // closed with the listener: a request may still name it
+    }
+    return l->pep_live > 0;
+}
+
 /* What is wrong with one that asks ends nothing but its request. Returns the listener's own status. */
 static int rmig__ofi_read_listener_error(struct rmig__ofi_listener *l, struct rmig_error *err) {
     struct fi_eq_err_entry e;
@@ -840,7 +876,9 @@ static int rmig__ofi_read_listener_error(struct rmig__ofi_listener *l, struct rm
     if (n == -FI_EAGAIN)
         return RMIG_OK;
     int code = n < 0 ? (int)-n : e.err < 0 ? -e.err : e.err;
-    if (n < 0 || code == FI_ENODEV) // the adapter is gone
+    if (n >= 0 && code == FI_ENODEV && rmig__ofi_lose_adapter(l, e.fid))
+        return RMIG_OK;
+    if (n < 0 || code == FI_ENODEV)
         return rmig__ofi_fail(err, RMIG_ERR_FABRIC, -code, "listening");
     l->code = code;
     snprintf(l->text, sizeof l->text, "a request to connect failed: %s", fi_strerror(code));
@@ -963,9 +1001,10 @@ static int rmig__ofi_add_pep(struct rmig__ofi *f, struct rmig__ofi_listener *l, 
         l->head.info = info;
     int status = rmig__ofi_make_pep(f, l, info, &pep, err);
     if (status == RMIG_OK)
-        l->pep[l->pep_count++] = pep;
+        l->pep[l->pep_live++] = pep;
     else if (pep != NULL)
         fi_close(&pep->fid);
+    l->pep_count = l->pep_live;
     if (!first)
         fi_freeinfo(info);
     else if (status != RMIG_OK)
@@ -1006,10 +1045,11 @@ static bool rmig__ofi_v6_takes_v4(void) {
 
 /* Listens on all of the list that is here, on a free port on the same one everywhere. */
 static int rmig__ofi_add_peps(struct rmig__ofi *f, struct rmig__ofi_listener *l, const struct addrinfo *list,
-                              bool any_host, struct rmig_error *err) {
-    char port[16] = "", tried[400] = "", text[128];
+                              size_t count, bool any_host, struct rmig_error *err) {
+    char port[16] = "", text[128], entry[250];
+    struct rmig__list tried;
     int status = RMIG_OK;
-    size_t used = 0;
+    rmig__list_begin(&tried, "; ", 300, count);
     for (const struct addrinfo *a = list; a != NULL; a = a->ai_next) {
         status = rmig__ofi_add_pep(f, l, a, port[0] == '\0' ? NULL : port, err);
         if (status == RMIG_OK && port[0] == '\0')
@@ -1021,15 +1061,15 @@ static int rmig__ofi_add_peps(struct rmig__ofi *f, struct rmig__ofi_listener *l,
             continue;
         if (rmig__ofi_print(a->ai_addr, a->ai_addrlen, text, sizeof text, NULL) != RMIG_OK)
             text[0] = '\0';
-        snprintf(tried + used, sizeof tried - used, "%s%s: %.100s", used == 0 ? "" : "; ", text, err->text);
-        used = strlen(tried);
+        snprintf(entry, sizeof entry, "%s: %.100s", text, err->text);
+        rmig__list_add(&tried, entry);
         if (!rmig__ofi_not_here(err->provider_code))
             break;
         status = RMIG_OK;
     }
     if (status == RMIG_OK && l->pep_count > 0)
         return RMIG_OK;
-    return rmig_fail(err, err->status, err->provider_code, "%s", tried);
+    return rmig_fail(err, err->status, err->provider_code, "%s", tried.text);
 }
 
 static int rmig__ofi_start_listener(struct rmig__ofi *f, struct rmig__ofi_listener *l, const char *address,
@@ -1047,7 +1087,7 @@ static int rmig__ofi_start_listener(struct rmig__ofi *f, struct rmig__ofi_listen
     for (int i = 0; i < RMIG__OFI_FREE_PORTS && again; i++) {
         l->pep = (struct fid_pep **)rmig__ofi_alloc(count + 1, sizeof(struct fid_pep *));
         status = l->pep == NULL ? rmig_fail(err, RMIG_ERR_NO_MEMORY, 0, "out of memory for a listener")
-                                : rmig__ofi_add_peps(f, l, list, host[0] == '\0', err);
+                                : rmig__ofi_add_peps(f, l, list, count, host[0] == '\0', err);
         again = status != RMIG_OK && any_port && l->pep_count > 0 && err->provider_code == FI_EADDRINUSE;
         if (again) // a port that was free at one address is not at another
             rmig__ofi_stop_listener(l);
@@ -1450,6 +1490,8 @@ static int rmig__ofi_open_active(struct rmig_fabric *base, const char *address, 
     err = err == NULL ? &why : err;
     c->cfg = *cfg;
     int status = rmig__ofi_lookup(address, false, &c->addresses, err);
+    if (status == RMIG_ERR_UNREACHABLE)
+        status = rmig__ofi_blame_descriptors((struct rmig__ofi *)(void *)base, err); // it reads files
     if (status == RMIG_OK) {
         c->address = c->addresses;
         for (const struct addrinfo *a = c->address->ai_next; a != NULL; a = a->ai_next)
@@ -1747,6 +1789,7 @@ static size_t rmig__ofi_tell_end(struct rmig__ofi_conn *c, struct rmig_fabric_ev
     rmig__ofi_event(e, c->end);
     e->text = c->text;
     e->provider_code = c->end_code;
+    e->at_this_end = c->end_code == EMFILE || c->end_code == ENFILE;
     if (c->end == RMIG_FEV_REJECTED) {
         e->private_data = c->data;
         e->private_data_length = c->data_length;

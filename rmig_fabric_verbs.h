@@ -26,8 +26,9 @@ ADDRESSES
     "host:port", "10.0.0.2:4444", "[fd00::2]:4444", "[fe80::2%eth0]:4444". The IP address chooses the adapter: it must
 be one of an RDMA interface's own addresses to listen on (or ":4444": all, "0.0.0.0:4444": all of IPv4), and be reached
 through one to connect to. A name is listened on at all of its addresses that are an RDMA interface's, and connected to
-at the first that takes the connection. Host names are looked up by the call that opens the endpoint, which may block
-for as long as the resolver does; numeric addresses do not.
+at the first that takes the connection; link-local ones that come without their interface are left out. Host names are
+looked up by the call that opens the endpoint, which may block for as long as the resolver does; numeric addresses do
+not.
 
 MEMORY
 
@@ -174,8 +175,8 @@ struct rmig__verbs_request {
 
 struct rmig__verbs_listener {
     struct rmig__verbs_ep head;
-    bool removed; // its device
-    struct rdma_cm_id **ids; // one for each address
+    bool removed; // the last of its devices
+    struct rdma_cm_id **ids; // one for each address that is listened on
     size_t id_count;
     char name[256]; // that was given, where it has several addresses
     struct rmig__verbs_request *requests;
@@ -232,6 +233,7 @@ struct rmig__verbs_conn {
     bool leaving, left; // disconnect was called; was done
     enum rmig_fabric_event_type end; // how the connection ended, 0: it has not
     int end_code;
+    bool end_here; // for what no other address would do better
     uint64_t held_at; // when the first operation was flushed, 0: none was
     size_t data_length;
     uint8_t data[RMIG__VERBS_CM_DATA];
@@ -409,25 +411,46 @@ static int rmig__verbs_tame(int fd, struct rmig_error *err) {
 
 // >>verbs: addresses
 
-/* A resolver may give an address twice: in a hosts file each line counts. */
-static void rmig__verbs_drop_twins(struct addrinfo *list) {
-    for (struct addrinfo *a = list; a != NULL; a = a->ai_next) {
-        struct addrinfo **at = &a->ai_next;
-        while (*at != NULL) {
-            struct addrinfo *b = *at;
-            if (b->ai_addrlen != a->ai_addrlen || memcmp(b->ai_addr, a->ai_addr, a->ai_addrlen) != 0) {
-                at = &b->ai_next;
-                continue;
-            }
-            *at = b->ai_next;
-            b->ai_next = NULL;
-            freeaddrinfo(b);
+static bool rmig__verbs_same(const struct addrinfo *a, const struct addrinfo *b) {
+    return b->ai_addrlen == a->ai_addrlen && memcmp(b->ai_addr, a->ai_addr, a->ai_addrlen) == 0;
+}
+
+/* Which of the host's interfaces leads to a link-local address only its scope can tell. */
+static bool rmig__verbs_lacks_scope(const struct addrinfo *a) {
+    const struct sockaddr_in6 *in6 = (const struct sockaddr_in6 *)(const void *)a->ai_addr;
+    return a->ai_family == AF_INET6 && in6->sin6_addr.s6_addr[0] == 0xfe &&
+           (in6->sin6_addr.s6_addr[1] & 0xc0) == 0x80 && in6->sin6_scope_id == 0;
+}
+
+/* Drops those that lack their scope, and what is there twice: in a hosts file each line counts. */
+static struct addrinfo *rmig__verbs_sift(struct addrinfo *list) {
+    struct addrinfo *first = NULL, **last = &first;
+    while (list != NULL) {
+        struct addrinfo *a = list, *b = first;
+        list = a->ai_next;
+        a->ai_next = NULL;
+        while (b != NULL && !rmig__verbs_same(a, b))
+            b = b->ai_next;
+        if (b != NULL || rmig__verbs_lacks_scope(a)) {
+            freeaddrinfo(a);
+            continue;
         }
+        *last = a;
+        last = &a->ai_next;
     }
+    return first;
+}
+
+static int rmig__verbs_no_address(const char *address, const char *host, bool passive, struct rmig_error *err) {
+    return rmig_fail(
+        err, passive ? RMIG_ERR_FABRIC : RMIG_ERR_UNREACHABLE, 0,
+        "address '%.100s': '%.100s' stands for link-local addresses alone, which do not tell the interface: "
+        "give such an address itself, as in [fe80::2%%eth0]:4444",
+        address, host);
 }
 
 static int rmig__verbs_lookup(const char *address, bool passive, struct addrinfo **out, struct rmig_error *err) {
-    char host[256], port[16];
+    char host[256], port[16], fds[300];
     int status = rmig_split_address(address, host, sizeof host, port, sizeof port, err);
     if (status != RMIG_OK)
         return status;
@@ -441,11 +464,13 @@ static int rmig__verbs_lookup(const char *address, bool passive, struct addrinfo
     hints.ai_socktype = SOCK_STREAM;
     hints.ai_flags = passive ? AI_PASSIVE : 0;
     int gai = getaddrinfo(host[0] == '\0' ? NULL : host, port, &hints, out);
-    if (gai != 0)
-        return rmig_fail(err, passive ? RMIG_ERR_FABRIC : RMIG_ERR_UNREACHABLE, gai, "address '%s': %s", address,
-                         gai_strerror(gai));
-    rmig__verbs_drop_twins(*out);
-    return RMIG_OK;
+    if (gai != 0) {
+        const char *hint = rmig__verbs_fd_hint(0, fds, sizeof fds); // it reads files
+        return rmig_fail(err, passive || hint[0] != '\0' ? RMIG_ERR_FABRIC : RMIG_ERR_UNREACHABLE, gai,
+                         "address '%.200s': %s%s", address, gai_strerror(gai), hint);
+    }
+    *out = rmig__verbs_sift(*out);
+    return *out != NULL ? RMIG_OK : rmig__verbs_no_address(address, host, passive, err);
 }
 
 /* "127.0.0.1:4444", "[::1]:4444". Returns a status. */
@@ -499,9 +524,9 @@ static size_t rmig__verbs_copy_data(uint8_t *to, const struct rdma_cm_event *eve
 
 /*
 Requests wait in a list until they are answered. What goes wrong with one, or comes for one that is in the list (its
-peer gave up, its device went), concerns that one alone: only what is the listener's own, its device or its channel,
-makes poll fail. One poll reads a bounded number of events, and the list has a limit: who floods a listener with
-requests is rejected and holds up nobody.
+peer gave up, its device went), concerns that one alone: only what is the listener's own, its channel or the last of its
+devices, makes poll fail. One poll reads a bounded number of events, and the list has a limit: who floods a listener
+with requests is rejected and holds up nobody.
 */
 
 /* Over iWARP the peer tells a rejection from a port where nobody listens by its data. */
@@ -553,6 +578,20 @@ static bool rmig__verbs_owns(const struct rmig__verbs_listener *l, const struct 
     return i < l->id_count;
 }
 
+/* The device of one address was removed: the others are listened on further. The last one is kept, for its name. */
+static void rmig__verbs_lose_device(struct rmig__verbs_listener *l, struct rdma_cm_id *id) {
+    size_t left = 0;
+    l->removed = l->id_count == 1;
+    if (l->removed)
+        return;
+    for (size_t i = 0; i < l->id_count; i++)
+        if (l->ids[i] != id)
+            l->ids[left++] = l->ids[i];
+    l->id_count = left;
+    l->head.id = l->ids[0];
+    rdma_destroy_id(id);
+}
+
 /* Ids are destroyed behind the acknowledgement of their events: before, that would wait for it. */
 static void rmig__verbs_on_listener(struct rmig__verbs_listener *l, struct rdma_cm_event *event) {
     struct rdma_cm_id *id = event->id;
@@ -566,7 +605,8 @@ static void rmig__verbs_on_listener(struct rmig__verbs_listener *l, struct rdma_
         rdma_reject(id, wrong ? NULL : rmig__verbs_no_reason, wrong ? 0 : sizeof rmig__verbs_no_reason);
         rdma_destroy_id(id);
     } else if (!asks && rmig__verbs_owns(l, id)) {
-        l->removed = l->removed || type == RDMA_CM_EVENT_DEVICE_REMOVAL;
+        if (type == RDMA_CM_EVENT_DEVICE_REMOVAL)
+            rmig__verbs_lose_device(l, id);
     } else if (!asks) {
         rmig__verbs_lose_request(l, id);
     }
@@ -661,23 +701,23 @@ static bool rmig__verbs_not_here(int code, bool any_host) {
 
 /* Listens on all of the list that is here. Returns 0, or the error's number; what did not do is in tried. */
 static int rmig__verbs_bind_all(struct rmig__verbs *f, struct rmig__verbs_listener *l, struct addrinfo *list,
-                                size_t count, bool any_host, char *tried, size_t size) {
+                                size_t count, bool any_host, struct rmig__list *tried) {
     int code = 0;
-    tried[0] = '\0';
+    rmig__list_begin(tried, "; ", 260, count);
     l->ids = (struct rdma_cm_id **)rmig__verbs_alloc(count + 1, sizeof(struct rdma_cm_id *));
     if (l->ids == NULL)
         return ENOMEM;
     for (int v6 = 1; v6 >= 0; v6--) {
         for (struct addrinfo *a = list; a != NULL; a = a->ai_next) {
-            char text[128] = "";
-            size_t used = strlen(tried);
+            char text[128] = "", entry[250];
             if ((a->ai_family == AF_INET6) != (v6 == 1))
                 continue;
             rmig__verbs_print(a->ai_addr, text, sizeof text, NULL);
             int ret = rmig__verbs_bind(f, l, a);
             if (ret == 0)
                 continue;
-            snprintf(tried + used, size - used, "%s%s: %s", used == 0 ? "" : "; ", text, strerror(ret));
+            snprintf(entry, sizeof entry, "%s: %s", text, strerror(ret));
+            rmig__list_add(tried, entry);
             code = ret;
             if (!rmig__verbs_not_here(ret, any_host))
                 return code;
@@ -688,7 +728,8 @@ static int rmig__verbs_bind_all(struct rmig__verbs *f, struct rmig__verbs_listen
 
 static int rmig__verbs_start_listener(struct rmig__verbs *f, struct rmig__verbs_listener *l, const char *address,
                                       struct rmig_error *err) {
-    char host[256] = "", port[16] = "", tried[300] = "", fds[300];
+    char host[256] = "", port[16] = "", fds[300];
+    struct rmig__list tried;
     struct addrinfo *list = NULL;
     size_t count = 0;
     int code = 0, status = rmig__verbs_lookup(address, true, &list, err);
@@ -698,11 +739,11 @@ static int rmig__verbs_start_listener(struct rmig__verbs *f, struct rmig__verbs_
         for (const struct addrinfo *a = list; a != NULL; a = a->ai_next)
             count++;
         rmig_split_address(address, host, sizeof host, port, sizeof port, NULL);
-        code = rmig__verbs_bind_all(f, l, list, count, host[0] == '\0', tried, sizeof tried);
+        code = rmig__verbs_bind_all(f, l, list, count, host[0] == '\0', &tried);
         bool any_port = strtoul(port, NULL, 10) == 0;
         for (int i = 1; i < RMIG__VERBS_FREE_PORTS && code == EADDRINUSE && l->id_count > 0 && any_port; i++) {
             rmig__verbs_stop_listener(l); // a port that was free at one address is not at another
-            code = rmig__verbs_bind_all(f, l, list, count, host[0] == '\0', tried, sizeof tried);
+            code = rmig__verbs_bind_all(f, l, list, count, host[0] == '\0', &tried);
         }
         if (count > 1 && host[0] != '\0')
             snprintf(l->name, sizeof l->name, "%s", host);
@@ -717,7 +758,7 @@ static int rmig__verbs_start_listener(struct rmig__verbs *f, struct rmig__verbs_
     else if (hint[0] == '\0' && code == EADDRNOTAVAIL)
         hint = "; another program listens on this port";
     return rmig_fail(err, RMIG_ERR_FABRIC, code, "verbs: listening on '%.100s'%s%s failed: %s%s", address,
-                     f->device[0] == '\0' ? "" : " with ", f->device, tried, hint);
+                     f->device[0] == '\0' ? "" : " with ", f->device, tried.text, hint);
 }
 
 static int rmig__verbs_listen(struct rmig_fabric *base, const char *address, struct rmig_ep **out,
@@ -964,6 +1005,7 @@ static int rmig__verbs_timeout_ms(uint64_t ns) {
 
 static void rmig__verbs_unreached(struct rmig__verbs_conn *c, int code, const char *what) {
     char hint[300];
+    c->end_here = rmig__verbs_out_of_fds(code) != 0;
     rmig__verbs_end(c, RMIG_FEV_ERROR, code, "no RDMA device reaches %s: %s%s%s%s", c->peer, what,
                     code == 0 || what[0] == '\0' ? "" : ": ", code == 0 ? "" : strerror(code),
                     rmig__verbs_fd_hint(code, hint, sizeof hint));
@@ -1086,10 +1128,12 @@ static void rmig__verbs_on_address(struct rmig__verbs_conn *c) {
 static void rmig__verbs_on_route(struct rmig__verbs_conn *c) {
     struct rmig_error err;
     memset(&err, 0, sizeof err);
-    if (rmig__verbs_make_queues(c, &err) == RMIG_OK)
+    if (rmig__verbs_make_queues(c, &err) == RMIG_OK) {
         c->state = RMIG__VERBS_RESOLVED;
-    else
-        rmig__verbs_end(c, RMIG_FEV_ERROR, err.provider_code, "%s", err.text);
+        return;
+    }
+    c->end_here = rmig__verbs_out_of_fds(err.provider_code) != 0;
+    rmig__verbs_end(c, RMIG_FEV_ERROR, err.provider_code, "%s", err.text);
 }
 
 static void rmig__verbs_on_rejected(struct rmig__verbs_conn *c, int reason) {
@@ -1291,6 +1335,7 @@ static void rmig__verbs_tell_end(struct rmig__verbs_conn *c, struct rmig_fabric_
     rmig__verbs_event(e, c->end);
     e->text = c->text;
     e->provider_code = c->end_code;
+    e->at_this_end = c->end_here;
     if (c->end == RMIG_FEV_REJECTED) {
         e->private_data = c->data;
         e->private_data_length = c->data_length;
@@ -1940,15 +1985,15 @@ static const struct rmig_fabric_ops *rmig__verbs_ops(void) {
 
 /* RMIG_OK, or an error that lists what devices there are. */
 static int rmig__verbs_check_device(const char *wanted, struct rmig_error *err) {
-    char names[160] = "";
+    struct rmig__list names;
     int count = 0;
     bool found = false;
     struct ibv_device **list = ibv_get_device_list(&count);
+    rmig__list_begin(&names, ", ", 300, (size_t)count);
     for (int i = 0; list != NULL && i < count; i++) {
         const char *name = ibv_get_device_name(list[i]);
-        size_t used = strlen(names);
         found = found || wanted == NULL || strcmp(name, wanted) == 0;
-        snprintf(names + used, sizeof names - used, "%s%s", used == 0 ? "" : ", ", name);
+        rmig__list_add(&names, name);
     }
     if (list != NULL)
         ibv_free_device_list(list);
@@ -1957,7 +2002,7 @@ static int rmig__verbs_check_device(const char *wanted, struct rmig_error *err) 
     if (count == 0)
         return rmig_fail(err, RMIG_ERR_FABRIC, ENODEV,
                          "verbs: no RDMA device here (`rdma link` lists them; is ib_uverbs loaded?)");
-    return rmig_fail(err, RMIG_ERR_FABRIC, ENODEV, "verbs: no RDMA device '%s' here; there is %s", wanted, names);
+    return rmig_fail(err, RMIG_ERR_FABRIC, ENODEV, "verbs: no RDMA device '%s' here; there is %s", wanted, names.text);
 }
 
 RMIG__DEF struct rmig_fabric *rmig_verbs_open(const struct rmig_verbs_options *options, struct rmig_error *err) {

@@ -679,8 +679,9 @@ CONFORMANCE(a_listener_takes_ipv6) {
 
 // --- names with several addresses
 
-/* A host that this process alone knows: it has an address of either family. In the simulator every host is one address,
-   so a name with two is two hosts. Returns the name. */
+/* Hosts that this process alone knows. "several" has an address of either family, and a link-local one that no
+   interface is known for; "nearby" has none but such. In the simulator every host is one address, so a name with two is
+   two hosts. Returns the name. */
 static const char *several(const struct world *w) {
     const char *v4 = getenv("RMIG_TEST_ADDR"), *v6 = getenv("RMIG_TEST_ADDR6");
     char path[] = "/tmp/rmig-hosts-XXXXXX";
@@ -689,7 +690,8 @@ static const char *several(const struct world *w) {
     v4 = v4 != NULL ? v4 : "127.0.0.1";
     int fd = mkstemp(path);
     cr_assert(fd >= 0 && // one of them stands there twice, as in hosts files that grew
-              dprintf(fd, "%s several\n%s several\n%s several\n", v4, v6 != NULL ? v6 : "::1", v4) > 0);
+              dprintf(fd, "fe80::7 several nearby\n%s several\n%s several\n%s several\n", v4, v6 != NULL ? v6 : "::1",
+                      v4) > 0);
     close(fd);
     bool own = (unshare(CLONE_NEWNS) == 0 || unshare(CLONE_NEWUSER | CLONE_NEWNS) == 0) &&
                mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL) == 0 &&
@@ -815,6 +817,20 @@ CONFORMANCE(behind_a_rejection_the_next_address_of_a_name_is_tried) {
     finish_connect(w, &a, &p);
     send_message(w, &a, &p);
     leave_pair(w, &a, &p);
+}
+
+CONFORMANCE(a_name_without_an_address_of_known_scope_is_refused) {
+    struct rmig_ep_config cfg = wanted();
+    struct rmig_error err = {0};
+    struct rmig_ep *ep = NULL;
+    if (w->sim != NULL)
+        return;
+    several(w);
+    cr_assert_eq(w->passive->ops->listen(w->passive, "nearby:0", &ep, &err), RMIG_ERR_FABRIC, "%s", err.text);
+    cr_assert(strstr(err.text, "'nearby:0'") != NULL && strstr(err.text, "%eth0") != NULL, "%s: %s", w->name, err.text);
+    cr_assert_eq(w->active->ops->open(w->active, "nearby:4444", &cfg, &ep, &err), RMIG_ERR_UNREACHABLE, "%s", err.text);
+    cr_assert(strstr(err.text, "'nearby:4444'") != NULL && strstr(err.text, "%eth0") != NULL, "%s: %s", w->name,
+              err.text);
 }
 
 CONFORMANCE(a_name_with_an_address_in_use_is_refused_by_that_address) {
@@ -1898,6 +1914,31 @@ OVER_TCP(without_descriptors_every_way_to_an_endpoint_says_so) {
     finish_connect(w, &a, &p);
     send_message(w, &a, &p);
     leave_pair(w, &a, &p);
+}
+
+OVER_TCP(without_descriptors_no_address_of_a_name_is_blamed) {
+    struct rmig_ep_config cfg = wanted();
+    struct rmig_error err = {0};
+    struct rmig_ep *ep = NULL;
+    struct end a;
+    char address[128];
+    int taken[16], n = 0;
+    snprintf(address, sizeof address, "%s:4444", several(w));
+    allow_descriptors(5); // it can be looked up, and there is no endpoint for its addresses
+    open_by_name(w, &a, address);
+    struct seen *s = await(w, &a, RMIG_FEV_ERROR, 0, true);
+    cr_assert(s->e.at_this_end, "%s: %s", w->name, s->text);
+    cr_assert(strstr(s->text, "descriptors") != NULL && strstr(s->text, "ulimit -n") != NULL, "%s: %s", w->name,
+              s->text);
+    leave(w, &a);
+    allow_descriptors(0);
+    while (n < 16 && (taken[n] = dup(2)) >= 0) // numbers below that are free
+        n++;
+    cr_assert_lt(w->active->ops->open(w->active, address, &cfg, &ep, &err), 0, "%s: it is looked up", w->name);
+    cr_expect_descriptors_named(&err);
+    while (n > 0)
+        close(taken[--n]);
+    allow_descriptors(SIZE_MAX);
 }
 
 OVER_TCP(a_listener_that_can_accept_nobody_says_so_and_lives) {

@@ -527,6 +527,23 @@ none_is_here() {
     refused 4 'elsewhere:0' '192.0.2.1' '[2001:db8::1]' 'Cannot assign' -- recv --listen elsewhere:0 --out "$tmp"
 }
 
+# Both addresses lead to a receiver that is silent until the source has given up the first of them.
+silent_for_the_first_address() {
+    local status
+    start_recv '' || return 1
+    kill -STOP "$(real_pid "$receiver")"
+    : >"$tmp/send.err"
+    timeout -k 5 600 "$program" send --connect "localhost:${address##*:}" --block "ram=$tmp/page" --trace --set connect-timeout=12s \
+        >"$tmp/send.out" 2>"$tmp/send.err" &
+    sender=$!
+    wait_for 'grep -q "next address" "$tmp/send.err" || ! kill -0 $sender 2>/dev/null'
+    status=$?
+    kill -CONT "$(real_pid "$receiver")"
+    [ "$status" = 0 ] && wait "$sender" && wait "$receiver" && same "$tmp/page" ram && return
+    cat "$tmp/send.err" "$tmp/recv.err"
+    return 1
+}
+
 names() {
     make_hosts
     local program=$tmp/in_hosts
@@ -534,6 +551,7 @@ names() {
     check 'localhost has two addresses, IPv6 is listened on' by_name '[::1]' localhost
     check 'a port alone is listened on by both families' by_name '' 127.0.0.1 '[::1]' localhost
     check 'a name is listened on at all its addresses' by_name localhost 127.0.0.1 '[::1]' localhost
+    check 'a receiver that was silent while its first address was tried' silent_for_the_first_address
     check 'each address that was tried is named' all_are_named
     check 'a name of which no address is here' none_is_here
 }

@@ -656,6 +656,10 @@ group_chunks() {
     chunk=([first]=1024 [second]=32)
     peer '11 at 1 GiB that runs cancels, and goes to 11 at 32 MiB' runs_on 11 11 cancelled_by_qemu
     guest=(-S)
+    address=$SIW_ADDR
+    chunk=([first]=32)
+    requests='2 9' peer '11 at 32 MiB over iWARP, and back at its default' moves 11 11
+    address=$RXE_ADDR
     chunk=() sink_options=()
 }
 

@@ -425,6 +425,7 @@ Test(rdma, a_connection_without_descriptors_says_so, .timeout = 600) {
         }
         setrlimit(RLIMIT_NOFILE, &before);
         cr_assert(status < 0 || e.type == RMIG_FEV_ERROR, "it is resolved with %d descriptors", more);
+        cr_assert(status < 0 || e.at_this_end, "another address is tried with %d descriptors", more);
         says_what_ran_out(status < 0 ? err.text : e.text, more);
         if (status == RMIG_OK)
             f->ops->close(ep);

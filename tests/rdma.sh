@@ -264,6 +264,48 @@ killed() { # sender|receiver
     start_slow "$RMIG_TEST_ADDR" 20s && kill_one "$1"
 }
 
+# >>devices that are removed
+
+# One more of the kind that is tested: gone0, at 10.99.0.1.
+add_device() {
+    ip link add gone type dummy && ip address add 10.99.0.1/24 dev gone && ip link set gone up &&
+        rdma link add gone0 type "$device" netdev gone && wait_for 20 'rdma link show gone0/1 2>/dev/null | grep -q ACTIVE'
+}
+
+# A receiver that listens on a name, which has that device's address and others, when that device is removed. The kernel
+# lets the device go when the last program that has opened it has ended; meanwhile nobody can connect to it.
+listens_when_removed() { # ADDRESS...
+    local recv_as
+    { cat /etc/hosts && printf '%s several\n' 10.99.0.1 "$@"; } >"$tmp/hosts"
+    recv_as=(unshare -m sh -c 'mount --bind "$0" /etc/hosts && exec "$@"' "$tmp/hosts")
+    add_device && start_receiver several || return 1
+    rdma link delete gone0 &
+    deleting=$!
+    wait_for 20 '! rdma resource show cm_id | grep -q 10.99.0.1' || return 1
+}
+
+goes_on_with_the_others() {
+    listens_when_removed "$RMIG_TEST_ADDR" && address=$RMIG_TEST_ADDR:${address##*:} && start_sender && ended 0 0 &&
+        cmp "$image" "$out/ram"
+}
+
+ends_with_the_last() { # WORD...
+    listens_when_removed || return 1
+    wait "$receiver"
+    [ $? = 5 ] && says "$tmp/recv.err" "$@"
+}
+
+removed() { # COMMAND...
+    local status deleting=
+    "$@"
+    status=$?
+    kill "$receiver" 2>/dev/null
+    wait "$receiver"
+    [ -z "$deleting" ] || wait "$deleting" || status=1
+    ip link delete gone || status=1
+    return "$status"
+}
+
 # >>memory that may not be locked
 
 # What runs a program as nobody, who may lock so much memory.
@@ -361,6 +403,14 @@ group_ofi() {
     check_held 'rmig_migrate over libfabric' moves "$RMIG_TEST_ADDR"
     check_held 'rmig_migrate over libfabric, pinned whole' moves "$RMIG_TEST_ADDR" --set pin-all=on
     check_held 'kvm_live over libfabric' guest_moves
+    [ "$device" = here ] || removals 'No such device'
+}
+
+removals() { # WORD...: what is said when no device is left
+    local fabric=(--fabric "${fabric[1]}")
+    [ "${fabric[1]}" = verbs ] || fabric+=(--provider verbs)
+    check_held 'one of the devices that are listened on is removed' removed goes_on_with_the_others
+    check_held 'the last device that is listened on is removed' removed ends_with_the_last "$@"
 }
 
 group_session() { criterion 1500 "$build/plain/rdma" --jobs 1; }
@@ -368,7 +418,7 @@ group_session() { criterion 1500 "$build/plain/rdma" --jobs 1; }
 group_hostile() {
     local filter='*/*'
     [ "$device" = here ] ||
-        filter='@(honest_source/@(asks|dynamic|whole|unregister)*|hostile_*/@(private|leaves|vanishes|silent|write)*)'
+        filter='@(honest_source/@(asks|dynamic|whole|unregister)*|hostile_*/@(private|leaves|vanishes|silent|whoever|write)*)'
     RMIG_HOSTILE_FABRIC=verbs RMIG_HOSTILE_ADDR="$RMIG_TEST_ADDR:0" \
         criterion 1500 "$build/verbs/hostile_peer" --jobs 4 --filter "$filter"
 }
@@ -392,6 +442,7 @@ group_migrate() {
     check_held 'a guest that runs, pinned whole' guest_moves --set pin-all=on
     check_held 'the sender is killed' killed sender
     check_held 'the receiver is killed' killed receiver
+    [ "$device" = here ] || removals 'the RDMA device was removed'
 }
 
 group_limits() {

@@ -1863,6 +1863,37 @@ Test(session, every_address_of_a_long_list_is_named) {
     close_world(&w);
 }
 
+/* Whole words stand for as many as a text has room for, and the rest is counted. */
+Test(session, addresses_beyond_the_room_of_an_error_are_counted) {
+    static const char full[] = ".dead:7000 did not answer for 1s, its share of connect-timeout";
+    struct world w;
+    char hosts[64] = ".dead";
+    unsigned named = 0, more = 0;
+    small_world(&w);
+    open_world(&w);
+    for (unsigned i = 1; i < 10; i++)
+        snprintf(hosts + strlen(hosts), sizeof hosts - strlen(hosts), "+.dead");
+    cr_expect_eq(rmig_source_connect(w.source, by_name(&w, hosts)), RMIG_ERR_TIMEOUT);
+    const char *text = rmig_source_error(w.source)->text, *at = text, *end;
+    for (; (end = strstr(at, "...; ")) != NULL; at = end + 5, named++)
+        cr_expect(strncmp(at, full, (size_t)(end - at)) == 0 && full[end - at] == ' ', "cut in a word: %s", text);
+    cr_expect_eq(sscanf(at, "and %u more", &more), 1, "%s", text);
+    cr_expect(named >= 8 && named + more == 10, "%s", text);
+    close_world(&w);
+}
+
+/* What this end lacks it lacks for the next address too. */
+Test(session, what_fails_at_this_end_is_no_address_that_cannot_be_reached) {
+    struct world w;
+    small_world(&w);
+    open_world(&w);
+    cr_expect_eq(rmig_source_connect(w.source, by_name(&w, "a.full+sink")), RMIG_ERR_FABRIC);
+    const char *text = rmig_source_error(w.source)->text;
+    cr_expect_str_eq(text, "this end has no descriptor left");
+    cr_expect_eq(rmig_source_error(w.source)->provider_code, 24);
+    close_world(&w);
+}
+
 /* The one that was there is what counts. */
 Test(session, a_sink_that_is_busy_says_so_and_the_next_address_is_tried) {
     struct world w;
@@ -1880,6 +1911,49 @@ Test(session, a_sink_that_is_busy_says_so_and_the_next_address_is_tried) {
     one_round(&w);
     finish(&w);
     close_world(&w);
+}
+
+/* Whoever comes then cannot know why. */
+Test(session, nobody_listens_where_a_migration_has_begun_and_the_hint_says_so) {
+    struct world w;
+    struct rmig_source *second = NULL;
+    struct rmig_error err = {0};
+    small_world(&w);
+    connect_world(&w);
+    one_round(&w);
+    cr_assert_eq(rmig_source_open(sim_fabric(w.sim, 0), NULL, &second, &err), RMIG_OK);
+    cr_assert_eq(rmig_source_add_block(second, &w.ram[0].from, NULL), RMIG_OK);
+    cr_expect_lt(rmig_source_connect(second, w.address), 0);
+    cr_expect(says(rmig_source_error(second)->text, "nobody listens there"), "%s", rmig_source_error(second)->text);
+    cr_expect(says(rmig_status_hint(RMIG_ERR_UNREACHABLE), "whose migration has begun"));
+    rmig_source_close(second);
+    finish(&w);
+    close_world(&w);
+}
+
+/* All of a name's addresses lead to one sink, whose embedder is away for the first one's share: the source has given
+   that up, so it is not what the sink is busy with. */
+static void connect_to_a_sink_that_was_away(bool v1) {
+    struct world w;
+    small_world(&w);
+    if (v1)
+        version_1(&w);
+    w.listens_on = true;
+    param(&w.source_cfg, RMIG_PARAM_CONNECT_TIMEOUT, 8 * SIM_SECOND);
+    open_world(&w);
+    sim_spend(w.sim, 1, 5 * SIM_SECOND); // the shares are 4 s
+    SOURCE_OK(&w, rmig_source_connect(w.source, by_name(&w, "sink+sink")));
+    cr_expect_geq(world_now(&w, 0), 5 * SIM_SECOND);
+    cr_expect(w.events & 1u << RMIG_SINK_FORGOTTEN, "the sink has not met the request that was given up");
+    one_round(&w);
+    finish(&w);
+    close_world(&w);
+}
+
+Test(session, a_request_that_was_given_up_does_not_keep_a_sink_busy) { connect_to_a_sink_that_was_away(false); }
+
+Test(session, a_version_1_request_that_was_given_up_does_not_keep_a_sink_busy) {
+    connect_to_a_sink_that_was_away(true);
 }
 
 /* The clock of a wait begins with the wait, not with the last word before a pause that was this end's own. */

@@ -247,6 +247,7 @@ struct sim_conn {
     struct sim_ep *listener; // while the request is unanswered
     bool up[2], down[2], asked, answered, abandoned, broken;
     bool unknown_host, dead_host; // "HOST.invalid"; "HOST.dead": nobody answers
+    bool out_of_fds; // "HOST.full": this end has no descriptor for it
     unsigned port;
     uint8_t request[SIM_PRIVATE_MAX], reply[SIM_PRIVATE_MAX];
     size_t request_length, reply_length;
@@ -404,6 +405,7 @@ static inline void sim_end(struct sim_conn *conn, unsigned end, uint64_t time, e
     snprintf(conn->text[end], sizeof conn->text[end], "%s", text);
     out->e.text = conn->text[end];
     out->e.provider_code = code;
+    out->e.at_this_end = end == 0 && conn->out_of_fds;
     ep->ended = true;
 }
 
@@ -845,6 +847,8 @@ static inline void sim_happen(struct sim *sim, const struct sim_event *ev) {
     case SIM_EV_RESOLVED:
         if (conn->unknown_host)
             sim_end(conn, 0, ev->time, RMIG_FEV_ERROR, 2, "the name of the host cannot be resolved");
+        else if (conn->out_of_fds)
+            sim_end(conn, 0, ev->time, RMIG_FEV_ERROR, 24, "this end has no descriptor left");
         else
             sim_push(conn->end[0], ev->time, RMIG_FEV_RESOLVED, 0);
         break;
@@ -1043,6 +1047,7 @@ static inline void sim_begin(struct sim_ep *ep) {
     ep->phase = SIM_OPENING;
     size_t n = strcspn(ep->host, "+");
     conn->unknown_host = n >= 8 && strncmp(ep->host + n - 8, ".invalid", 8) == 0;
+    conn->out_of_fds = n >= 5 && strncmp(ep->host + n - 5, ".full", 5) == 0;
     conn->dead_host = n >= 5 && strncmp(ep->host + n - 5, ".dead", 5) == 0;
     sim_schedule(sim, ep->side->time + sim->cfg.latency_ns, SIM_EV_RESOLVED, conn, 0, NULL);
 }
