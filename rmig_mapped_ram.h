@@ -1702,8 +1702,10 @@ static int rmig__reader_read(struct rmig_mapped_reader *r, void *p, uint64_t n, 
 
 /* As rmig__reader_read, for opening: how much there is to read is for the file to say, so each piece may be the last. */
 static int rmig__reader_look(struct rmig_mapped_reader *r, void *p, uint64_t n, uint64_t at, const char *block) {
-    if (r->opt.progress != NULL && r->opt.progress(r->opt.progress_user, &r->stats) != 0)
-        return rmig_fail(&r->error, RMIG_ERR_CANCELLED, 0, "cancelled by the function progress");
+    if (r->opt.progress != NULL && r->opt.progress(r->opt.progress_user, &r->stats) != 0) {
+        rmig_fail(&r->error, RMIG_ERR_CANCELLED, 0, "cancelled by the function progress");
+        return RMIG_ERR_CANCELLED;
+    }
     return rmig__reader_read(r, p, n, at, block);
 }
 
