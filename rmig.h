@@ -3139,6 +3139,8 @@ static int rmig__session_poll(struct rmig__session *ss) {
             ss->again = true;
             return RMIG_OK;
         }
+        if (!ss->established)
+            memset(events, 0, sizeof events); // a fabric of before does not set at_this_end
         int n = ss->fabric->ops->poll(ss->ep, events, RMIG__EVENTS, &ss->error);
         if (n < 0) {
             ss->broken = true;
@@ -5274,6 +5276,7 @@ RMIG__DEF void rmig_source_stats(const struct rmig_source *s, struct rmig_stats 
 #define RMIG__V1_BYTES_PER_US 16 // slowest link that a silent version 1 source is granted: 16 MB/s
 #define RMIG__V1_BLOCKS_MAX (RMIG_PAYLOAD_MAX / RMIG_RAM_BLOCK_SIZE)
 #define RMIG__STEP_REQUESTS 16 // to connect, taken or rejected in one call
+#define RMIG__SINK_UNSURE (500 * RMIG__MS) // others wait so long for a source that has said nothing
 #define RMIG__STEP_REGIONS 64 // registered or deregistered for the source in one call; of bytes no more than ...
 #define RMIG__STEP_REGISTER                                                                                            \
     (64 * RMIG_MIB) // ... this, or one region: a window of a source's, so that it waits no longer
@@ -5885,11 +5888,15 @@ static void rmig__sink_on_request(struct rmig_sink *s, const struct rmig_fabric_
     }
 }
 
-/* Others wait until it is known whether the source at hand is there at all: it may have given up, and asked again by
-   another address of this host. connect-timeout bounds that. */
+/* Until when others wait to know whether the source at hand is there at all: it may have given up, and asked again by
+   another address of this host. What says nothing for longer keeps nobody waiting: they hear that the sink is busy. */
+static uint64_t rmig__sink_unsure_until(const struct rmig_sink *s) {
+    bool unsure = s->state == RMIG__SINK_ACCEPTING || s->state == RMIG__SINK_HELLO;
+    return unsure ? rmig__after(s->accepted_at, RMIG__SINK_UNSURE) : 0;
+}
+
 static bool rmig__sink_listens(const struct rmig_sink *s) {
-    return s->listener != NULL && s->state != RMIG__SINK_PARTING && s->state != RMIG__SINK_ACCEPTING &&
-           s->state != RMIG__SINK_HELLO;
+    return s->listener != NULL && s->state != RMIG__SINK_PARTING && rmig__now(&s->ss) >= rmig__sink_unsure_until(s);
 }
 
 /* Takes requests until there is something to tell, and so many in one call of process: strangers may knock without
@@ -6958,6 +6965,8 @@ RMIG__DEF uint64_t rmig_sink_next_deadline(struct rmig_sink *s) {
     uint64_t at =
         rmig__sink_waits_for(s) == NULL ? RMIG_FOREVER : rmig__after(s->ss.last_progress, rmig__sink_timeout(s));
     at = rmig__min(at, rmig__return_deadline(s));
+    if (s->listener != NULL && !rmig__sink_listens(s))
+        at = rmig__min(at, rmig__sink_unsure_until(s));
     at = rmig__min(at, rmig__payload(&s->ss) != NULL ? rmig__pending_at(s) : RMIG_FOREVER);
     bool poll = s->ss.no_fds || s->ss.unposted_count > 0 || rmig__return_can_send(s);
     return poll ? rmig__min(at, rmig__now(&s->ss) + RMIG__MS) : at;

@@ -175,6 +175,8 @@ static void dig_holes(const struct image *image) {
     off_t at = 0, data, end, size = (off_t)image->block.length;
     for (; at < size; at = end) {
         data = lseek(image->fd, at, SEEK_DATA);
+        if (data < 0 && errno != ENXIO) // which alone says that there is no more
+            return;
         data = data < 0 ? size : data;
         if (data > at && fallocate(image->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, at, data - at) < 0)
             return;

@@ -99,7 +99,7 @@ struct run {
     struct program p; // json and quiet are in opt
 };
 
-static struct run *bus_error_run; // for the handler of SIGBUS, and for reserve
+static struct run *bus_error_run; // for the handler of SIGBUS
 
 // >>errors
 
@@ -857,12 +857,16 @@ static int check_dir(struct run *r, const char *dir) {
 }
 
 /* Of what will be replaced, or made. */
-static int check_file(struct run *r, const char *path) {
+static int check_file(struct run *r, const char *given, const char *path) {
     struct stat st;
     if (path[whole_file_dir_length(path)] == '\0')
         return fail(&r->p, EXIT_FILES, "\"%s\": the name of a file is missing at its end", path);
-    if (stat(path, &st) == 0 && !S_ISREG(st.st_mode))
-        return fail(&r->p, EXIT_FILES, "%s is not a regular file, and will not be replaced", path);
+    if (stat(given, &st) < 0)
+        return 0;
+    if (!S_ISREG(st.st_mode))
+        return fail(&r->p, EXIT_FILES, "%s is not a regular file, and will not be replaced", given);
+    if (lstat(path, &st) < 0 && errno == ENOENT && strcmp(path, given) != 0)
+        return fail(&r->p, EXIT_FILES, "%s leads to a file that was removed", given);
     return 0;
 }
 
@@ -873,10 +877,11 @@ static int check_outputs(struct run *r) {
         return -1;
     for (size_t i = 0; i <= r->opt.blocks.count; i++) {
         struct rmig_error err;
-        char *target = whole_file_resolve(i < r->opt.blocks.count ? r->opt.blocks.at[i].path : r->state.path, &err);
+        const char *path = i < r->opt.blocks.count ? r->opt.blocks.at[i].path : r->state.path;
+        char *target = whole_file_resolve(path, &err);
         if (target == NULL)
             return fail_rmig(&r->p, EXIT_FILES, &err);
-        int rc = check_file(r, target);
+        int rc = check_file(r, path, target);
         if (rc == 0)
             rc = check_dir(r, dirname(target));
         free(target);

@@ -220,7 +220,8 @@ static inline int whole_file_lock_to_read(int fd, const char *path, struct rmig_
 static inline int whole_file_look(const struct whole_file *f, int flags, struct stat *older, struct rmig_error *err) {
     struct stat st;
     memset(older, 0, sizeof *older);
-    if (stat(f->target, older) < 0 && errno == ENOENT && stat(f->path, &st) == 0)
+    if (stat(f->target, older) < 0 && errno == ENOENT && strcmp(f->target, f->path) != 0 && stat(f->path, &st) == 0 &&
+        lstat(f->target, &st) < 0) // another writer may just have given it its name
         return rmig_fail(err, RMIG_ERR_FILE, 0, "%s leads to what has no name: a pipe, or a file that was removed",
                          whole_file_show(f->path).s);
     if (older->st_mode == 0)
@@ -297,7 +298,7 @@ static inline int whole_file_keep_access_list(const struct whole_file *f, struct
     int rc = (int)n;
     if (n >= 0)
         rc = fsetxattr(f->fd, name, list, (size_t)n, 0);
-    else if (errno == ENODATA)
+    else if (errno == ENODATA || errno == ENOENT) // it may have gone meanwhile
         rc = fremovexattr(f->fd, name);
     if (rc == 0 || errno == ENODATA || errno == EOPNOTSUPP)
         return RMIG_OK;
@@ -319,6 +320,14 @@ static inline int whole_file_be_like(const struct whole_file *f, const struct st
         return rmig_fail(err, RMIG_ERR_FILE, errno, "cannot give %s the mode %o of %s: %s", whole_file_show(f->part).s,
                          (unsigned)(older->st_mode & 07777), whole_file_show(f->path).s, strerror(errno));
     return RMIG_OK;
+}
+
+/* A part that a killed process left may have got the mode and the list of a file that has gone since. */
+static inline int whole_file_be_new(const struct whole_file *f, struct rmig_error *err) {
+    fremovexattr(f->fd, "system.posix_acl_access"); // most have none
+    return fchmod(f->fd, 0600) == 0 ? RMIG_OK
+                                    : rmig_fail(err, RMIG_ERR_FILE, errno, "cannot give %s the mode 600: %s",
+                                                whole_file_show(f->part).s, strerror(errno));
 }
 
 /* Of a PATH.part that is locked: what may be in it. */
@@ -362,7 +371,9 @@ static inline int whole_file_open(struct whole_file *f, const char *path, int fl
         return status;
     }
     f->fd = fd;
-    return f->in_place || older.st_mode == 0 ? RMIG_OK : whole_file_be_like(f, &mine, &older, err);
+    if (f->in_place || (older.st_mode == 0 && !found))
+        return RMIG_OK;
+    return older.st_mode == 0 ? whole_file_be_new(f, err) : whole_file_be_like(f, &mine, &older, err);
 }
 
 /* A new, empty directory; PATH must not exist. Errors as whole_file_open. */
@@ -553,9 +564,17 @@ static inline int whole_file_take_name(struct whole_file *f) {
 static inline int whole_file_remove_older(const char *part) {
     struct stat mine;
     struct rmig_error err;
-    int fd = open(part, O_RDONLY | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK), rc = 0;
-    if (fd < 0 || whole_file_lock(fd, part, &mine, &err) == RMIG_OK)
+    int how = O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK, rc = 0;
+    int fd = open(part, O_RDWR | how); // NFS locks nothing that is open for reading alone
+    if (fd < 0 && errno == EACCES)
+        fd = open(part, O_RDONLY | how);
+    bool locked = fd < 0 || whole_file_lock(fd, part, &mine, &err) == RMIG_OK;
+    if (locked)
         rc = unlink(part);
+    else if (err.provider_code != 0 && err.provider_code != EWOULDBLOCK) {
+        errno = err.provider_code;
+        rc = -1;
+    }
     int error = errno;
     if (fd >= 0)
         close(fd);

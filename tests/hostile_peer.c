@@ -3789,16 +3789,30 @@ Test(return_path, a_second_connection_to_an_extended_session_is_rejected) {
 }
 
 /* It may be the same source, by another address. */
-Test(hostile_source, whoever_comes_while_it_has_said_nothing_waits_for_its_end) {
+static struct play *sink_with_two(struct raw *next) {
     struct play *p = sink_at(X_CONNECTED);
-    struct raw next;
     struct rmig_error err = {0};
     uint8_t data[8];
-    raw_open(&next, p, p->fabric[0]);
-    raw_resolve(&next, RECEIVES);
+    raw_open(next, p, p->fabric[0]);
+    raw_resolve(next, RECEIVES);
     pack(data, "ww", (const uint64_t[]){1, EXTENSION});
-    cr_assert_eq(next.ops->connect(next.ep, data, sizeof data, &err), RMIG_OK, "%s", err.text);
-    pass_time(&next, SIM_SECOND / 2);
+    cr_assert_eq(next->ops->connect(next->ep, data, sizeof data, &err), RMIG_OK, "%s", err.text);
+    return p;
+}
+
+Test(hostile_source, whoever_comes_while_it_stays_silent_hears_that_the_sink_is_busy) {
+    struct raw next;
+    struct play *p = sink_with_two(&next);
+    cr_assert(raw_until(&next, is_gone, timeout_of(SIM_SECOND)), "it still waits");
+    cr_assert(!next.established && p->forgotten == 0);
+    raw_close(&next);
+    play_free(p);
+}
+
+Test(hostile_source, whoever_comes_while_it_has_said_nothing_waits_for_its_end) {
+    struct raw next;
+    struct play *p = sink_with_two(&next);
+    pass_time(&next, SIM_SECOND / 10);
     cr_assert(!next.gone && !next.established && p->forgotten == 0, "%s", next.text);
     raw_drop(&p->raw);
     cr_assert(raw_until(&next, is_connected, SIM_SECOND) && next.established, "%s", next.text);

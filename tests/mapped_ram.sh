@@ -371,6 +371,8 @@ links_are_followed() {
 mode_stays() {
     mapped save "$tmp/a" "$tmp/m" && [ "$(stat -c %a "$tmp/m")" = 600 ] && chmod 4664 "$tmp/m" &&
         mapped save "$tmp/b" "$tmp/m" && [ "$(stat -c %a "$tmp/m")" = 4664 ] || { stat "$tmp/m"; return 1; }
+    rm "$tmp/m" && touch "$tmp/m.part" && chmod 666 "$tmp/m.part" && mapped save "$tmp/b" "$tmp/m" &&
+        [ "$(stat -c %a "$tmp/m")" = 600 ] || { stat "$tmp/m"; return 1; }
 }
 
 owner_stays() {

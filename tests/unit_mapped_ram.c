@@ -417,7 +417,7 @@ static void twenty_rounds(const struct rmig_mapped_options *opt) {
 }
 
 Test(mapped_rounds, twenty_rounds_make_no_longer_file_in_any_mode, .timeout = 600) {
-    for (unsigned mode = 0; mode < 64; mode += 64 / TIMES(64)) {
+    for (unsigned mode = 0; mode < 64; mode += TIMES(64) == 64 ? 1 : 11) {
         struct rmig_mapped_options opt = {.no_sync = true,
                                           .direct = (mode & 1) != 0,
                                           .threads = (mode & 2) != 0 ? 3 : 1,
