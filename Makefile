@@ -59,7 +59,7 @@ TEST_LIBS := $$(pkg-config --cflags --libs criterion $(RDMA_LIBS) jansson liburi
 # Packages of Debian and its kin.
 PACKAGES := gcc g++ libc6-dev pkg-config perl procps libfabric-dev libibverbs-dev librdmacm-dev libjansson-dev \
 	liburing-dev libcriterion-dev clang libclang-rt-dev clang-tidy cppcheck valgrind \
-	qemu-system-x86 ibverbs-providers rdmacm-utils perftest iproute2 xz-utils binutils strace \
+	qemu-system-x86 ibverbs-providers rdmacm-utils perftest iproute2 xz-utils binutils strace e2fsprogs \
 	gcc-s390x-linux-gnu libc6-dev-s390x-cross gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user
 BENCH_PACKAGES := gnuplot-nox
 DEBIAN13_PACKAGES := debootstrap

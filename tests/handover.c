@@ -102,6 +102,8 @@ static struct rmig_fabric *open_fabric(const char *provider) {
     struct rmig_error err = {0};
     struct rmig_ofi_options options = {.provider = provider};
     struct rmig_fabric *f = rmig_ofi_open(&options, &err);
+    if (f == NULL && strcmp(provider, "net") == 0) // libfabric from 1.18 on has made it its tcp
+        cr_skip_test("no provider net");
     cr_assert_not_null(f, "%s", err.text);
     return f;
 }
