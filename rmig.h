@@ -5830,11 +5830,12 @@ static void rmig__sink_accept(struct rmig_sink *s, const struct rmig_fabric_even
     s->pin_all = (answer.flags & RMIG_FLAG_PIN_ALL) != 0 && !ss->extended;
 }
 
-/* A stock source waits for its return path before it says anything. What comes later is another source, which had
-   better be told so. */
+/* A stock source waits for its return path before it says anything; on a slow link its request may overtake the news
+   that the first connection is there by more than others wait. What comes later is another source, which had better be
+   told so. */
 static bool rmig__return_wanted(const struct rmig_sink *s, const struct rmig_private_data *asked) {
-    return s->state == RMIG__SINK_UP && !s->ss.extended && !s->begun && s->ret.ep == NULL &&
-           asked->flags == s->asked.flags &&
+    return (s->state == RMIG__SINK_ACCEPTING || s->state == RMIG__SINK_UP) && !s->ss.extended && !s->begun &&
+           s->ret.ep == NULL && asked->flags == s->asked.flags &&
            rmig__now(&s->ss) < rmig__after(s->accepted_at, rmig_get(&s->ss.cfg, RMIG_PARAM_CONNECT_TIMEOUT));
 }
 

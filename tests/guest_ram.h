@@ -1,8 +1,7 @@
 /* RAM for the guests of tests: zeros, with a page behind it that nobody may touch, and one before it where the length is
-   a multiple of GUEST_RAM_HUGE. What was given back is given out again,
-   and it is made of huge pages where the kernel has them: on a virtual machine the page faults of memory that is new cost
-   more than all that a test does with it. So it has no holes that a page map could show; where those are what is tested,
-   map the memory anew. */
+   a multiple of GUEST_RAM_HUGE. What was given back is given out again, and it is made of huge pages where the kernel
+   has them: on a virtual machine the page faults of memory that is new cost more than all that a test does with it. So
+   it has no holes that a page map could show; where those are what is tested, map the memory anew. */
 #ifndef RMIG_GUEST_RAM_H
 #define RMIG_GUEST_RAM_H
 
