@@ -14,12 +14,16 @@
 
 struct bytes {
     uint8_t *p;
-    size_t n;
+    size_t n, room;
 };
 
+// Small ones have no room to spare, so that whoever reads on behind their end is caught.
 static void add(struct bytes *b, const void *p, size_t n) {
-    b->p = (uint8_t *)realloc(b->p, b->n + n + 1);
-    cr_assert_not_null(b->p);
+    if (b->n + n >= b->room) {
+        b->room = b->n + n < 4096 ? b->n + n + 1 : 2 * (b->n + n);
+        b->p = (uint8_t *)realloc(b->p, b->room);
+        cr_assert_not_null(b->p);
+    }
     if (n > 0)
         memcpy(b->p + b->n, p, n);
     b->n += n;
@@ -54,7 +58,7 @@ static void add_hex(struct bytes *b, const char *hex) {
 }
 
 static struct bytes hex(const char *text) {
-    struct bytes b = {NULL, 0};
+    struct bytes b = {0};
     add_hex(&b, text);
     return b;
 }
@@ -344,7 +348,7 @@ Test(qemu, mapped_ram_file_of_10_0_2) {
                             "06 70 63 2e 72 61 6d 00 00 00 00 04 00 00 00 00"
                             "00 00 01 00 00 00 00 00 00 10 00 00 00 00 00 00 00 00 8b 00 00 00 00 00 10 00 00");
     // The first byte of the header stands at 0x6f: 00, before "00 00 01".
-    struct bytes fixed = {NULL, 0};
+    struct bytes fixed = {0};
     add(&fixed, head.p, 0x6f);
     add_hex(&fixed, "00000001 0000000000001000 000000000000008b 0000000000100000");
     cr_assert_eq(fixed.n, 0x8b);
@@ -680,7 +684,7 @@ Test(qemu, descriptions_of_all_kinds_of_length_are_found) {
                                       0xffff, 0x10000, 0x10001, 0x10100, 0x010101, 0x020304, 0xff0000, 0xffffff};
     for (size_t i = 0; i < sizeof length / sizeof length[0]; i++) {
         for (unsigned before = 0; before < 3; before++) {
-            struct bytes b = {NULL, 0};
+            struct bytes b = {0};
             add_hex(&b, before == 0 ? "" : before == 1 ? "04 00 06 00000002 \"{}\"" : "01 02 03 04 05 06 07 08 09");
             add_description(&b, length[i]);
             cr_expect(found_whole(&b), "%u bytes, %u", length[i], before);
@@ -722,7 +726,7 @@ Test(qemu, near_misses_of_the_end_are_none) {
 Test(qemu, the_end_is_found_as_by_looking_backwards) {
     unsigned found = 0;
     for (unsigned round = 0; round < 20000; round++) {
-        struct bytes b = {NULL, 0};
+        struct bytes b = {0};
         for (size_t n = below(12); n > 0; n--) {
             uint8_t byte = (uint8_t)(below(3) == 0 ? below(256) : below(8));
             add(&b, &byte, 1);
