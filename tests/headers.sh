@@ -7,23 +7,24 @@ cd "$(dirname "$0")/.." || exit 1
 tmp=$(mktemp -d)
 trap 'rm -rf "$tmp"' EXIT
 warn=(-Wall -Wextra -Wpedantic -Wconversion -Wshadow -Werror)
+all=$(echo rmig*.h)
 
-# compile CC STANDARD HEADERS FLAGS...: one file that includes them
+# compile CC STANDARD HEADERS OBJECT FLAGS...: one file that includes them. Without an object's name no code is made.
 compile() {
-    local cc=$1 standard=$2 headers=$3
-    shift 3
+    local cc=$1 standard=$2 headers=$3 to=(-fsyntax-only)
+    [ -n "$4" ] && to=(-c -o "$tmp/$4.o")
+    shift 4
     local language=c
     case $standard in c++*) language=c++ ;; esac
     # shellcheck disable=SC2086 # a list of headers
-    printf '#include "%s"\n' $headers |
-        "$cc" -x $language -std="$standard" "${warn[@]}" "$@" -I. -c - -o "$tmp/out.o"
+    printf '#include "%s"\n' $headers | "$cc" -x $language -std="$standard" "${warn[@]}" "$@" -I. "${to[@]}" -
 }
 
 # Each header is compiled alone where it could lack something that another includes.
 declare -A alone=(
     [declarations]=''
     [namespace declarations]='-DRMIG_NAMESPACE=acme_'
-    [implementation]='-DRMIG_IMPLEMENTATION'
+    [implementation]='-DRMIG_IMPLEMENTATION -fPIC'
 )
 # The other switches change no header's needs: all headers share a compilation. -O2 finds more to warn about.
 declare -A together=(
@@ -36,35 +37,47 @@ declare -A together=(
     [io_uring]='-DRMIG_IMPLEMENTATION -DRMIG_MAPPED_URING -D_GNU_SOURCE'
 )
 
-# clang says all that it has to say before it makes code, gcc does not. C17 is C11 with another number.
+# The object to make of a compilation, if any: those whose symbols are looked at, and those for what gcc says only when it
+# makes code, where it optimises. clang says all that it has to say before.
+object_of() { # CC STANDARD HEADERS VARIANT
+    case "$1 $2 $3 $4" in
+    *' rmig.h implementation' | 'gcc c11 '*' implementation' | 'gcc c11 rmig.h declarations') ;;
+    'gcc c11 '*' private copy' | 'gcc c11 '*' namespace' | 'gcc '*' optimised' | 'gcc c11 '*' no assertions') ;;
+    *) return ;;
+    esac
+    [ "$3" = "$all" ] && echo "all $4 $1 $2" || echo "$3 $4 $1 $2"
+}
+
 compile_matrix() {
-    local all header cc standard variant only
-    all=$(echo rmig*.h)
+    local header cc standard variant
     for cc in gcc clang; do
-        only=
-        [ $cc = clang ] && only=-fsyntax-only
-        for standard in c11 c17 c++17; do
-            # shellcheck disable=SC2086 # a list of flags
+        # shellcheck disable=SC2086 # a list of flags
+        for standard in c11 c++17; do
             for variant in "${!alone[@]}"; do
                 for header in $all; do
-                    check "$header, $cc, $standard, $variant" compile $cc $standard "$header" $only ${alone[$variant]}
+                    check "$header, $cc, $standard, $variant" compile $cc $standard "$header" \
+                        "$(object_of $cc $standard "$header" "$variant")" ${alone[$variant]}
                 done
             done
-            [ $standard = c17 ] && continue
-            # shellcheck disable=SC2086 # a list of flags
             for variant in "${!together[@]}"; do
-                check "all headers, $cc, $standard, $variant" compile $cc $standard "$all" $only ${together[$variant]}
+                check "all headers, $cc, $standard, $variant" compile $cc $standard "$all" \
+                    "$(object_of $cc $standard "$all" "$variant")" ${together[$variant]}
             done
         done
+        # C17 is C11 with another number: what a header lacks alone it lacks in both.
+        # shellcheck disable=SC2086 # a list of flags
+        for variant in "${!alone[@]}"; do
+            check "all headers, $cc, c17, $variant" compile $cc c17 "$all" '' ${alone[$variant]}
+        done
     done
-    check 'all headers, g++, C++17 without exceptions and RTTI' compile gcc c++17 "$all" -DRMIG_IMPLEMENTATION \
+    check 'all headers, g++, C++17 without exceptions and RTTI' compile gcc c++17 "$all" '' -DRMIG_IMPLEMENTATION \
         -fno-exceptions -fno-rtti
 }
 
 # A chunk size that is none must be refused, with the words that say what is right.
 refused_chunk_size() {
     local cc=$1 standard=$2 size=$3
-    if compile "$cc" "$standard" rmig.h "-DRMIG_CHUNK_SIZE=$size" 2>"$tmp/refusal"; then
+    if compile "$cc" "$standard" rmig.h '' "-DRMIG_CHUNK_SIZE=$size" 2>"$tmp/refusal"; then
         echo "RMIG_CHUNK_SIZE=$size compiled"
         return 1
     fi
@@ -79,7 +92,7 @@ chunk_sizes() {
                 check "chunk size $size is refused by $cc as $standard" refused_chunk_size $cc $standard "$size"
             done
             for size in 1048576 '(1<<20)' 0x4000000 1073741824; do
-                check "chunk size $size is taken by $cc as $standard" compile $cc $standard rmig.h \
+                check "chunk size $size is taken by $cc as $standard" compile $cc $standard rmig.h '' \
                     "-DRMIG_CHUNK_SIZE=$size"
             done
         done
@@ -105,6 +118,7 @@ same_symbols() {
 }
 
 no_symbols() {
+    [ -s "$1" ] || { echo "$1 was not made"; return 1; }
     defined "$1" >"$tmp/defined"
     [ ! -s "$tmp/defined" ] || { cat "$tmp/defined"; return 1; }
 }
@@ -121,41 +135,36 @@ only_libc() {
 
 no_variables() {
     local bytes
+    [ -s "$1" ] || { echo "$1 was not made"; return 1; }
     bytes=$(size -A "$1" | awk '$1 ~ /^\.(t?data|t?bss)(\..*)?$/ && $1 !~ /rel\.ro/ { n += $2 } END { print n + 0 }')
     [ "$bytes" = 0 ] || { echo "$bytes bytes of writable data"; nm "$1" | grep -i ' [bdcBDC] '; return 1; }
 }
 
+# shellcheck disable=SC2086 # a list of headers
 symbols() {
-    local cc standard
+    local cc standard header with
     for cc in gcc clang; do
         for standard in c11 c++17; do
-            compile $cc $standard rmig.h -O1 -fPIC -DRMIG_IMPLEMENTATION && mv "$tmp/out.o" "$tmp/core.o"
-            check "the object of $cc, $standard defines what is declared" same_symbols '' "$tmp/core.o" rmig.h
-            check "the object of $cc, $standard needs only libc" only_libc "$tmp/core.o"
-            check "the object of $cc, $standard has no writable data" no_variables "$tmp/core.o"
+            local core="$tmp/rmig.h implementation $cc $standard.o"
+            check "the object of $cc, $standard defines what is declared" same_symbols '' "$core" rmig.h
+            check "the object of $cc, $standard needs only libc" only_libc "$core"
+            check "the object of $cc, $standard has no writable data" no_variables "$core"
         done
     done
-    compile gcc c11 rmig.h -DRMIG_IMPLEMENTATION -DRMIG_NAMESPACE=acme_ && mv "$tmp/out.o" "$tmp/acme.o"
-    check 'in a namespace every symbol has its prefix' same_symbols acme_ "$tmp/acme.o" rmig.h
-    compile gcc c11 rmig.h -DRMIG_IMPLEMENTATION -DRMIG_STATIC && mv "$tmp/out.o" "$tmp/static.o"
-    check 'a private copy defines nothing' no_symbols "$tmp/static.o"
-    compile gcc c11 rmig.h && mv "$tmp/out.o" "$tmp/declarations.o"
-    check 'declarations define nothing' no_symbols "$tmp/declarations.o"
-    fabric_symbols
-}
-
-# shellcheck disable=SC2086 # a list of headers
-fabric_symbols() {
-    local header with
     for header in rmig_*.h; do
         with=$(sed -n 's/^#include "\(rmig_.*\.h\)"$/\1/p' "$header")
-        compile gcc c11 "$header" -DRMIG_IMPLEMENTATION && mv "$tmp/out.o" "$tmp/fabric.o"
-        check "$header adds what it declares" same_symbols '' "$tmp/fabric.o" rmig.h $with "$header"
-        compile gcc c11 "$header" -DRMIG_IMPLEMENTATION -DRMIG_NAMESPACE=acme_ && mv "$tmp/out.o" "$tmp/fabric.o"
-        check "$header takes the namespace" same_symbols acme_ "$tmp/fabric.o" rmig.h $with "$header"
-        compile gcc c11 "$header" -DRMIG_IMPLEMENTATION -DRMIG_STATIC && mv "$tmp/out.o" "$tmp/fabric.o"
-        check "a private copy of $header defines nothing" no_symbols "$tmp/fabric.o"
+        check "$header adds what it declares" same_symbols '' "$tmp/$header implementation gcc c11.o" rmig.h $with "$header"
     done
+    check 'in a namespace every symbol of every header has its prefix' same_symbols acme_ \
+        "$tmp/all namespace gcc c11.o" $all
+    check 'a private copy of all headers defines nothing' no_symbols "$tmp/all private copy gcc c11.o"
+    check 'declarations define nothing' no_symbols "$tmp/rmig.h declarations gcc c11.o"
+}
+
+# The same copy serves several programs.
+make_copy() { # NAME HOW FLAGS...
+    local object="$tmp/$1$2.o"
+    [ -e "$object" ] || gcc -std=c11 "${warn[@]}" -I. "${@:2}" -c "$tmp/$1.c" -o "$object"
 }
 
 # Two copies with different defaults in one program: each user gets its own. And two private copies.
@@ -181,9 +190,8 @@ int main(void) {
     return 0;
 }
 END
-    gcc -std=c11 "${warn[@]}" -I. "$1" -c "$tmp/one.c" -o "$tmp/one.o" &&
-        gcc -std=c11 "${warn[@]}" -I. "$2" -DRMIG_CHUNK_SIZE=67108864 -c "$tmp/two.c" -o "$tmp/two.o" &&
-        gcc "$tmp/main.c" "$tmp/one.o" "$tmp/two.o" -o "$tmp/both" || return 1
+    make_copy one "$1" && make_copy two "$2" -DRMIG_CHUNK_SIZE=67108864 &&
+        gcc "$tmp/main.c" "$tmp/one$1.o" "$tmp/two$2.o" -o "$tmp/both" || return 1
     local said
     said=$("$tmp/both")
     [ "$said" = "1048576 67108864" ] || { echo "chunk sizes 1048576 and 67108864 wanted, not: $said"; return 1; }
