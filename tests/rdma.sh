@@ -73,14 +73,6 @@ program=$build/rmig_migrate
 fabric=(--fabric verbs --provider "$RMIG_TEST_DEVICE")
 send_as=() recv_as=() # what runs the program at that end
 
-wait_for() { # SECONDS CONDITION
-    local until=$((SECONDS + $1 * slack))
-    while ! eval "$2"; do
-        [ "$SECONDS" -lt "$until" ] || { echo "waited $(($1 * slack)) s in vain for: $2"; return 1; }
-        sleep 0.05
-    done
-}
-
 # What all devices hold, a device a line.
 held() { rdma resource show; }
 same_held() { [ -s "$tmp/held" ] && held | cmp -s - "$tmp/held"; }
