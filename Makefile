@@ -182,7 +182,7 @@ VM_LINES := 'tap rdma/qemu 3600 tests/qemu_peer.sh $(B) moves runs refuses libfa
 	'tap rdma/qemu-files 3600 tests/qemu_peer.sh $(B) files' \
 	$(call rdma_line,rxe ofi) $(call rdma_line,siw migrate limits link) \
 	$(call rdma_line,rxe conformance session limits) $(call rdma_line,siw conformance session) \
-	$(call rdma_line,rxe hostile) $(call rdma_line,rxe migrate link)
+	$(call rdma_line,rxe hostile migrate link)
 RDMA_LINES = $(if $(RDMA_DEV),$(call rdma_line,here conformance ofi session migrate hostile),$(VM_LINES))
 ARCH_LINES := 'tap arch 2400 tests/arch.sh $(B) $(ARCH_SUITES)'
 LINT_LINES := 'tap lint 2400 tests/lint.sh'
