@@ -15,21 +15,6 @@ left_out() { # SUITE
     esac
 }
 
-# The lines of a suite as lines of this one.
-relay() { # LABEL OUTPUT
-    local line whole=no
-    while IFS= read -r line; do
-        case $line in
-        'ok '*'# SKIP '*) skip "$1 ${line#* - }" "${line#*# SKIP }" ;;
-        'ok '*) ok "$1 ${line#* - }" ;;
-        'not ok '*) not_ok "$1 ${line#* - }" ;;
-        '1..'*) whole=yes ;;
-        *) printf '%s\n' "$line" ;;
-        esac
-    done <<<"$2"
-    [ $whole = yes ] || not_ok "$1 runs to its end" "$2"
-}
-
 run_suite() { # ARCH SUITE OPTION_OF_QEMU...
     local arch=$1 suite=$2 pattern filters=()
     shift 2
@@ -38,7 +23,7 @@ run_suite() { # ARCH SUITE OPTION_OF_QEMU...
         filters+=(--filter "$pattern")
     done
     set +f
-    relay "$arch $suite" "$(timeout -k 10 300 "qemu-$arch" "$@" "$build/$arch/$suite" "${filters[@]}" 2>&1)"
+    relay "$arch $suite " "$(timeout -k 10 300 "qemu-$arch" "$@" "$build/$arch/$suite" "${filters[@]}" 2>&1)"
 }
 
 run_arch() { # ARCH SEEDS OPTION_OF_QEMU...

@@ -103,14 +103,6 @@ out=$tmp/test/vm
 snapshot= # a file in place of the directory $out
 sink_options=() source_options=() guest=(-S)
 
-wait_for() { # SECONDS CONDITION
-    local until=$((SECONDS + $1 * slack))
-    while ! eval "$2"; do
-        [ "$SECONDS" -lt "$until" ] || { echo "waited $(($1 * slack)) s in vain for: $2"; return 1; }
-        sleep 0.05
-    done
-}
-
 says() { # FILE WORD...: all words are in it
     local file=$1 word
     shift
@@ -334,10 +326,12 @@ asked_for() { # "LEAST MOST": so many registrations, as qemu_sink --trace tells;
     return 1
 }
 
-# What a machine.json says of the machine itself.
-facts() { # DIR
+# Two machine.json say the same of the machine itself.
+same_facts() { # DIR DIR
     perl -MJSON::PP -0777 -ne 'my $j = decode_json($_); delete @$j{qw(stream state capabilities section_id)};
-        print JSON::PP->new->canonical->pretty->encode($j)' "$1/machine.json"
+        push @facts, JSON::PP->new->canonical->pretty->encode($j);
+        END { print "differs:\n", @facts and exit 1 if @facts != 2 || $facts[0] ne $facts[1] }' \
+        "$1/machine.json" "$2/machine.json"
 }
 
 # Source QEMU, directory, QEMU, and with on_caps another directory. The words in from_caps and on_caps are capabilities
@@ -353,7 +347,7 @@ moves() { # VERSION VERSION
     [ -n "$on_caps" ] || { qmp second cont && is_running second true; return; }
     mv "$out" "$tmp/test/before"
     capabilities second "$on_caps" && into_directory second && diff -r "$tmp/test/before/ram" "$out/ram" &&
-        cmp <(facts "$tmp/test/before") <(facts "$out")
+        same_facts "$tmp/test/before" "$out"
 }
 
 group_moves() {

@@ -73,14 +73,6 @@ program=$build/rmig_migrate
 fabric=(--fabric verbs --provider "$RMIG_TEST_DEVICE")
 send_as=() recv_as=() # what runs the program at that end
 
-wait_for() { # SECONDS CONDITION
-    local until=$((SECONDS + $1 * slack))
-    while ! eval "$2"; do
-        [ "$SECONDS" -lt "$until" ] || { echo "waited $(($1 * slack)) s in vain for: $2"; return 1; }
-        sleep 0.05
-    done
-}
-
 # What all devices hold, a device a line.
 held() { rdma resource show; }
 same_held() { [ -s "$tmp/held" ] && held | cmp -s - "$tmp/held"; }
@@ -109,28 +101,16 @@ leaves_nothing() {
 
 # >>criterion
 
-# Runs a Criterion program; its tests become tests of ours.
+# Runs a suite built with tests/arch; its tests become tests of ours, but for those that are not for this fabric.
 criterion() { # SECONDS PROGRAM OPTION...
-    local status line name before=$tap_count
-    : >"$tmp/tap"
+    local status before=$tap_count
     held >"$tmp/held"
-    timeout -k 5 "$1" "${@:2}" --tap="$tmp/tap" >"$tmp/log" 2>&1
+    timeout -k 5 "$1" "${@:2}" >"$tmp/tap" 2>"$tmp/log"
     status=$?
-    while IFS= read -r line; do
-        name=${line#*- }
-        name=${name%%  (*}
-        case $line in
-        "ok - "*"# SKIP"*) ;; # not chosen, or not for this fabric
-        "ok - "*) ok "$name" ;;
-        "not ok - "*) not_ok "$name" "$(details "$name")" ;;
-        esac
-    done <"$tmp/tap"
+    relay '' "$(grep -v '^ok .* # SKIP ' "$tmp/tap")"
     check "${2##*/} ends well" program_ended "$status" $((tap_count - before))
     check "${2##*/} leaves nothing on the device" wait_for 60 same_held
 }
-
-# What the report says of a test that failed.
-details() { sed -n "/^not ok - ${1//\//.} /,/^  \.\.\./p" "$tmp/tap"; }
 
 program_ended() { # STATUS TESTS
     [ "$1" = 0 ] && [ "$2" -gt 0 ] && return
@@ -393,12 +373,12 @@ group_conformance() {
     # Where a connection is cut, the kernel's siw waits for ten seconds: side by side these cost nothing.
     local jobs=1
     [ "$device" != siw ] || jobs=8
-    RMIG_TEST_FABRIC=verbs criterion 1500 "$build/plain/fabric_conformance" --jobs "$jobs" --filter 'fabric/*'
+    RMIG_TEST_FABRIC=verbs criterion 1500 "$build/devices/fabric_conformance" --jobs "$jobs" --filter 'fabric/*'
 }
 
 group_ofi() {
     local fabric
-    RMIG_TEST_FABRIC='ofi, verbs' criterion 1500 "$build/plain/fabric_conformance" --jobs 1 --filter 'fabric/*'
+    RMIG_TEST_FABRIC='ofi, verbs' criterion 1500 "$build/devices/fabric_conformance" --jobs 1 --filter 'fabric/*'
     fabric=(--fabric ofi --provider verbs)
     check_held 'rmig_migrate over libfabric' moves "$RMIG_TEST_ADDR"
     check_held 'rmig_migrate over libfabric, pinned whole' moves "$RMIG_TEST_ADDR" --set pin-all=on
@@ -413,14 +393,14 @@ removals() { # WORD...: what is said when no device is left
     check_held 'the last device that is listened on is removed' removed ends_with_the_last "$@"
 }
 
-group_session() { criterion 1500 "$build/plain/rdma" --jobs 1; }
+group_session() { criterion 1500 "$build/devices/rdma" --jobs 1; }
 
 group_hostile() {
     local filter='*/*'
     [ "$device" = here ] ||
         filter='@(honest_source/@(asks|dynamic|whole|unregister)*|hostile_*/@(private|leaves|vanishes|silent|whoever|write)*)'
     RMIG_HOSTILE_FABRIC=verbs RMIG_HOSTILE_ADDR="$RMIG_TEST_ADDR:0" \
-        criterion 1500 "$build/verbs/hostile_peer" --jobs 4 --filter "$filter"
+        criterion 1500 "$build/devices/hostile_peer" --jobs 4 --filter "$filter"
 }
 
 group_migrate() {

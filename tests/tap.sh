@@ -33,6 +33,21 @@ check() { # NAME COMMAND...
     fi
 }
 
+# The lines of a suite as lines of this one.
+relay() { # PREFIX OUTPUT: the prefix is put before each name
+    local line whole=no
+    while IFS= read -r line; do
+        case $line in
+        'ok '*'# SKIP '*) skip "$1${line#* - }" "${line#*# SKIP }" ;;
+        'ok '*) ok "$1${line#* - }" ;;
+        'not ok '*) not_ok "$1${line#* - }" ;;
+        '1..'*) whole=yes ;;
+        *) printf '%s\n' "$line" ;;
+        esac
+    done <<<"$2"
+    [ $whole = yes ] || not_ok "$1runs to its end" "$2"
+}
+
 done_testing() {
     echo "1..$tap_count"
     [ "$tap_failed" = 0 ]

@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # For tests that run themselves in the small virtual machine of tests/vm, to be sourced behind tap.sh, in the root of
-# the tree: in_machine.
+# the tree: in_machine; and what waits there: wait_for.
 needs=() vm_options=() prepare=:
 
 # It cannot be done here: skipped, or with CI=true a failure.
@@ -29,4 +29,16 @@ in_machine() { # NAME BUILD PARTS COMMAND...
         done_testing
     }
     exec tests/vm/run.sh "$build" "${vm_options[@]}" -- "$@"
+}
+
+exec {silent}<> <(:) # a pipe that nobody writes to
+
+# Waits by a read that finds nothing, for in the machine a process that sleeps costs as much as the sleep is long.
+wait_for() { # SECONDS CONDITION
+    # shellcheck disable=SC2154 # of tap.sh
+    local until=$((SECONDS + $1 * slack))
+    while ! eval "$2"; do
+        [ "$SECONDS" -lt "$until" ] || { echo "waited $(($1 * slack)) s in vain for: $2"; return 1; }
+        read -r -t 0.1 -u "$silent" || :
+    done
 }

@@ -1,7 +1,9 @@
-/* The few words of Criterion that the suites without a device use, for machines that Criterion has not been built for:
-   the same sources, each test in a process of its own, TAP on standard output. `--filter SUITE/TEST` (a pattern, any
-   number of them, the last one that fits counts; with a "!" before it, it keeps out what it fits) chooses what runs. A
-   pattern that fits nothing is a failure. */
+/* The few words of Criterion that some suites use, for machines that Criterion has not been built for, and for the
+   emulated ones with RDMA devices, where a process is dear: Criterion loads all its libraries anew for each test, this
+   forks. The same sources, each test in a process of its own, TAP on standard output; what a test prints goes to standard
+   error. `--filter SUITE/TEST` (a pattern, any number of them, the last one that fits counts; with a "!" before it, it
+   keeps out what it fits) chooses what runs, a pattern that fits nothing is a failure; `--jobs N` runs so many tests side
+   by side. */
 #ifndef RMIG_ARCH_CRITERION_H
 #define RMIG_ARCH_CRITERION_H
 
@@ -22,9 +24,17 @@ struct arch_options {
     double timeout; // seconds
 };
 
+// What a test is run with, one run each.
+struct criterion_test_params {
+    size_t size; // of one
+    void *params;
+    size_t length;
+};
+
 struct arch_test {
     const char *suite, *name;
-    void (*run)(void);
+    void (*run)(void *param);
+    struct criterion_test_params (*params)(void); // NULL: one run, without
     struct arch_options options;
     struct arch_test *next;
 };
@@ -32,26 +42,67 @@ struct arch_test {
 static struct arch_test *arch_tests, **arch_last = &arch_tests;
 
 // What the process of a test tells the one that waits for it.
-static struct {
+struct arch_result {
     unsigned failed;
     bool skipped;
     char text[4096]; // the first failure, or why the test is skipped
-} * arch_result;
+};
+
+static struct arch_result *arch_result; // of the test whose process this is
+
+// A run that is under way, one for each job.
+struct arch_slot {
+    pid_t child; // 0: free
+    const struct arch_test *test;
+    size_t row;
+    struct arch_result *result;
+};
+
+static struct {
+    struct arch_slot *slots;
+    unsigned jobs, running, number, failed;
+} arch = {.jobs = 1};
 
 static void arch_register(struct arch_test *t) {
     *arch_last = t;
     arch_last = &t->next;
 }
 
+#ifdef FNM_EXTMATCH
+#define ARCH_MATCH FNM_EXTMATCH // "@(a|b)", as Criterion has it
+#else
+#define ARCH_MATCH 0
+#endif
+
 #define ARCH_NAME(suite, name, what) arch_##suite##_##name##_##what
+
+#define ARCH_REGISTER(suite_, name_, params_, ...)                                                                     \
+    static void ARCH_NAME(suite_, name_, start)(void *param);                                                          \
+    __attribute__((constructor)) static void ARCH_NAME(suite_, name_, register)(void) {                                \
+        static struct arch_test t = {                                                                                  \
+            #suite_, #name_, ARCH_NAME(suite_, name_, start), params_, {0, __VA_ARGS__}, NULL};                        \
+        arch_register(&t);                                                                                             \
+    }
 
 #define Test(suite_, name_, ...)                                                                                       \
     static void ARCH_NAME(suite_, name_, run)(void);                                                                   \
-    __attribute__((constructor)) static void ARCH_NAME(suite_, name_, register)(void) {                                \
-        static struct arch_test t = {#suite_, #name_, ARCH_NAME(suite_, name_, run), {0, __VA_ARGS__}, NULL};          \
-        arch_register(&t);                                                                                             \
+    ARCH_REGISTER(suite_, name_, NULL, __VA_ARGS__)                                                                    \
+    static void ARCH_NAME(suite_, name_, start)(void *param) {                                                         \
+        (void)param;                                                                                                   \
+        ARCH_NAME(suite_, name_, run)();                                                                               \
     }                                                                                                                  \
     static void ARCH_NAME(suite_, name_, run)(void)
+
+#define ParameterizedTestParameters(suite_, name_)                                                                     \
+    static struct criterion_test_params ARCH_NAME(suite_, name_, params)(void)
+
+#define ParameterizedTest(param_, suite_, name_, ...)                                                                  \
+    static void ARCH_NAME(suite_, name_, run)(param_);                                                                 \
+    ARCH_REGISTER(suite_, name_, ARCH_NAME(suite_, name_, params), __VA_ARGS__)                                        \
+    static void ARCH_NAME(suite_, name_, start)(void *param) { ARCH_NAME(suite_, name_, run)(param); }                 \
+    static void ARCH_NAME(suite_, name_, run)(param_)
+
+#define cr_make_param_array(type, array, length) ((struct criterion_test_params){sizeof(type), array, length})
 
 #define TestSuite(suite, ...) struct arch_suite_##suite
 
@@ -113,28 +164,89 @@ __attribute__((noreturn)) static inline void arch_leave(void) {
         arch_leave();                                                                                                  \
     } while (0)
 
-// Runs one test and prints its line; true if it passed.
-static inline bool arch_run(const struct arch_test *t, unsigned number) {
-    int status = 0;
-    memset(arch_result, 0, sizeof *arch_result);
-    fflush(NULL);
-    pid_t child = fork();
-    if (child == 0) {
-        alarm(t->options.timeout > 0 ? (unsigned)t->options.timeout : 600);
-        t->run();
-        arch_leave();
-    }
-    if (child < 0 || waitpid(child, &status, 0) != child)
-        status = 1;
-    bool passed = status == 0 && arch_result->failed == 0;
-    printf("%sok %u - %s/%s%s%s\n", passed ? "" : "not ", number, t->suite, t->name,
-           passed && arch_result->skipped ? " # SKIP " : "", passed && arch_result->skipped ? arch_result->text : "");
+#define cr_skip_test(...) cr_skip(__VA_ARGS__)
+
+// Prints the line of a run that ended so.
+static inline void arch_report(const struct arch_slot *slot, int status) {
+    const struct arch_test *t = slot->test;
+    const struct arch_result *r = slot->result;
+    bool passed = status == 0 && r->failed == 0, skipped = passed && r->skipped;
+    char row[24] = "";
+    if (slot->row > 0)
+        snprintf(row, sizeof row, " %zu", slot->row + 1);
+    printf("%sok %u - %s/%s%s%s%s\n", passed ? "" : "not ", ++arch.number, t->suite, t->name, row,
+           skipped ? " # SKIP " : "", skipped ? r->text : "");
     if (!passed)
-        printf("# %u failed, the first: %s; wait status 0x%x\n", arch_result->failed, arch_result->text,
-               (unsigned)status);
-    return passed;
+        printf("# %u failed, the first: %s; wait status 0x%x\n", r->failed, r->text, (unsigned)status);
+    arch.failed += !passed;
 }
 
+// Waits for one of the runs under way.
+static inline void arch_reap(void) {
+    int status = 0;
+    pid_t child = wait(&status);
+    if (child < 0) {
+        perror("wait");
+        exit(1);
+    }
+    for (struct arch_slot *slot = arch.slots; slot < arch.slots + arch.jobs; slot++)
+        if (slot->child == child) {
+            arch_report(slot, status);
+            slot->child = 0;
+            arch.running--;
+        }
+}
+
+__attribute__((noreturn)) static inline void arch_child(const struct arch_slot *slot, void *param) {
+    dup2(STDERR_FILENO, STDOUT_FILENO);
+    alarm(slot->test->options.timeout > 0 ? (unsigned)slot->test->options.timeout : 600);
+    arch_result = slot->result;
+    slot->test->run(param);
+    arch_leave();
+}
+
+static inline void arch_start(const struct arch_test *t, size_t row, void *param) {
+    struct arch_slot *slot = arch.slots;
+    if (arch.running == arch.jobs)
+        arch_reap();
+    while (slot->child != 0)
+        slot++;
+    slot->test = t;
+    slot->row = row;
+    memset(slot->result, 0, sizeof *slot->result);
+    fflush(NULL);
+    slot->child = fork();
+    if (slot->child == 0)
+        arch_child(slot, param);
+    if (slot->child < 0) {
+        perror("fork");
+        exit(1);
+    }
+    arch.running++;
+}
+
+static inline void arch_run(const struct arch_test *t) {
+    if (t->params == NULL) {
+        arch_start(t, 0, NULL);
+        return;
+    }
+    struct criterion_test_params p = t->params();
+    for (size_t row = 0; row < p.length; row++)
+        arch_start(t, row, (char *)p.params + row * p.size);
+}
+
+static inline bool arch_prepare(unsigned jobs) {
+    arch.jobs = jobs;
+    arch.slots = (struct arch_slot *)calloc(jobs, sizeof *arch.slots);
+    void *results = mmap(NULL, jobs * sizeof *arch_result, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    if (arch.slots == NULL || results == MAP_FAILED)
+        return false;
+    for (unsigned i = 0; i < jobs; i++)
+        arch.slots[i].result = (struct arch_result *)results + i;
+    return true;
+}
+
+#ifdef ARCH_HIDES_PAGEMAP
 /* In an emulator the page map is that of the machine below: other page size, other order of bytes. Linked with
    --wrap=open. */
 int __real_open(const char *path, int flags, ...);
@@ -150,17 +262,23 @@ int __wrap_open(const char *path, int flags, ...) {
     return -1;
 }
 
-static inline bool arch_chosen(const struct arch_test *t, int argc, char **argv, bool *used) {
+#endif
+
+// A pattern: what is kept out, or else chosen.
+struct arch_filter {
+    const char *pattern;
+    bool out, used;
+};
+
+static inline bool arch_chosen(const struct arch_test *t, struct arch_filter *filters, unsigned count) {
     char name[256];
-    bool chosen = argc < 3 || argv[2][0] == '!';
+    bool chosen = count == 0 || filters[0].out;
     snprintf(name, sizeof name, "%s/%s", t->suite, t->name);
-    for (int i = 1; i + 1 < argc; i += 2) {
-        bool out = argv[i + 1][0] == '!';
-        if (fnmatch(argv[i + 1] + out, name, 0) == 0) {
-            used[i] = true;
-            chosen = !out;
+    for (struct arch_filter *f = filters; f < filters + count; f++)
+        if (fnmatch(f->pattern, name, ARCH_MATCH) == 0) {
+            f->used = true;
+            chosen = !f->out;
         }
-    }
     return chosen;
 }
 
@@ -169,22 +287,32 @@ int main(int argc, char **argv) {
         printf("%ld\n", sysconf(_SC_PAGESIZE));
         return 0;
     }
-    unsigned number = 0, failed = 0;
-    bool *used = (bool *)calloc((size_t)argc + 1, sizeof *used);
-    arch_result = mmap(NULL, sizeof *arch_result, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
-    if (used == NULL || arch_result == MAP_FAILED)
+    unsigned count = 0, jobs = 1;
+    struct arch_filter *filters = (struct arch_filter *)calloc((size_t)argc, sizeof *filters);
+    for (int i = 1; i < argc; i += 2) {
+        const char *value = i + 1 < argc ? argv[i + 1] : "";
+        if (strcmp(argv[i], "--filter") == 0 && *value != '\0' && filters != NULL) {
+            filters[count++] = (struct arch_filter){value + (*value == '!'), *value == '!', false};
+        } else if (strcmp(argv[i], "--jobs") != 0 || (jobs = (unsigned)atoi(value)) - 1 >= 64) {
+            fprintf(stderr, "%s: %s %s: --filter SUITE/TEST or --jobs 1..64 is known\n", argv[0], argv[i], value);
+            return 2;
+        }
+    }
+    if (!arch_prepare(jobs))
         return 1;
     for (const struct arch_test *t = arch_tests; t != NULL; t = t->next)
-        if (arch_chosen(t, argc, argv, used))
-            failed += !arch_run(t, ++number);
-    for (int i = 1; i < argc; i += 2)
-        if (strcmp(argv[i], "--filter") != 0 || i + 1 == argc || !used[i]) {
-            printf("not ok %u - %s %s fits no test\n", ++number, argv[i], i + 1 == argc ? "" : argv[i + 1]);
-            failed++;
+        if (arch_chosen(t, filters, count))
+            arch_run(t);
+    while (arch.running > 0)
+        arch_reap();
+    for (struct arch_filter *f = filters; f < filters + count; f++)
+        if (!f->used) {
+            printf("not ok %u - --filter %s%s fits no test\n", ++arch.number, f->out ? "!" : "", f->pattern);
+            arch.failed++;
         }
-    printf("1..%u\n", number);
-    free(used);
-    return failed != 0 || number == 0;
+    printf("1..%u\n", arch.number);
+    free(filters);
+    return arch.failed != 0 || arch.number == 0;
 }
 
 #endif
