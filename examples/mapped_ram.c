@@ -77,6 +77,11 @@ static int on_progress(void *user, const struct rmig_stats *stats) {
     return cancelled;
 }
 
+static bool is_cancelled(void *user) {
+    (void)user;
+    return cancelled;
+}
+
 // >>names: what is written gets its own when it is whole
 
 static int open_part(struct run *r, const char *path, int flags) {
@@ -90,7 +95,7 @@ static int open_snapshot(struct run *r, const char *path) {
     int flags = WHOLE_FILE_MAY_BE_IN_PLACE | (r->in_place ? WHOLE_FILE_IN_PLACE : 0);
     if (open_part(r, path, flags) < 0)
         return -1;
-    return whole_file_keep(&r->out, r->opt.offset, &cancelled, &err) < 0 ? fail_rmig(&r->p, EXIT_FILES, &err) : 0;
+    return whole_file_keep(&r->out, r->opt.offset, is_cancelled, NULL, &err) < 0 ? fail_rmig(&r->p, EXIT_FILES, &err) : 0;
 }
 
 static int commit(struct run *r) {

@@ -194,16 +194,20 @@ static int fail_file(struct run *r, const struct rmig_error *err) {
 
 static bool must_stop(const struct run *r);
 
-static int on_progress(void *user, const struct rmig_stats *stats) {
+static bool is_stopped(void *user) {
     const struct run *r = user;
-    (void)stats;
     return !r->kept && must_stop(r);
+}
+
+static int on_progress(void *user, const struct rmig_stats *stats) {
+    (void)stats;
+    return is_stopped(user);
 }
 
 static int fail_writer(struct run *r) {
     const struct rmig_error *err = rmig_mapped_writer_error(r->writer);
-    if (err->status == RMIG_ERR_CANCELLED && !cancelled)
-        return fail_late(&r->c, true, "the RAM was not written");
+    if (err->status == RMIG_ERR_CANCELLED)
+        return fail_stopped(&r->c, true, "the snapshot was not written");
     return fail_file(r, err);
 }
 
@@ -220,8 +224,12 @@ static int make_file_part(struct run *r) {
     r->c.snapshot.progress = on_progress;
     r->c.snapshot.progress_user = r;
     int flags = WHOLE_FILE_ONLY | WHOLE_FILE_MAY_BE_IN_PLACE | (r->in_place ? WHOLE_FILE_IN_PLACE : 0);
-    if (whole_file_open(&r->out, r->file, flags, &err) < 0 ||
-        whole_file_keep(&r->out, r->c.snapshot.offset, &cancelled, &err) < 0)
+    if (whole_file_open(&r->out, r->file, flags, &err) < 0)
+        return fail_rmig(&r->c.p, EXIT_FILES, &err);
+    int rc = whole_file_keep(&r->out, r->c.snapshot.offset, is_stopped, r, &err);
+    if (rc == RMIG_ERR_CANCELLED)
+        return fail_stopped(&r->c, false, "what lies before --offset was not copied");
+    if (rc < 0)
         return fail_rmig(&r->c.p, EXIT_FILES, &err);
     r->state_fd = memfd_create("device-state", MFD_CLOEXEC);
     if (r->state_fd < 0)
@@ -319,8 +327,7 @@ static int write_ram_early(struct run *r) {
     if (write_ram(r) < 0)
         return -1;
     if (must_stop(r))
-        return cancelled ? fail(&r->c.p, EXIT_CANCELLED, "cancelled")
-                         : fail_late(&r->c, true, "the migration did not end");
+        return fail_stopped(&r->c, true, "the migration did not end");
     return check_room(r, 0);
 }
 
@@ -329,9 +336,12 @@ static int copy_state(struct run *r) {
     ssize_t n;
     if (lseek(r->state_fd, 0, SEEK_SET) < 0)
         return fail(&r->c.p, EXIT_FILES, "the state of the devices in memory: %s", strerror(errno));
-    while ((n = read(r->state_fd, piece, sizeof piece)) > 0)
+    while ((n = read(r->state_fd, piece, sizeof piece)) > 0) {
+        if (is_stopped(r))
+            return fail_stopped(&r->c, true, "the snapshot was not written");
         if (rmig_mapped_writer_put(r->writer, piece, (size_t)n) < 0)
             return fail_writer(r);
+    }
     return n < 0 ? fail(&r->c.p, EXIT_FILES, "the state of the devices in memory: %s", strerror(errno)) : 0;
 }
 
@@ -572,7 +582,7 @@ static int on_disconnected(struct run *r) {
 /* Not when a source connects: one that begins nothing is forgotten. */
 static void note_begin(struct run *r) {
     if (!r->begun)
-        r->c.started_ns = now_ns(&r->c);
+        r->c.started_ns = now_ns();
     r->begun = true;
 }
 
@@ -708,7 +718,7 @@ static int receive(struct run *r) {
     if (receive_events(r) < 0)
         return settle(r);
     r->kept = true;
-    r->c.ended_ns = now_ns(&r->c);
+    r->c.ended_ns = now_ns();
     return commit(r);
 }
 

@@ -400,13 +400,13 @@ static inline int whole_file_open_dir(struct whole_file *f, const char *path, st
 // >>what an older file keeps
 
 /* Bytes from ... to of one file into another, by the file system where it can. */
-static inline int whole_file_copy(int from, int to, off_t at, off_t end, const volatile sig_atomic_t *stop) {
+static inline int whole_file_copy(int from, int to, off_t at, off_t end, bool (*stop)(void *user), void *user) {
     char piece[65536];
     while (at < end) {
         off_t in = at, out = at;
         size_t n = (size_t)(end - at < 16 * (off_t)RMIG_MIB ? end - at : 16 * (off_t)RMIG_MIB);
-        if (*stop) {
-            errno = EINTR;
+        if (stop(user)) {
+            errno = ECANCELED;
             return -1;
         }
         ssize_t got = copy_file_range(from, &in, to, &out, n, 0);
@@ -421,9 +421,9 @@ static inline int whole_file_copy(int from, int to, off_t at, off_t end, const v
     return 0;
 }
 
-/* Copies what the file at PATH holds before an offset: that is not ours, and stays. Holes stay holes. Where *stop is
-   set, by a handler of signals, it ends with RMIG_ERR_CANCELLED. In place there is nothing to do. */
-static inline int whole_file_keep(struct whole_file *f, uint64_t before, const volatile sig_atomic_t *stop,
+/* Copies what the file at PATH holds before an offset: that is not ours, and stays. Holes stay holes. Where stop,
+   which is asked now and then, returns true it ends with RMIG_ERR_CANCELLED. In place there is nothing to do. */
+static inline int whole_file_keep(struct whole_file *f, uint64_t before, bool (*stop)(void *user), void *user,
                                   struct rmig_error *err) {
     struct stat st = {0};
     int from = f->in_place || before == 0 ? -1 : open(f->target, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
@@ -437,12 +437,12 @@ static inline int whole_file_keep(struct whole_file *f, uint64_t before, const v
             break;
         end = data < 0 ? -1 : lseek(from, data, SEEK_HOLE);
         end = end < 0 || end > size ? size : end; // some file systems know no holes
-        rc = whole_file_copy(from, f->fd, data < 0 ? at : data, end, stop);
+        rc = whole_file_copy(from, f->fd, data < 0 ? at : data, end, stop, user);
     }
     int error = errno;
     if (from >= 0)
         close(from);
-    if (rc < 0 && *stop)
+    if (rc < 0 && error == ECANCELED)
         return rmig_fail(err, RMIG_ERR_CANCELLED, 0, "cancelled");
     return rc == 0 ? RMIG_OK
                    : rmig_fail(err, RMIG_ERR_FILE, error, "cannot copy what %s holds before offset %llu to %s: %s",

@@ -417,6 +417,26 @@ too_slow() {
     ends "$sink" 5 6 qemu_sink && [ $sent = 5 ] && says "$tmp/source.err" --timeout && nothing_left
 }
 
+# The time of --timeout runs out before anything is connected: in the first look at a file, delayed by more than that.
+late_reading() { # FILE: a machine; what is looked at is FILE or below it
+    local file=$1
+    [ ! -d "$file" ] || file+=/state
+    refused 3 "$1 was not loaded within the 2 s of --timeout" -- strace -f -qq -o /dev/null -P "$file" \
+        -e trace=read,pread64 -e inject=read,pread64:delay_enter=4000000:when=1 \
+        "$source_program" "${over[@]}" --timeout 2 "$1" 127.0.0.1:1
+}
+
+late_reading_of_both() {
+    mapped save "$tmp/vm" "$tmp/saved" && late_reading "$tmp/saved" && late_reading "$tmp/vm"
+}
+
+late_copying() {
+    cp "$tmp/vm/state" "$snap" && refused 4 'before --offset' 'within the 2 s of --timeout' -- strace -f -qq -o /dev/null \
+        -e trace=lseek -e inject=lseek:delay_enter=4000000:when=1 \
+        "$sink_program" "${over[@]}" --timeout 2 --listen 127.0.0.1:0 --offset 64K --snapshot "$snap" && no_part &&
+        cmp "$snap" "$tmp/vm/state"
+}
+
 nobody_listens() {
     start_sink || return 1 # a port that is free for sure: its owner leaves
     kill -INT "$(real_pid "$sink")"
@@ -1263,8 +1283,10 @@ check 'names of blocks become names of files' names_are_files
 check 'holes stay holes' holes_stay
 if strace -qq -o /dev/null -e trace=none true 2>/dev/null; then
     check 'holes cannot be looked for' search_fails
+    check '--timeout while a machine is read' late_reading_of_both
+    check '--timeout while what lies before --offset is copied' late_copying
 else
-    skip 'holes cannot be looked for' 'not installed: strace'
+    skip 'holes cannot be looked for, slow files' 'not installed: strace'
 fi
 check 'facts of the stream, and --json of the source' facts
 check '--json of the sink' sink_json
