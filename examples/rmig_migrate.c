@@ -303,9 +303,32 @@ static bool is_ours(const struct run *r, const struct image *image) {
     return false;
 }
 
+/* Is one of two files called, until it is whole, what the other will be called? The state is opened when the first of
+   it comes, and its place is known before. */
+static int check_clash(struct run *r, const struct image *image, const struct image *other, const char *what) {
+    struct rmig_error err = {0};
+    struct whole_file a = {.fd = -1}, b = {.fd = -1};
+    const char *clash = NULL;
+    if (other == image || other->path == NULL)
+        return 0;
+    if (whole_file_name(&a, image->path, 0, &err) == RMIG_OK && whole_file_name(&b, other->path, 0, &err) == RMIG_OK)
+        clash = whole_file_clash(&a, &b);
+    int rc = clash == NULL ? 0
+                           : fail(&r->p, EXIT_FILES,
+                                  "%s: of it and of another block, or the state, one is to be called %s, and the other "
+                                  "is called that until it is whole: name another file",
+                                  what, clash);
+    whole_file_free(&a);
+    whole_file_free(&b);
+    return err.status == RMIG_OK ? rc : fail(&r->p, EXIT_FILES, "%s: %s", what, err.text);
+}
+
 static int open_part(struct run *r, struct image *image, const char *what) {
     struct rmig_error err;
     struct stat st;
+    for (size_t i = 0; i <= r->images.count; i++)
+        if (check_clash(r, image, i < r->images.count ? &r->images.at[i] : &r->state, what) < 0)
+            return -1;
     if (!r->opt.force && lstat(image->path, &st) == 0)
         return fail(&r->p, EXIT_FILES, "%s: %s exists: remove it, or give --force", what, image->path);
     if (whole_file_open(&image->file, image->path, WHOLE_FILE_ONLY, &err) == RMIG_OK)

@@ -171,6 +171,26 @@ static inline int whole_file_name(struct whole_file *f, const char *path, int fl
                                        whole_file_show(path).s);
 }
 
+/* Do two paths lead to one name in one directory? Nothing need be there. */
+static inline bool whole_file_same_name(const char *a, const char *b) {
+    int in_a = whole_file_dir_length(a), in_b = whole_file_dir_length(b);
+    char dir_a[PATH_MAX], dir_b[PATH_MAX];
+    struct stat st_a, st_b;
+    if (strcmp(a + in_a, b + in_b) != 0)
+        return false;
+    snprintf(dir_a, sizeof dir_a, "%.*s.", in_a, a); // "." in the directory, or the one that this process is in
+    snprintf(dir_b, sizeof dir_b, "%.*s.", in_b, b);
+    return stat(dir_a, &st_a) == 0 && stat(dir_b, &st_b) == 0 && st_a.st_ino == st_b.st_ino &&
+           st_a.st_dev == st_b.st_dev;
+}
+
+/* Two files are to be written at a time: the name that one of them gets and the other has until it is whole, or NULL. */
+static inline const char *whole_file_clash(const struct whole_file *a, const struct whole_file *b) {
+    if (whole_file_same_name(a->target, b->part))
+        return a->target;
+    return whole_file_same_name(b->target, a->part) ? b->target : NULL;
+}
+
 // >>opening
 
 /* Is fd, of this name, for this process alone? Whoever had the lock before may have given the file its real name, or

@@ -328,6 +328,7 @@ file_errors() {
     check 'a file that exists is not replaced' existing_stays
     check '--force replaces a file that exists' existing_is_replaced
     check 'one file for two blocks is refused' one_file_twice
+    check 'a file that is the .part of another is refused' file_is_a_part
     check 'standard descriptors that are closed' closed_descriptors
     check 'a link is what it leads to' links_are_followed
     check 'a block that the source has not is refused' unknown_block
@@ -427,6 +428,23 @@ one_file_twice() {
     send=(--block "a=$tmp/odd" --block "b=$tmp/page")
     recv=(--block "a=$tmp/target" --block "b=$tmp/target")
     both 5 3 && says "$tmp/recv.err" "block b: $tmp/target is already the file of another block" && [ ! -e "$tmp/target" ]
+}
+
+# One of the files has, until it is whole, the name of the other. The way to it does not matter, nor the order.
+file_is_a_part() {
+    local order
+    mkdir -p "$tmp/there" && ln -sfn "$tmp/there" "$tmp/way"
+    for order in "a b" "b a"; do
+        # shellcheck disable=SC2086 # two words
+        set -- $order
+        send=(--block "$1=$tmp/odd" --block "$2=$tmp/page")
+        recv=(--block "a=$tmp/there/x" --block "b=$tmp/way/x.part")
+        both 5 3 && says "$tmp/recv.err" "/x.part, and the other" && says "$tmp/send.err" /x.part &&
+            [ -z "$(ls -A "$tmp/there")" ] || return 1
+    done
+    send=(--block "a=$tmp/odd" --state "$tmp/device")
+    recv=(--block "a=$tmp/there/x" --state "$tmp/there/x.part")
+    both 5 3 && says "$tmp/recv.err" 'block a:' "/x.part, and the other" && [ -z "$(ls -A "$tmp/there")" ]
 }
 
 # What is printed must not land in an image that has got the number of a closed descriptor. Which one has depends on what
