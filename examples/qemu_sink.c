@@ -74,11 +74,14 @@ static void on_bus_error(int number) {
     static const char removed[] = PROGRAM ": mapped memory cannot be accessed: the disk is full, or memory failed\n";
     static const char kept[] =
         PROGRAM ": mapped memory cannot be accessed: the disk is full, or memory failed; the source may have completed "
-                "the migration, so what was written is kept as .part, but may not be whole\n";
+                "the migration, so what was written is kept, but may not be whole: ";
+    const struct whole_file *out = &bus_error_run->out;
     (void)number;
     bool keep = bus_error_run->sealed || may_be_completed(bus_error_run);
     ssize_t done =
         keep ? write(STDERR_FILENO, kept, sizeof kept - 1) : write(STDERR_FILENO, removed, sizeof removed - 1);
+    if (keep) // .part, or in place the file itself
+        done = write(STDERR_FILENO, out->part, strlen(out->part)) + write(STDERR_FILENO, "\n", 1);
     (void)done;
     if (!keep)
         remove_part(bus_error_run);
@@ -635,18 +638,34 @@ static int receive_events(struct run *r) {
     return 0;
 }
 
+/* As one word for a shell, to be freed. */
+static char *shell_quoted(const char *text) {
+    char *out = checked(malloc(4 * strlen(text) + 3)), *at = out;
+    *at++ = '\'';
+    for (; *text != '\0'; text++) {
+        if (*text == '\'')
+            at = stpcpy(at, "'\\'");
+        *at++ = *text;
+    }
+    *at++ = '\'';
+    *at = '\0';
+    return out;
+}
+
 /* The command makes what a file would hold: there nothing follows the state. Offsets in the stream count from the
    beginning of the device, so what lies before it is copied, too. */
 static void describe_without_magic(const struct run *r, char *out, size_t size) {
     uint64_t offset = r->c.snapshot.offset;
-    const char *device = r->out.part;
+    char *device = shell_quoted(r->out.part);
     snprintf(out, size,
              ". It is no snapshot yet: its first 8 bytes, at offset %" PRIu64
              ", are zeros, because the end of an older "
              "one may follow it on the device. If the source says completed, copy it into a file with them, which a "
-             "QEMU may load at that offset: { head -c %" PRIu64 " %.200s; printf 'QEVM\\0\\0\\0\\3'; tail -c +%" PRIu64
-             " %.200s | head -c %" PRIu64 "; } >FILE",
-             offset, offset, device, offset + 9, device, r->end_without_magic - offset - 8);
+             "QEMU may load at that offset: device=%s; { head -c %" PRIu64
+             " \"$device\"; printf 'QEVM\\0\\0\\0\\3'; tail -c +%" PRIu64 " \"$device\" | head -c %" PRIu64
+             "; } >FILE",
+             offset, device, offset, offset + 9, r->end_without_magic - offset - 8);
+    free(device);
 }
 
 /* After a failure: what is in what is kept, and what is not. */
@@ -676,7 +695,7 @@ static void describe_part(const struct run *r, const char *unsealed, char *out, 
    ERROR has not. */
 static int settle(struct run *r) {
     struct program *p = &r->c.p;
-    char why[900], unsealed[700] = "", content[1200];
+    char why[900], unsealed[700] = "", content[4 * PATH_MAX + 1200];
     bool gave_up = p->status == RMIG_ERR_REFUSED && !rmig_qemu_reader_whole(&r->reader);
     if (p->code != EXIT_HANDOVER && (gave_up || !may_be_completed(r)))
         return -1;
@@ -689,7 +708,7 @@ static int settle(struct run *r) {
     }
     describe_part(r, unsealed, content, sizeof content);
     p->code = EXIT_OK;
-    return fail(p, EXIT_HANDOVER, "%s; the source may have completed the migration, so %.200s is kept: %s", why,
+    return fail(p, EXIT_HANDOVER, "%s; the source may have completed the migration, so %s is kept: %s", why,
                 r->out.part, content);
 }
 

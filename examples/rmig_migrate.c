@@ -1140,7 +1140,7 @@ static const char doc[] =
     "  4  no connection: fabric, listen, connect, or nobody came\n"
     "  5  the migration failed; the receiver keeps nothing\n"
     "  6  the handover broke off, or a file got no name: the receiver has FILE.part\n"
-    "  7  cancelled by SIGINT, SIGTERM or SIGHUP";
+    "  7  cancelled by a signal, but for SIGQUIT, which dumps core";
 
 static void parse_block(struct options *opt, const char *arg, struct argp_state *state) {
     const char *equals = strchr(arg, '=');

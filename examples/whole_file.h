@@ -17,6 +17,7 @@ again.
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
+#include <signal.h>
 #include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -52,6 +53,18 @@ static inline void whole_file_hold_standard(void) {
     while (fd >= 0 && fd <= STDERR_FILENO);
     if (fd >= 0)
         close(fd);
+}
+
+/* Beside SIGINT and SIGTERM: signals that would end the program, and leave what it writes. One that is ignored (nohup) or
+   handled (by a profiler) stays so. SIGQUIT is left alone: it dumps core, and what is written stays to be looked at. */
+static inline void whole_file_catch_signals(const struct sigaction *cancel) {
+    static const int number[] = {SIGHUP,  SIGUSR1, SIGUSR2, SIGALRM, SIGVTALRM,
+                                 SIGPROF, SIGXCPU, SIGPOLL, SIGPWR,  SIGSTKFLT};
+    for (size_t i = 0; i < sizeof number / sizeof number[0]; i++) {
+        struct sigaction before;
+        if (sigaction(number[i], NULL, &before) == 0 && before.sa_handler == SIG_DFL)
+            sigaction(number[i], cancel, NULL);
+    }
 }
 
 // >>names

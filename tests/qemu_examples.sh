@@ -1059,14 +1059,18 @@ file_without_end() {
 
 # On a device an older end may follow, so it is no snapshot there; what the message says makes of it what a file holds.
 device_without_end() {
-    local at command
+    local at command loop=$loop name
+    name=$tmp/$(printf '%*s' 210 '' | tr ' ' x)" 'quoted' \$HOME"
+    if mknod "$name" b "$((0x$(stat -c %t "$loop")))" "$((0x$(stat -c %T "$loop")))" 2>/dev/null && : 2>/dev/null <"$name"; then
+        loop=$name
+    fi
     for at in 0 5000; do
         rm -f "$snap" "$snap.part"
         start_file_sink --offset ${at}B && raw_delivers "$end$device" && ends "$sink" 6 5 qemu_sink && mv "$snap.part" "$tmp/no.end" || return 1
         snap=$loop start_file_sink --in-place --offset ${at}B && raw_delivers "$end$device" && ends "$sink" 6 5 qemu_sink &&
             says "$tmp/sink.err" suppress-vmdesc "$loop is kept" "first 8 bytes, at offset $at, are zeros" || return 1
         [ "$(od -An -tu8 -j$at -N8 "$loop")" -eq 0 ] || { echo 'the magic is there'; return 1; }
-        command=$(sed -n 's/.*: \({ head .*\)FILE$/\1/p' "$tmp/sink.err")
+        command=$(sed -n 's/.*: \(device=.*\)FILE$/\1/p' "$tmp/sink.err")
         bash -c "$command$tmp/copied" && [ "$(stat -c %s "$tmp/copied")" = "$(stat -c %s "$tmp/no.end")" ] ||
             { echo "the command: $command"; return 1; }
         refused 5 'does not end in a description' -- "$mapped_program" verify --offset ${at}B "$tmp/copied" || return 1
@@ -1085,6 +1089,20 @@ file_cancelled_with_all_state() {
     ends "$sink" 6 2 qemu_sink && says "$tmp/sink.err" cancelled 'holds the machine' "$snap.part is kept" &&
         mapped verify --quiet "$snap.part" && [ ! -e "$snap" ]
     local rc=$?
+    wait "$raw"
+    return $rc
+}
+
+# The memory of a sink fails when all has come. In place there is no FILE.part.
+memory_fails_in_place() {
+    mapped save "$tmp/vm" "$snap" && start_file_sink --in-place --trace || return 1
+    raw_delivers "$end$device$description" 3 &
+    local raw=$! rc
+    wait_for "grep -q 'REGISTER_FINISHED' $tmp/sink.err" && sleep 0.6 || return 1
+    kill -BUS "$(real_pid "$sink")"
+    ends "$sink" 6 2 qemu_sink && says "$tmp/sink.err" 'is kept, but may not be whole' "whole: $snap" && no_part &&
+        ! grep -q '\.part' "$tmp/sink.err"
+    rc=$?
     wait "$raw"
     return $rc
 }
@@ -1265,6 +1283,7 @@ snapshots() {
         check 'a file of a source without a description of its devices' file_without_end
         [ -z "$loop" ] || check 'a device, of a source without a description of its devices' device_without_end
         check 'a sink into a file is cancelled when all state has come' file_cancelled_with_all_state
+        check 'the memory of a sink in place fails when all state has come' memory_fails_in_place
     }
     files_of_sources_like_qemu
 }
@@ -1310,6 +1329,7 @@ check 'the source is interrupted' cancel source INT
 check 'the sink is interrupted' cancel sink INT
 check 'the sink is terminated' cancel sink TERM
 check 'the terminal of the sink is closed' cancel sink HUP
+check 'the sink uses up its time on the processor' cancel sink XCPU
 check 'a waiting sink is interrupted' cancel_waiting
 check 'nobody comes' nobody_comes
 check '--timeout in mid-migration, at either end' too_slow
