@@ -64,7 +64,7 @@ static void remove_part(struct run *r) {
 }
 
 static void on_bus_error(int number) {
-    static const char text[] = PROGRAM ": a mapped file cannot be accessed: it was cut, or the disk is full\n";
+    static const char text[] = PROGRAM ": a mapped file cannot be accessed: it was cut, or the disk or a quota is full\n";
     (void)number;
     if (write(STDERR_FILENO, text, sizeof text - 1) >= 0)
         remove_part(bus_error_run);

@@ -71,9 +71,9 @@ static bool may_be_completed(const struct run *r) {
 
 /* The disk is full: the access to a mapped file cannot be repeated. */
 static void on_bus_error(int number) {
-    static const char removed[] = PROGRAM ": mapped memory cannot be accessed: the disk is full, or memory failed\n";
+    static const char removed[] = PROGRAM ": mapped memory cannot be accessed: the disk or a quota is full, or memory failed\n";
     static const char kept[] =
-        PROGRAM ": mapped memory cannot be accessed: the disk is full, or memory failed; the source may have completed "
+        PROGRAM ": mapped memory cannot be accessed: the disk or a quota is full, or memory failed; the source may have completed "
                 "the migration, so what was written is kept, but may not be whole: ";
     const struct whole_file *out = &bus_error_run->out;
     (void)number;

@@ -129,8 +129,8 @@ static bool may_be_moved(const struct run *r) {
 
 /* A mapped file shrank under us, or the disk is full: the access cannot be repeated. */
 static void on_bus_error(int number) {
-    static const char removed[] = PROGRAM ": a mapped file cannot be accessed: it was cut, or the disk is full\n";
-    static const char kept[] = PROGRAM ": a mapped file cannot be accessed: it was cut, or the disk is full; what was "
+    static const char removed[] = PROGRAM ": a mapped file cannot be accessed: it was cut, or the disk or a quota is full\n";
+    static const char kept[] = PROGRAM ": a mapped file cannot be accessed: it was cut, or the disk or a quota is full; what was "
                                        "received is kept as FILE.part, but may not be whole\n";
     (void)number;
     bool keep = bus_error_run->kept || may_be_moved(bus_error_run);
@@ -355,7 +355,7 @@ static int open_for_receiving(struct run *r, struct image *image) {
     if (error != 0)
         return fail(&r->p, EXIT_FILES, "%s: cannot reserve %llu bytes for %s: %s%s", what,
                     (unsigned long long)image->length, image->file.part, strerror(error),
-                    error == ENOSPC ? " (free some, or give --sparse if the image has holes)" : "");
+                    error == ENOSPC || error == EDQUOT ? " (free some, or give --sparse if the image has holes)" : "");
     image->map = mmap(NULL, image->length, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
     if (image->map == MAP_FAILED)
         return fail(&r->p, EXIT_FILES, "%s: cannot map %llu bytes: %s", what, (unsigned long long)image->length,

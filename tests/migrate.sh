@@ -484,6 +484,22 @@ too_much_state() {
     ! both 0 0 >"$tmp/both.out" && says "$tmp/recv.err" --max-size && says "$tmp/send.err" 'of state' && nothing_left
 }
 
+# What the user may have on the disk is less than what comes: each end names the quota.
+over_quota() {
+    local how
+    for how in '' --sparse; do
+        send=(--block "ram=$tmp/odd") recv=($how) # nothing, or a word
+        under=(env "ASAN_OPTIONS=detect_leaks=0${ASAN_OPTIONS:+:$ASAN_OPTIONS}" strace -f -qq -o "$tmp/calls"
+            -e trace=fallocate -e inject=fallocate:error=EDQUOT)
+        both 5 3
+        local rc=$?
+        under=()
+        [ $rc = 0 ] && says "$tmp/recv.err" 'quota exceeded' ram.part && says "$tmp/send.err" 'quota exceeded' ram.part &&
+            nothing_left && { [ -n "$how" ] || says "$tmp/recv.err" 'give --sparse'; } || return 1
+    done
+    grep -q EDQUOT "$tmp/calls"
+}
+
 # The receiver runs in a namespace of its own with 4 MiB for files; the sender wants to send 32 MiB.
 no_space() {
     rm -rf "$out"
@@ -834,6 +850,7 @@ disk() {
     fi
     check 'a second receiver does not empty what is whole' second_receiver
     check 'a part that is replaced gets no name' part_is_replaced
+    check 'a quota is exceeded' over_quota
     check 'the disk fails' disk_fails fsync:error=EIO:when=1
     check 'the disk fails at the last file' disk_fails fsync:error=EIO:when=7
     check 'the disk takes longer than the source would wait' slow_disk

@@ -191,6 +191,13 @@ search_fails() {
     moved "$tmp/vm" && grep -q 'SEEK_DATA.*EIO' "$tmp/calls"
 }
 
+# What the user may have on the disk is less than what comes.
+over_quota() {
+    local sink_env=(strace -f -qq -o "$tmp/calls" -e trace=fallocate -e inject=fallocate:error=EDQUOT)
+    both 5 3 "$tmp/vm" && says "$tmp/sink.err" 'quota exceeded' "$out.part/ram/" && says "$tmp/source.err" 'gave up' &&
+        nothing_left && grep -q EDQUOT "$tmp/calls" # version 1 has no words for it
+}
+
 facts() {
     both 0 0 "$tmp/vm" --json && json "$out/machine.json" '$j->{stream}{rounds} == 1 && !$j->{stream}{return_path}
         && $j->{stream}{messages} >= 3 && $j->{stream}{bytes} > $j->{state}{length} && $j->{format} eq "rmig-qemu"
@@ -1100,7 +1107,7 @@ memory_fails_in_place() {
     local raw=$! rc
     wait_for "grep -q 'REGISTER_FINISHED' $tmp/sink.err" && sleep 0.6 || return 1
     kill -BUS "$(real_pid "$sink")"
-    ends "$sink" 6 2 qemu_sink && says "$tmp/sink.err" 'is kept, but may not be whole' "whole: $snap" && no_part &&
+    ends "$sink" 6 2 qemu_sink && says "$tmp/sink.err" 'disk or a quota is full' 'is kept, but may not be whole' "whole: $snap" && no_part &&
         ! grep -q '\.part' "$tmp/sink.err"
     rc=$?
     wait "$raw"
@@ -1302,6 +1309,7 @@ check 'names of blocks become names of files' names_are_files
 check 'holes stay holes' holes_stay
 if strace -qq -o /dev/null -e trace=none true 2>/dev/null; then
     check 'holes cannot be looked for' search_fails
+    check 'a quota is exceeded' over_quota
     check '--timeout while a machine is read' late_reading_of_both
     check '--timeout while what lies before --offset is copied' late_copying
 else
