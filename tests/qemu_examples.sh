@@ -28,6 +28,9 @@ wait_for() { # CONDITION: at most 10 s
 
 sink_env=()
 
+# No leaks can be looked for under strace.
+traced=(env "ASAN_OPTIONS=detect_leaks=0${ASAN_OPTIONS:+:$ASAN_OPTIONS}" strace -f -qq)
+
 # Starts a sink into $out; sets sink and address. Its words go to sink.out and sink.err.
 start_sink() { # OPTION...
     rm -rf "$out" "$out.part"
@@ -187,13 +190,13 @@ holes_stay() {
 
 # When the source has let the machine go, what looks for holes in its RAM fails.
 search_fails() {
-    local sink_env=(strace -f -qq -o "$tmp/calls" -e trace=lseek -e inject=lseek:error=EIO)
+    local sink_env=("${traced[@]}" -o "$tmp/calls" -e trace=lseek -e inject=lseek:error=EIO)
     moved "$tmp/vm" && grep -q 'SEEK_DATA.*EIO' "$tmp/calls"
 }
 
 # What the user may have on the disk is less than what comes.
 over_quota() {
-    local sink_env=(strace -f -qq -o "$tmp/calls" -e trace=fallocate -e inject=fallocate:error=EDQUOT)
+    local sink_env=("${traced[@]}" -o "$tmp/calls" -e trace=fallocate -e inject=fallocate:error=EDQUOT)
     both 5 3 "$tmp/vm" && says "$tmp/sink.err" 'quota exceeded' "$out.part/ram/" && says "$tmp/source.err" 'gave up' &&
         nothing_left && grep -q EDQUOT "$tmp/calls" # version 1 has no words for it
 }
@@ -428,7 +431,7 @@ too_slow() {
 late_reading() { # FILE: a machine; what is looked at is FILE or below it
     local file=$1
     [ ! -d "$file" ] || file+=/state
-    refused 3 "$1 was not loaded within the 2 s of --timeout" -- strace -f -qq -o /dev/null -P "$file" \
+    refused 3 "$1 was not loaded within the 2 s of --timeout" -- "${traced[@]}" -o /dev/null -P "$file" \
         -e trace=read,pread64 -e inject=read,pread64:delay_enter=4000000:when=1 \
         "$source_program" "${over[@]}" --timeout 2 "$1" 127.0.0.1:1
 }
@@ -438,7 +441,7 @@ late_reading_of_both() {
 }
 
 late_copying() {
-    cp "$tmp/vm/state" "$snap" && refused 4 'before --offset' 'within the 2 s of --timeout' -- strace -f -qq -o /dev/null \
+    cp "$tmp/vm/state" "$snap" && refused 4 'before --offset' 'within the 2 s of --timeout' -- "${traced[@]}" -o /dev/null \
         -e trace=lseek -e inject=lseek:delay_enter=4000000:when=1 \
         "$sink_program" "${over[@]}" --timeout 2 --listen 127.0.0.1:0 --offset 64K --snapshot "$snap" && no_part &&
         cmp "$snap" "$tmp/vm/state"
