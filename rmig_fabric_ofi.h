@@ -45,10 +45,12 @@ STRANGERS
 between connections, keys are drawn at random, each endpoint has a receive context of its own, and FI_NET_MAX_SAVED=0
 and FI_TCP_MAX_SAVED=0 go into the environment as above, so that no tagged message is kept for nobody. What is left,
 seen with 1.17's `tcp` and `net`: whoever can connect can end the process, with an acknowledgement of 16 bytes that
-nobody waits for (2.1's `tcp` has more such messages); and a peer that was given a key and guesses where its region
-lies in memory can write beyond the region's end, since the length it names is added without a look at the carry. Only
-peers that are trusted may reach a listener over TCP: keep it on a network of its own, or behind a tunnel that knows
-who they are. Adapters check in hardware, and have neither fault.
+nobody waits for; and a peer that was given a key and guesses where its region lies in memory can write beyond the
+region's end, since the length it names is added without a look at the carry. With 2.1's `tcp` three more messages end
+the process, and nothing asked for here prevents it: a tagged one, one of the rendezvous of tagged ones, and one with the
+flag "commit" (versions between 1.17 and 2.1, and later ones, were not tried). Only peers that are trusted may reach a
+listener over TCP: keep it on a network of its own, or behind a tunnel that knows who they are. Adapters check in
+hardware, and have none of these faults.
 
 POPULATING
 

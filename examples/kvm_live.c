@@ -1726,10 +1726,8 @@ int main(int argc, char **argv) {
     struct sigaction action = {.sa_handler = on_signal, .sa_flags = (int)SA_RESETHAND}; // the second one ends us
     sigaction(SIGINT, &action, NULL);
     sigaction(SIGTERM, &action, NULL);
-    struct sigaction hangup;
     action.sa_flags = 0; // of a terminal that closes several may come
-    if (sigaction(SIGHUP, NULL, &hangup) == 0 && hangup.sa_handler != SIG_IGN) // nohup
-        sigaction(SIGHUP, &action, NULL);
+    whole_file_catch_signals(&action);
     signal(SIGPIPE, SIG_IGN);
     switch (o.mode) {
     case MODE_SOURCE:

@@ -64,7 +64,7 @@ static void remove_part(struct run *r) {
 }
 
 static void on_bus_error(int number) {
-    static const char text[] = PROGRAM ": a mapped file cannot be accessed: it was cut, or the disk is full\n";
+    static const char text[] = PROGRAM ": a mapped file cannot be accessed: it was cut, or the disk or a quota is full\n";
     (void)number;
     if (write(STDERR_FILENO, text, sizeof text - 1) >= 0)
         remove_part(bus_error_run);
@@ -74,6 +74,11 @@ static void on_bus_error(int number) {
 static int on_progress(void *user, const struct rmig_stats *stats) {
     (void)user;
     (void)stats;
+    return cancelled;
+}
+
+static bool is_cancelled(void *user) {
+    (void)user;
     return cancelled;
 }
 
@@ -90,7 +95,7 @@ static int open_snapshot(struct run *r, const char *path) {
     int flags = WHOLE_FILE_MAY_BE_IN_PLACE | (r->in_place ? WHOLE_FILE_IN_PLACE : 0);
     if (open_part(r, path, flags) < 0)
         return -1;
-    return whole_file_keep(&r->out, r->opt.offset, &cancelled, &err) < 0 ? fail_rmig(&r->p, EXIT_FILES, &err) : 0;
+    return whole_file_keep(&r->out, r->opt.offset, is_cancelled, NULL, &err) < 0 ? fail_rmig(&r->p, EXIT_FILES, &err) : 0;
 }
 
 static int commit(struct run *r) {
@@ -641,7 +646,7 @@ static const char doc[] = "Looks at snapshot files in QEMU's mapped-ram format, 
                           "  2  bad usage, or a bad parameter\n"
                           "  3  a file cannot be read or written\n"
                           "  5  a file is not a whole snapshot, or what it holds does not fit\n"
-                          "  7  cancelled by SIGINT, SIGTERM or SIGHUP";
+                          "  7  cancelled by a signal, but for SIGQUIT, which dumps core";
 
 static const struct {
     const char *name;

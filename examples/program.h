@@ -16,6 +16,7 @@ The program defines _GNU_SOURCE, PROGRAM and RMIG_IMPLEMENTATION before. No fabr
 #include <stdlib.h>
 
 #include "../rmig.h"
+#include "whole_file.h"
 
 enum exit_code {
     EXIT_OK = 0,
@@ -31,7 +32,7 @@ struct program {
     bool json, quiet;
     enum exit_code code;
     int status; // of rmig, if it failed
-    char text[2048]; // why it failed
+    char text[24576]; // why it failed: room for paths, one of them in quotes
 };
 
 static volatile sig_atomic_t cancelled;
@@ -96,11 +97,10 @@ static inline void on_cancel(int number) {
 
 /* Beyond a limit of the file size writes fail, as on a full disk. */
 static inline void catch_signals(void (*on_bus_error)(int)) {
-    struct sigaction cancel = {.sa_handler = on_cancel}, bus = {.sa_handler = on_bus_error}, hangup;
+    struct sigaction cancel = {.sa_handler = on_cancel}, bus = {.sa_handler = on_bus_error};
     sigaction(SIGINT, &cancel, NULL);
     sigaction(SIGTERM, &cancel, NULL);
-    if (sigaction(SIGHUP, NULL, &hangup) == 0 && hangup.sa_handler != SIG_IGN) // nohup
-        sigaction(SIGHUP, &cancel, NULL);
+    whole_file_catch_signals(&cancel);
     sigaction(SIGBUS, &bus, NULL);
     signal(SIGPIPE, SIG_IGN);
     signal(SIGXFSZ, SIG_IGN);

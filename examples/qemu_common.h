@@ -7,6 +7,7 @@ The program defines _GNU_SOURCE, PROGRAM, RMIG_IMPLEMENTATION before, and includ
 #define QEMU_COMMON_H
 
 #include <poll.h>
+#include <time.h>
 
 #include "machine_dir.h"
 #include "../rmig_mapped_ram.h"
@@ -23,7 +24,7 @@ The program defines _GNU_SOURCE, PROGRAM, RMIG_IMPLEMENTATION before, and includ
     "  4  no connection: fabric, listen, connect, or nobody came\n"                                                    \
     "  5  the migration failed\n"                                                                                      \
     "  6  the handover broke off, or what was moved got no name: see the message\n"                                    \
-    "  7  cancelled by SIGINT, SIGTERM or SIGHUP"
+    "  7  cancelled by a signal, but for SIGQUIT, which dumps core"
 
 struct common {
     struct program p;
@@ -39,13 +40,23 @@ struct common {
     uint64_t started_ns, ended_ns, deadline;
 };
 
-static inline uint64_t now_ns(const struct common *c) { return c->fabric->ops->now(c->fabric); }
+/* A clock that there is before there is a fabric. */
+static inline uint64_t now_ns(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (uint64_t)t.tv_sec * SECOND + (uint64_t)t.tv_nsec;
+}
 
-static inline bool is_late(const struct common *c) { return c->deadline != 0 && now_ns(c) >= c->deadline; }
+static inline bool is_late(const struct common *c) { return c->deadline != 0 && now_ns() >= c->deadline; }
 
 static inline int fail_late(struct common *c, bool begun, const char *waited_for) {
     return fail(&c->p, begun ? EXIT_MIGRATION : EXIT_CONNECT, "%s within the %" PRIu64 " s of --timeout", waited_for,
                 c->timeout_seconds);
+}
+
+/* A signal or --timeout has ended what goes on. */
+static inline int fail_stopped(struct common *c, bool begun, const char *waited_for) {
+    return cancelled ? fail(&c->p, EXIT_CANCELLED, "cancelled") : fail_late(c, begun, waited_for);
 }
 
 // >>report
@@ -194,6 +205,7 @@ static inline error_t parse_common(int key, char *arg, struct argp_state *state)
         return 0;
     case KEY_TIMEOUT:
         c->timeout_seconds = parse_count("--timeout", arg, 1000000, state);
+        c->deadline = now_ns() + c->timeout_seconds * SECOND;
         return 0;
     case KEY_JSON:
         c->p.json = true;
@@ -225,8 +237,6 @@ static inline int open_the_fabric(struct common *c) {
     c->fabric = open_fabric(name, c->provider, &err);
     if (c->fabric == NULL)
         return fail_rmig(&c->p, EXIT_CONNECT, &err);
-    if (c->timeout_seconds > 0)
-        c->deadline = now_ns(c) + c->timeout_seconds * SECOND;
     return 0;
 }
 

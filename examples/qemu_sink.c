@@ -71,14 +71,17 @@ static bool may_be_completed(const struct run *r) {
 
 /* The disk is full: the access to a mapped file cannot be repeated. */
 static void on_bus_error(int number) {
-    static const char removed[] = PROGRAM ": mapped memory cannot be accessed: the disk is full, or memory failed\n";
+    static const char removed[] = PROGRAM ": mapped memory cannot be accessed: the disk or a quota is full, or memory failed\n";
     static const char kept[] =
-        PROGRAM ": mapped memory cannot be accessed: the disk is full, or memory failed; the source may have completed "
-                "the migration, so what was written is kept as .part, but may not be whole\n";
+        PROGRAM ": mapped memory cannot be accessed: the disk or a quota is full, or memory failed; the source may have completed "
+                "the migration, so what was written is kept, but may not be whole: ";
+    const struct whole_file *out = &bus_error_run->out;
     (void)number;
     bool keep = bus_error_run->sealed || may_be_completed(bus_error_run);
     ssize_t done =
         keep ? write(STDERR_FILENO, kept, sizeof kept - 1) : write(STDERR_FILENO, removed, sizeof removed - 1);
+    if (keep) // .part, or in place the file itself
+        done = write(STDERR_FILENO, out->part, strlen(out->part)) + write(STDERR_FILENO, "\n", 1);
     (void)done;
     if (!keep)
         remove_part(bus_error_run);
@@ -194,16 +197,20 @@ static int fail_file(struct run *r, const struct rmig_error *err) {
 
 static bool must_stop(const struct run *r);
 
-static int on_progress(void *user, const struct rmig_stats *stats) {
+static bool is_stopped(void *user) {
     const struct run *r = user;
-    (void)stats;
     return !r->kept && must_stop(r);
+}
+
+static int on_progress(void *user, const struct rmig_stats *stats) {
+    (void)stats;
+    return is_stopped(user);
 }
 
 static int fail_writer(struct run *r) {
     const struct rmig_error *err = rmig_mapped_writer_error(r->writer);
-    if (err->status == RMIG_ERR_CANCELLED && !cancelled)
-        return fail_late(&r->c, true, "the RAM was not written");
+    if (err->status == RMIG_ERR_CANCELLED)
+        return fail_stopped(&r->c, true, "the snapshot was not written");
     return fail_file(r, err);
 }
 
@@ -220,8 +227,12 @@ static int make_file_part(struct run *r) {
     r->c.snapshot.progress = on_progress;
     r->c.snapshot.progress_user = r;
     int flags = WHOLE_FILE_ONLY | WHOLE_FILE_MAY_BE_IN_PLACE | (r->in_place ? WHOLE_FILE_IN_PLACE : 0);
-    if (whole_file_open(&r->out, r->file, flags, &err) < 0 ||
-        whole_file_keep(&r->out, r->c.snapshot.offset, &cancelled, &err) < 0)
+    if (whole_file_open(&r->out, r->file, flags, &err) < 0)
+        return fail_rmig(&r->c.p, EXIT_FILES, &err);
+    int rc = whole_file_keep(&r->out, r->c.snapshot.offset, is_stopped, r, &err);
+    if (rc == RMIG_ERR_CANCELLED)
+        return fail_stopped(&r->c, false, "what lies before --offset was not copied");
+    if (rc < 0)
         return fail_rmig(&r->c.p, EXIT_FILES, &err);
     r->state_fd = memfd_create("device-state", MFD_CLOEXEC);
     if (r->state_fd < 0)
@@ -319,8 +330,7 @@ static int write_ram_early(struct run *r) {
     if (write_ram(r) < 0)
         return -1;
     if (must_stop(r))
-        return cancelled ? fail(&r->c.p, EXIT_CANCELLED, "cancelled")
-                         : fail_late(&r->c, true, "the migration did not end");
+        return fail_stopped(&r->c, true, "the migration did not end");
     return check_room(r, 0);
 }
 
@@ -329,9 +339,12 @@ static int copy_state(struct run *r) {
     ssize_t n;
     if (lseek(r->state_fd, 0, SEEK_SET) < 0)
         return fail(&r->c.p, EXIT_FILES, "the state of the devices in memory: %s", strerror(errno));
-    while ((n = read(r->state_fd, piece, sizeof piece)) > 0)
+    while ((n = read(r->state_fd, piece, sizeof piece)) > 0) {
+        if (is_stopped(r))
+            return fail_stopped(&r->c, true, "the snapshot was not written");
         if (rmig_mapped_writer_put(r->writer, piece, (size_t)n) < 0)
             return fail_writer(r);
+    }
     return n < 0 ? fail(&r->c.p, EXIT_FILES, "the state of the devices in memory: %s", strerror(errno)) : 0;
 }
 
@@ -572,7 +585,7 @@ static int on_disconnected(struct run *r) {
 /* Not when a source connects: one that begins nothing is forgotten. */
 static void note_begin(struct run *r) {
     if (!r->begun)
-        r->c.started_ns = now_ns(&r->c);
+        r->c.started_ns = now_ns();
     r->begun = true;
 }
 
@@ -625,18 +638,34 @@ static int receive_events(struct run *r) {
     return 0;
 }
 
+/* As one word for a shell, to be freed. */
+static char *shell_quoted(const char *text) {
+    char *out = checked(malloc(4 * strlen(text) + 3)), *at = out;
+    *at++ = '\'';
+    for (; *text != '\0'; text++) {
+        if (*text == '\'')
+            at = stpcpy(at, "'\\'");
+        *at++ = *text;
+    }
+    *at++ = '\'';
+    *at = '\0';
+    return out;
+}
+
 /* The command makes what a file would hold: there nothing follows the state. Offsets in the stream count from the
    beginning of the device, so what lies before it is copied, too. */
 static void describe_without_magic(const struct run *r, char *out, size_t size) {
     uint64_t offset = r->c.snapshot.offset;
-    const char *device = r->out.part;
+    char *device = shell_quoted(r->out.part);
     snprintf(out, size,
              ". It is no snapshot yet: its first 8 bytes, at offset %" PRIu64
              ", are zeros, because the end of an older "
              "one may follow it on the device. If the source says completed, copy it into a file with them, which a "
-             "QEMU may load at that offset: { head -c %" PRIu64 " %.200s; printf 'QEVM\\0\\0\\0\\3'; tail -c +%" PRIu64
-             " %.200s | head -c %" PRIu64 "; } >FILE",
-             offset, offset, device, offset + 9, device, r->end_without_magic - offset - 8);
+             "QEMU may load at that offset: device=%s; { head -c %" PRIu64
+             " \"$device\"; printf 'QEVM\\0\\0\\0\\3'; tail -c +%" PRIu64 " \"$device\" | head -c %" PRIu64
+             "; } >FILE",
+             offset, device, offset, offset + 9, r->end_without_magic - offset - 8);
+    free(device);
 }
 
 /* After a failure: what is in what is kept, and what is not. */
@@ -666,7 +695,7 @@ static void describe_part(const struct run *r, const char *unsealed, char *out, 
    ERROR has not. */
 static int settle(struct run *r) {
     struct program *p = &r->c.p;
-    char why[900], unsealed[700] = "", content[1200];
+    char why[900], unsealed[700] = "", content[4 * PATH_MAX + 1200];
     bool gave_up = p->status == RMIG_ERR_REFUSED && !rmig_qemu_reader_whole(&r->reader);
     if (p->code != EXIT_HANDOVER && (gave_up || !may_be_completed(r)))
         return -1;
@@ -679,7 +708,7 @@ static int settle(struct run *r) {
     }
     describe_part(r, unsealed, content, sizeof content);
     p->code = EXIT_OK;
-    return fail(p, EXIT_HANDOVER, "%s; the source may have completed the migration, so %.200s is kept: %s", why,
+    return fail(p, EXIT_HANDOVER, "%s; the source may have completed the migration, so %s is kept: %s", why,
                 r->out.part, content);
 }
 
@@ -708,7 +737,7 @@ static int receive(struct run *r) {
     if (receive_events(r) < 0)
         return settle(r);
     r->kept = true;
-    r->c.ended_ns = now_ns(&r->c);
+    r->c.ended_ns = now_ns();
     return commit(r);
 }
 

@@ -42,9 +42,19 @@ static void on_bus_error(int number) {
 
 // >>a snapshot file
 
-static int fail_reader(struct run *r) {
-    return fail_snapshot(&r->c.p, EXIT_FILES, r->from, rmig_mapped_reader_error(r->reader));
+/* By a signal or --timeout. */
+static int fail_reading(struct run *r) {
+    if (cancelled)
+        return fail(&r->c.p, EXIT_CANCELLED, "cancelled");
+    return fail(&r->c.p, EXIT_FILES, "%s was not loaded within the %" PRIu64 " s of --timeout", r->from,
+                r->c.timeout_seconds);
 }
+
+static int fail_file(struct run *r, const struct rmig_error *err) {
+    return err->status == RMIG_ERR_CANCELLED ? fail_reading(r) : fail_snapshot(&r->c.p, EXIT_FILES, r->from, err);
+}
+
+static int fail_reader(struct run *r) { return fail_file(r, rmig_mapped_reader_error(r->reader)); }
 
 static int on_progress(void *user, const struct rmig_stats *stats) {
     (void)stats;
@@ -59,8 +69,8 @@ static int copy_state(struct run *r) {
     if (r->state_fd < 0)
         return fail(&r->c.p, EXIT_FILES, "no memory for the state of the devices: %s", strerror(errno));
     while ((n = rmig_mapped_reader_get(r->reader, piece, sizeof piece)) > 0) {
-        if (cancelled)
-            return fail(&r->c.p, EXIT_CANCELLED, "cancelled");
+        if (must_stop(r))
+            return fail_reading(r);
         if (write_all(r->state_fd, piece, (size_t)n) < 0)
             return fail(&r->c.p, EXIT_FILES, "no memory for the state of the devices: %s", strerror(errno));
     }
@@ -98,7 +108,7 @@ static int open_snapshot(struct run *r) {
     if (whole_file_lock_to_read(r->snapshot_fd, r->from, &err) < 0)
         return fail(&r->c.p, EXIT_FILES, "%s", err.text);
     if (rmig_mapped_reader_open(r->snapshot_fd, &r->c.snapshot, &r->reader, &err) < 0)
-        return fail_snapshot(&r->c.p, EXIT_FILES, r->from, &err);
+        return fail_file(r, &err);
     const struct rmig_mapped_machine *from = rmig_mapped_reader_machine(r->reader);
     m->configuration = from->configuration;
     m->configuration.capabilities &= ~RMIG_QEMU_CAPABILITY_MAPPED_RAM; // of files alone
@@ -106,13 +116,6 @@ static int open_snapshot(struct run *r) {
     m->switchover_start = from->switchover_start;
     m->state_bytes = rmig_mapped_reader_state_size(r->reader);
     return add_blocks(r) < 0 ? -1 : copy_state(r);
-}
-
-static int fail_loading(struct run *r) {
-    if (rmig_mapped_reader_error(r->reader)->status == RMIG_ERR_CANCELLED && !cancelled)
-        return fail(&r->c.p, EXIT_FILES, "%s was not loaded within the %" PRIu64 " s of --timeout", r->from,
-                    r->c.timeout_seconds);
-    return fail_reader(r);
 }
 
 static int load_snapshot(struct run *r) {
@@ -126,7 +129,7 @@ static int load_snapshot(struct run *r) {
             return fail_reader(r);
     }
     if (rmig_mapped_reader_load(r->reader) < 0)
-        return fail_loading(r);
+        return fail_reader(r);
     rmig_mapped_reader_close(r->reader);
     r->reader = NULL;
     return 0;
@@ -195,8 +198,8 @@ static int check_stream(struct run *r) {
     if (read_through(r, &reader, r->epilogue, r->epilogue_size) < 0)
         return -1;
     while ((n = read(r->state_fd, piece, sizeof piece)) > 0) {
-        if (cancelled)
-            return fail(&r->c.p, EXIT_CANCELLED, "cancelled");
+        if (must_stop(r))
+            return fail_reading(r);
         if (read_through(r, &reader, piece, (size_t)n) < 0)
             return -1;
     }
@@ -242,7 +245,7 @@ static void nap(struct run *r) {
     struct rmig_fd fds[4];
     struct pollfd polls[4];
     int n = rmig_source_fds(r->source, fds, 4);
-    uint64_t deadline = rmig_source_next_deadline(r->source), now = now_ns(&r->c);
+    uint64_t deadline = rmig_source_next_deadline(r->source), now = r->c.fabric->ops->now(r->c.fabric);
     uint64_t sleep_ns = deadline > now ? deadline - now : 0;
     uint64_t limit = n <= 0 ? SECOND / 1000 : TICK; // a fabric without descriptors is polled
     if (sleep_ns > limit)
@@ -338,13 +341,13 @@ static int migrate(struct run *r) {
     if (open_inputs(r) < 0 || open_the_fabric(&r->c) < 0 || (r->reader != NULL && load_snapshot(r) < 0) ||
         open_source(r) < 0)
         return -1;
-    r->c.started_ns = now_ns(&r->c);
+    r->c.started_ns = now_ns();
     if (drive(r, rmig_source_connect_start(r->source, r->address)) < 0)
         return -1;
     r->connected = true;
     if (send_ram(r) < 0 || send_state(r) < 0)
         return -1;
-    r->c.ended_ns = now_ns(&r->c);
+    r->c.ended_ns = now_ns();
     return 0;
 }
 

@@ -129,8 +129,8 @@ static bool may_be_moved(const struct run *r) {
 
 /* A mapped file shrank under us, or the disk is full: the access cannot be repeated. */
 static void on_bus_error(int number) {
-    static const char removed[] = PROGRAM ": a mapped file cannot be accessed: it was cut, or the disk is full\n";
-    static const char kept[] = PROGRAM ": a mapped file cannot be accessed: it was cut, or the disk is full; what was "
+    static const char removed[] = PROGRAM ": a mapped file cannot be accessed: it was cut, or the disk or a quota is full\n";
+    static const char kept[] = PROGRAM ": a mapped file cannot be accessed: it was cut, or the disk or a quota is full; what was "
                                        "received is kept as FILE.part, but may not be whole\n";
     (void)number;
     bool keep = bus_error_run->kept || may_be_moved(bus_error_run);
@@ -303,9 +303,32 @@ static bool is_ours(const struct run *r, const struct image *image) {
     return false;
 }
 
+/* Is one of two files called, until it is whole, what the other will be called? The state is opened when the first of
+   it comes, and its place is known before. */
+static int check_clash(struct run *r, const struct image *image, const struct image *other, const char *what) {
+    struct rmig_error err = {0};
+    struct whole_file a = {.fd = -1}, b = {.fd = -1};
+    const char *clash = NULL;
+    if (other == image || other->path == NULL)
+        return 0;
+    if (whole_file_name(&a, image->path, 0, &err) == RMIG_OK && whole_file_name(&b, other->path, 0, &err) == RMIG_OK)
+        clash = whole_file_clash(&a, &b);
+    int rc = clash == NULL ? 0
+                           : fail(&r->p, EXIT_FILES,
+                                  "%s: of it and of another block, or the state, one is to be called %s, and the other "
+                                  "is called that until it is whole: name another file",
+                                  what, clash);
+    whole_file_free(&a);
+    whole_file_free(&b);
+    return err.status == RMIG_OK ? rc : fail(&r->p, EXIT_FILES, "%s: %s", what, err.text);
+}
+
 static int open_part(struct run *r, struct image *image, const char *what) {
     struct rmig_error err;
     struct stat st;
+    for (size_t i = 0; i <= r->images.count; i++)
+        if (check_clash(r, image, i < r->images.count ? &r->images.at[i] : &r->state, what) < 0)
+            return -1;
     if (!r->opt.force && lstat(image->path, &st) == 0)
         return fail(&r->p, EXIT_FILES, "%s: %s exists: remove it, or give --force", what, image->path);
     if (whole_file_open(&image->file, image->path, WHOLE_FILE_ONLY, &err) == RMIG_OK)
@@ -332,7 +355,7 @@ static int open_for_receiving(struct run *r, struct image *image) {
     if (error != 0)
         return fail(&r->p, EXIT_FILES, "%s: cannot reserve %llu bytes for %s: %s%s", what,
                     (unsigned long long)image->length, image->file.part, strerror(error),
-                    error == ENOSPC ? " (free some, or give --sparse if the image has holes)" : "");
+                    error == ENOSPC || error == EDQUOT ? " (free some, or give --sparse if the image has holes)" : "");
     image->map = mmap(NULL, image->length, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
     if (image->map == MAP_FAILED)
         return fail(&r->p, EXIT_FILES, "%s: cannot map %llu bytes: %s", what, (unsigned long long)image->length,
@@ -1117,7 +1140,7 @@ static const char doc[] =
     "  4  no connection: fabric, listen, connect, or nobody came\n"
     "  5  the migration failed; the receiver keeps nothing\n"
     "  6  the handover broke off, or a file got no name: the receiver has FILE.part\n"
-    "  7  cancelled by SIGINT, SIGTERM or SIGHUP";
+    "  7  cancelled by a signal, but for SIGQUIT, which dumps core";
 
 static void parse_block(struct options *opt, const char *arg, struct argp_state *state) {
     const char *equals = strchr(arg, '=');

@@ -17,6 +17,7 @@ again.
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
+#include <signal.h>
 #include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -52,6 +53,18 @@ static inline void whole_file_hold_standard(void) {
     while (fd >= 0 && fd <= STDERR_FILENO);
     if (fd >= 0)
         close(fd);
+}
+
+/* Beside SIGINT and SIGTERM: signals that would end the program, and leave what it writes. One that is ignored (nohup) or
+   handled (by a profiler) stays so. SIGQUIT is left alone: it dumps core, and what is written stays to be looked at. */
+static inline void whole_file_catch_signals(const struct sigaction *cancel) {
+    static const int number[] = {SIGHUP,  SIGUSR1, SIGUSR2, SIGALRM, SIGVTALRM,
+                                 SIGPROF, SIGXCPU, SIGPOLL, SIGPWR,  SIGSTKFLT};
+    for (size_t i = 0; i < sizeof number / sizeof number[0]; i++) {
+        struct sigaction before;
+        if (sigaction(number[i], NULL, &before) == 0 && before.sa_handler == SIG_DFL)
+            sigaction(number[i], cancel, NULL);
+    }
 }
 
 // >>names
@@ -169,6 +182,26 @@ static inline int whole_file_name(struct whole_file *f, const char *path, int fl
     return f->part != NULL ? RMIG_OK
                            : rmig_fail(err, RMIG_ERR_NO_MEMORY, 0, "out of memory for the name of %s.part",
                                        whole_file_show(path).s);
+}
+
+/* Do two paths lead to one name in one directory? Nothing need be there. */
+static inline bool whole_file_same_name(const char *a, const char *b) {
+    int in_a = whole_file_dir_length(a), in_b = whole_file_dir_length(b);
+    char dir_a[PATH_MAX], dir_b[PATH_MAX];
+    struct stat st_a, st_b;
+    if (strcmp(a + in_a, b + in_b) != 0)
+        return false;
+    snprintf(dir_a, sizeof dir_a, "%.*s.", in_a, a); // "." in the directory, or the one that this process is in
+    snprintf(dir_b, sizeof dir_b, "%.*s.", in_b, b);
+    return stat(dir_a, &st_a) == 0 && stat(dir_b, &st_b) == 0 && st_a.st_ino == st_b.st_ino &&
+           st_a.st_dev == st_b.st_dev;
+}
+
+/* Two files are to be written at a time: the name that one of them gets and the other has until it is whole, or NULL. */
+static inline const char *whole_file_clash(const struct whole_file *a, const struct whole_file *b) {
+    if (whole_file_same_name(a->target, b->part))
+        return a->target;
+    return whole_file_same_name(b->target, a->part) ? b->target : NULL;
 }
 
 // >>opening
@@ -400,13 +433,13 @@ static inline int whole_file_open_dir(struct whole_file *f, const char *path, st
 // >>what an older file keeps
 
 /* Bytes from ... to of one file into another, by the file system where it can. */
-static inline int whole_file_copy(int from, int to, off_t at, off_t end, const volatile sig_atomic_t *stop) {
+static inline int whole_file_copy(int from, int to, off_t at, off_t end, bool (*stop)(void *user), void *user) {
     char piece[65536];
     while (at < end) {
         off_t in = at, out = at;
         size_t n = (size_t)(end - at < 16 * (off_t)RMIG_MIB ? end - at : 16 * (off_t)RMIG_MIB);
-        if (*stop) {
-            errno = EINTR;
+        if (stop(user)) {
+            errno = ECANCELED;
             return -1;
         }
         ssize_t got = copy_file_range(from, &in, to, &out, n, 0);
@@ -421,9 +454,9 @@ static inline int whole_file_copy(int from, int to, off_t at, off_t end, const v
     return 0;
 }
 
-/* Copies what the file at PATH holds before an offset: that is not ours, and stays. Holes stay holes. Where *stop is
-   set, by a handler of signals, it ends with RMIG_ERR_CANCELLED. In place there is nothing to do. */
-static inline int whole_file_keep(struct whole_file *f, uint64_t before, const volatile sig_atomic_t *stop,
+/* Copies what the file at PATH holds before an offset: that is not ours, and stays. Holes stay holes. Where stop,
+   which is asked now and then, returns true it ends with RMIG_ERR_CANCELLED. In place there is nothing to do. */
+static inline int whole_file_keep(struct whole_file *f, uint64_t before, bool (*stop)(void *user), void *user,
                                   struct rmig_error *err) {
     struct stat st = {0};
     int from = f->in_place || before == 0 ? -1 : open(f->target, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
@@ -437,12 +470,12 @@ static inline int whole_file_keep(struct whole_file *f, uint64_t before, const v
             break;
         end = data < 0 ? -1 : lseek(from, data, SEEK_HOLE);
         end = end < 0 || end > size ? size : end; // some file systems know no holes
-        rc = whole_file_copy(from, f->fd, data < 0 ? at : data, end, stop);
+        rc = whole_file_copy(from, f->fd, data < 0 ? at : data, end, stop, user);
     }
     int error = errno;
     if (from >= 0)
         close(from);
-    if (rc < 0 && *stop)
+    if (rc < 0 && error == ECANCELED)
         return rmig_fail(err, RMIG_ERR_CANCELLED, 0, "cancelled");
     return rc == 0 ? RMIG_OK
                    : rmig_fail(err, RMIG_ERR_FILE, error, "cannot copy what %s holds before offset %llu to %s: %s",

@@ -3655,6 +3655,31 @@ Test(return_path, requested_before_the_first_connection_is_seen) {
     free_with_return_path(p, &back);
 }
 
+/* The link is so slow that the request comes when others are told that the sink is busy, and the news of the first
+   connection is not there yet. */
+Test(return_path, requested_late_on_a_slow_link) {
+    SIM_ONLY;
+    struct play *p = play_new(SIM_ORDERED);
+    struct raw *r = &p->raw, back;
+    struct rmig_error err = {0};
+    p->world.latency_ns = 300 * SIM_MS;
+    p->cfg.trace = keep_log;
+    play_sink(p, RAM_LENGTH, ROM_LENGTH);
+    raw_open(&back, p, p->fabric[0]);
+    raw_resolve(&back, RECEIVES);
+    raw_resolve(r, RECEIVES);
+    cr_assert_eq(r->ops->connect(r->ep, good_data, sizeof good_data, &err), RMIG_OK);
+    pass_time(r, 550 * SIM_MS);
+    cr_assert_not(r->established);
+    cr_assert_eq(back.ops->connect(back.ep, good_data, sizeof good_data, &err), RMIG_OK);
+    cr_assert(raw_until(&back, is_connected, 5 * SIM_SECOND) && back.established, "%s", back.text);
+    pass_time(r, SIM_SECOND);
+    const char *accepted = strstr(log_text, "return path: accepted"), *seen = strstr(log_text, "connected, version 1");
+    cr_assert(r->established && accepted != NULL && seen != NULL && accepted < seen, "%s", log_text);
+    cr_assert(rmig_sink_has_return_path(p->sink));
+    free_with_return_path(p, &back);
+}
+
 Test(return_path, each_message_waits_for_a_ready) {
     struct raw back;
     struct play *p = with_return_path(&back);

@@ -351,6 +351,7 @@ snapshots() { # GUEST
         --dirty-rate 0 --working-set 32M --fill 0 --downtime 0 --max-rounds 2 --strict
     check "a $1 guest runs on when a signal ends its snapshot" signal_while_saving "$1" INT
     check "a $1 guest runs on when its terminal is closed" signal_while_saving "$1" HUP
+    check "a $1 guest runs on when an alarm ends its snapshot" signal_while_saving "$1" ALRM
     check "a $1 guest is saved in place" in_place "$1"
     check "a $1 guest that is not loaded in time" not_in_time "$1"
 }

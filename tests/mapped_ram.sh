@@ -225,6 +225,13 @@ broken_calls() {
     check 'a name that cannot be given' broken_save 'cannot become' rename:error=EIO
 }
 
+cancelled_by_others() {
+    local signal
+    for signal in USR1 USR2 ALRM VTALRM PROF XCPU POLL PWR STKFLT; do
+        cancelled "$signal" || { echo "SIG$signal"; return 1; }
+    done
+}
+
 cancelled() { # SIGNAL
     local i status
     echo old >"$tmp/old"
@@ -623,6 +630,7 @@ places() {
     check 'not over what is read' not_over_what_is_read
     check 'long names' long_names
     check 'cancelled by SIGHUP' cancelled HUP
+    check 'cancelled by other signals that end a program' cancelled_by_others
     check 'nohup' hangup_ignored
     if can_inject; then
         check 'what lies before --offset is copied by hand' before_the_offset_by_hand

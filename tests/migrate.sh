@@ -328,6 +328,7 @@ file_errors() {
     check 'a file that exists is not replaced' existing_stays
     check '--force replaces a file that exists' existing_is_replaced
     check 'one file for two blocks is refused' one_file_twice
+    check 'a file that is the .part of another is refused' file_is_a_part
     check 'standard descriptors that are closed' closed_descriptors
     check 'a link is what it leads to' links_are_followed
     check 'a block that the source has not is refused' unknown_block
@@ -429,6 +430,23 @@ one_file_twice() {
     both 5 3 && says "$tmp/recv.err" "block b: $tmp/target is already the file of another block" && [ ! -e "$tmp/target" ]
 }
 
+# One of the files has, until it is whole, the name of the other. The way to it does not matter, nor the order.
+file_is_a_part() {
+    local order
+    mkdir -p "$tmp/there" && ln -sfn "$tmp/there" "$tmp/way"
+    for order in "a b" "b a"; do
+        # shellcheck disable=SC2086 # two words
+        set -- $order
+        send=(--block "$1=$tmp/odd" --block "$2=$tmp/page")
+        recv=(--block "a=$tmp/there/x" --block "b=$tmp/way/x.part")
+        both 5 3 && says "$tmp/recv.err" "/x.part, and the other" && says "$tmp/send.err" /x.part &&
+            [ -z "$(ls -A "$tmp/there")" ] || return 1
+    done
+    send=(--block "a=$tmp/odd" --state "$tmp/device")
+    recv=(--block "a=$tmp/there/x" --state "$tmp/there/x.part")
+    both 5 3 && says "$tmp/recv.err" 'block a:' "/x.part, and the other" && [ -z "$(ls -A "$tmp/there")" ]
+}
+
 # What is printed must not land in an image that has got the number of a closed descriptor. Which one has depends on what
 # the system opens before.
 closed_descriptors() {
@@ -464,6 +482,22 @@ too_much_state() {
     send=(--block "ram=$tmp/odd" --state "$tmp/big")
     recv=(--max-size 13M --wait 10)
     ! both 0 0 >"$tmp/both.out" && says "$tmp/recv.err" --max-size && says "$tmp/send.err" 'of state' && nothing_left
+}
+
+# What the user may have on the disk is less than what comes: each end names the quota.
+over_quota() {
+    local how
+    for how in '' --sparse; do
+        send=(--block "ram=$tmp/odd") recv=($how) # nothing, or a word
+        under=(env "ASAN_OPTIONS=detect_leaks=0${ASAN_OPTIONS:+:$ASAN_OPTIONS}" strace -f -qq -o "$tmp/calls"
+            -e trace=fallocate -e inject=fallocate:error=EDQUOT)
+        both 5 3
+        local rc=$?
+        under=()
+        [ $rc = 0 ] && says "$tmp/recv.err" 'quota exceeded' ram.part && says "$tmp/send.err" 'quota exceeded' ram.part &&
+            nothing_left && { [ -n "$how" ] || says "$tmp/recv.err" 'give --sparse'; } || return 1
+    done
+    grep -q EDQUOT "$tmp/calls"
 }
 
 # The receiver runs in a namespace of its own with 4 MiB for files; the sender wants to send 32 MiB.
@@ -816,6 +850,7 @@ disk() {
     fi
     check 'a second receiver does not empty what is whole' second_receiver
     check 'a part that is replaced gets no name' part_is_replaced
+    check 'a quota is exceeded' over_quota
     check 'the disk fails' disk_fails fsync:error=EIO:when=1
     check 'the disk fails at the last file' disk_fails fsync:error=EIO:when=7
     check 'the disk takes longer than the source would wait' slow_disk

@@ -28,6 +28,9 @@ wait_for() { # CONDITION: at most 10 s
 
 sink_env=()
 
+# No leaks can be looked for under strace.
+traced=(env "ASAN_OPTIONS=detect_leaks=0${ASAN_OPTIONS:+:$ASAN_OPTIONS}" strace -f -qq)
+
 # Starts a sink into $out; sets sink and address. Its words go to sink.out and sink.err.
 start_sink() { # OPTION...
     rm -rf "$out" "$out.part"
@@ -187,8 +190,15 @@ holes_stay() {
 
 # When the source has let the machine go, what looks for holes in its RAM fails.
 search_fails() {
-    local sink_env=(strace -f -qq -o "$tmp/calls" -e trace=lseek -e inject=lseek:error=EIO)
+    local sink_env=("${traced[@]}" -o "$tmp/calls" -e trace=lseek -e inject=lseek:error=EIO)
     moved "$tmp/vm" && grep -q 'SEEK_DATA.*EIO' "$tmp/calls"
+}
+
+# What the user may have on the disk is less than what comes.
+over_quota() {
+    local sink_env=("${traced[@]}" -o "$tmp/calls" -e trace=fallocate -e inject=fallocate:error=EDQUOT)
+    both 5 3 "$tmp/vm" && says "$tmp/sink.err" 'quota exceeded' "$out.part/ram/" && says "$tmp/source.err" 'gave up' &&
+        nothing_left && grep -q EDQUOT "$tmp/calls" # version 1 has no words for it
 }
 
 facts() {
@@ -415,6 +425,26 @@ too_slow() {
     source_from "$tmp/large" --set max-bandwidth=128K --timeout 10
     sent=$?
     ends "$sink" 5 6 qemu_sink && [ $sent = 5 ] && says "$tmp/source.err" --timeout && nothing_left
+}
+
+# The time of --timeout runs out before anything is connected: in the first look at a file, delayed by more than that.
+late_reading() { # FILE: a machine; what is looked at is FILE or below it
+    local file=$1
+    [ ! -d "$file" ] || file+=/state
+    refused 3 "$1 was not loaded within the 2 s of --timeout" -- "${traced[@]}" -o /dev/null -P "$file" \
+        -e trace=read,pread64 -e inject=read,pread64:delay_enter=4000000:when=1 \
+        "$source_program" "${over[@]}" --timeout 2 "$1" 127.0.0.1:1
+}
+
+late_reading_of_both() {
+    mapped save "$tmp/vm" "$tmp/saved" && late_reading "$tmp/saved" && late_reading "$tmp/vm"
+}
+
+late_copying() {
+    cp "$tmp/vm/state" "$snap" && refused 4 'before --offset' 'within the 2 s of --timeout' -- "${traced[@]}" -o /dev/null \
+        -e trace=lseek -e inject=lseek:delay_enter=4000000:when=1 \
+        "$sink_program" "${over[@]}" --timeout 2 --listen 127.0.0.1:0 --offset 64K --snapshot "$snap" && no_part &&
+        cmp "$snap" "$tmp/vm/state"
 }
 
 nobody_listens() {
@@ -1039,14 +1069,18 @@ file_without_end() {
 
 # On a device an older end may follow, so it is no snapshot there; what the message says makes of it what a file holds.
 device_without_end() {
-    local at command
+    local at command loop=$loop name
+    name=$tmp/$(printf '%*s' 210 '' | tr ' ' x)" 'quoted' \$HOME"
+    if mknod "$name" b "$((0x$(stat -c %t "$loop")))" "$((0x$(stat -c %T "$loop")))" 2>/dev/null && : 2>/dev/null <"$name"; then
+        loop=$name
+    fi
     for at in 0 5000; do
         rm -f "$snap" "$snap.part"
         start_file_sink --offset ${at}B && raw_delivers "$end$device" && ends "$sink" 6 5 qemu_sink && mv "$snap.part" "$tmp/no.end" || return 1
         snap=$loop start_file_sink --in-place --offset ${at}B && raw_delivers "$end$device" && ends "$sink" 6 5 qemu_sink &&
             says "$tmp/sink.err" suppress-vmdesc "$loop is kept" "first 8 bytes, at offset $at, are zeros" || return 1
         [ "$(od -An -tu8 -j$at -N8 "$loop")" -eq 0 ] || { echo 'the magic is there'; return 1; }
-        command=$(sed -n 's/.*: \({ head .*\)FILE$/\1/p' "$tmp/sink.err")
+        command=$(sed -n 's/.*: \(device=.*\)FILE$/\1/p' "$tmp/sink.err")
         bash -c "$command$tmp/copied" && [ "$(stat -c %s "$tmp/copied")" = "$(stat -c %s "$tmp/no.end")" ] ||
             { echo "the command: $command"; return 1; }
         refused 5 'does not end in a description' -- "$mapped_program" verify --offset ${at}B "$tmp/copied" || return 1
@@ -1065,6 +1099,20 @@ file_cancelled_with_all_state() {
     ends "$sink" 6 2 qemu_sink && says "$tmp/sink.err" cancelled 'holds the machine' "$snap.part is kept" &&
         mapped verify --quiet "$snap.part" && [ ! -e "$snap" ]
     local rc=$?
+    wait "$raw"
+    return $rc
+}
+
+# The memory of a sink fails when all has come. In place there is no FILE.part.
+memory_fails_in_place() {
+    mapped save "$tmp/vm" "$snap" && start_file_sink --in-place --trace || return 1
+    raw_delivers "$end$device$description" 3 &
+    local raw=$! rc
+    wait_for "grep -q 'REGISTER_FINISHED' $tmp/sink.err" && sleep 0.6 || return 1
+    kill -BUS "$(real_pid "$sink")"
+    ends "$sink" 6 2 qemu_sink && says "$tmp/sink.err" 'disk or a quota is full' 'is kept, but may not be whole' "whole: $snap" && no_part &&
+        ! grep -q '\.part' "$tmp/sink.err"
+    rc=$?
     wait "$raw"
     return $rc
 }
@@ -1245,6 +1293,7 @@ snapshots() {
         check 'a file of a source without a description of its devices' file_without_end
         [ -z "$loop" ] || check 'a device, of a source without a description of its devices' device_without_end
         check 'a sink into a file is cancelled when all state has come' file_cancelled_with_all_state
+        check 'the memory of a sink in place fails when all state has come' memory_fails_in_place
     }
     files_of_sources_like_qemu
 }
@@ -1263,8 +1312,11 @@ check 'names of blocks become names of files' names_are_files
 check 'holes stay holes' holes_stay
 if strace -qq -o /dev/null -e trace=none true 2>/dev/null; then
     check 'holes cannot be looked for' search_fails
+    check 'a quota is exceeded' over_quota
+    check '--timeout while a machine is read' late_reading_of_both
+    check '--timeout while what lies before --offset is copied' late_copying
 else
-    skip 'holes cannot be looked for' 'not installed: strace'
+    skip 'holes cannot be looked for, slow files' 'not installed: strace'
 fi
 check 'facts of the stream, and --json of the source' facts
 check '--json of the sink' sink_json
@@ -1288,6 +1340,7 @@ check 'the source is interrupted' cancel source INT
 check 'the sink is interrupted' cancel sink INT
 check 'the sink is terminated' cancel sink TERM
 check 'the terminal of the sink is closed' cancel sink HUP
+check 'the sink uses up its time on the processor' cancel sink XCPU
 check 'a waiting sink is interrupted' cancel_waiting
 check 'nobody comes' nobody_comes
 check '--timeout in mid-migration, at either end' too_slow

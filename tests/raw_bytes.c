@@ -5,8 +5,9 @@
    RMIG_SEED=n: other rubbish. RMIG_INPUTS=n: so many connections at each side (500 by default), each with some
    messages.
 
-   One input is never made: a message that acknowledges what nobody sent. libfabric 1.17 follows NULL then, and nothing
-   on this side of it can prevent that; see STRANGERS in rmig_fabric_ofi.h. */
+   Some inputs are never made: libfabric follows NULL then, and nothing on this side of it can prevent that; see
+   STRANGERS in rmig_fabric_ofi.h. A message that acknowledges what nobody sent is one for every version, for the others
+   see trusts_more. */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
@@ -196,6 +197,29 @@ struct request { // what libfabric says first: a header of 32 bytes, then rmig's
 
 static bool chance(unsigned percent) { return below(100) < percent; }
 
+/* Seen with libfabric 2.1, and assumed of every one after 1.17. For a tagged message (1) it follows the endpoint's pointer
+   to a peer, which only endpoints of FI_EP_RDM have, with a shared receive context too, and before it looks at a limit;
+   the messages of their rendezvous (5 to 7) follow more of the kind. A message with flag 8 (commit) makes it flush the
+   caches of the addresses in it, whoever sent them. */
+static bool trusts_more(void) { return FI_VERSION_GE(fi_version(), FI_VERSION(1, 18)); }
+
+/* A header may begin anywhere, so no byte is such an operation, or has such a flag: it is one that there is not. */
+static size_t without_those(uint8_t *p, size_t n) {
+    for (size_t i = 0; i < n && trusts_more(); i++) {
+        if ((p[i] & 8) != 0)
+            p[i] = (uint8_t)((p[i] & ~8) | 16);
+        if (p[i] == OP_TAGGED || (p[i] >= 5 && p[i] <= 7))
+            p[i] |= 16;
+    }
+    return n;
+}
+
+static void skip_where_tagged_messages_are_fatal(void) {
+    uint32_t v = fi_version();
+    if (trusts_more())
+        cr_skip_test("a tagged message ends the process in libfabric %u.%u itself", FI_MAJOR(v), FI_MINOR(v));
+}
+
 /* The header of a message in the byte order of the machine, as between equals: version, operation, u16 flags, u8
    operation data, u8 count of regions, u8 header size, u8 number, u64 size; then up to 128 bytes more. */
 static size_t make_message(uint8_t *p, bool tagged) {
@@ -230,12 +254,14 @@ static size_t make_rubbish(uint8_t *p, size_t room, bool tagged) {
         for (uint64_t more = chance(50) ? 0 : below(600); more > 0; more--)
             p[n++] = (uint8_t)(chance(50) ? 3 : rng() | 8); // behind an end it is a header, but no acknowledgement
     }
-    return chance(25) ? below(n + 1) : n;
+    return without_those(p, chance(25) ? below(n + 1) : n);
 }
 
+/* Of a request or an answer. What its header no longer claims is the beginning of a message. */
 static void mutate(uint8_t *p, size_t n) {
     for (uint64_t i = 1 + below(4); i > 0; i--)
         p[below(n)] = (uint8_t)(chance(50) ? rng() : 1u << below(8));
+    without_those(p + CONTROL_SIZE, n - CONTROL_SIZE);
 }
 
 static void leave(int s) {
@@ -337,7 +363,8 @@ OVER_TCP(a_sink_outlives_them) {
         run_source(provider, 0, 0, address);
     expect_success(sink, "the sink");
     expect_success(source, "the honest source");
-    fprintf(stderr, "%s: %u of %u inputs came behind an accepted request\n", provider, deep, n);
+    fprintf(stderr, "%s: %u of %u inputs came behind an accepted request%s\n", provider, deep, n,
+            trusts_more() ? "; none was tagged or asked for a commit, which ends the process in this libfabric" : "");
     cr_assert(deep > 0, "no input came behind an accepted request"); // how many depends on how busy the machine is
 }
 
@@ -354,6 +381,7 @@ OVER_TCP(a_sink_outlives_tagged_messages) {
     struct request extended = capture(provider, RMIG_FLAG_EXTENSION);
     uint8_t answer[RAW_REQUEST_MAX];
     char address[64];
+    skip_where_tagged_messages_are_fatal();
     pid_t sink = start_sink(provider, address, sizeof address);
     int s = raw_connect((uint16_t)atoi(strrchr(address, ':') + 1));
     cr_assert(s >= 0 && raw_write(s, extended.bytes, extended.n));
@@ -373,6 +401,7 @@ OVER_TCP(a_source_outlives_tagged_messages) {
     uint8_t bytes[RAW_REQUEST_MAX];
     char address[64];
     uint16_t port;
+    skip_where_tagged_messages_are_fatal();
     int listener = raw_listen(&port);
     pid_t sink = start_sink(provider, address, sizeof address), source = start();
     if (source == 0)

@@ -1894,6 +1894,47 @@ Test(session, what_fails_at_this_end_is_no_address_that_cannot_be_reached) {
     close_world(&w);
 }
 
+/* Only an ERROR before the connection is there has that word; elsewhere a fabric may leave anything in its place. */
+Test(session, at_this_end_means_nothing_in_other_events) {
+    struct world w;
+    struct rmig_source *second = NULL;
+    struct rmig_error err = {0};
+    small_world(&w);
+    w.cfg.stray_at_this_end = true;
+    connect_world(&w); // RESOLVED, ESTABLISHED
+    cr_assert_eq(rmig_source_open(sim_fabric(w.sim, 0), NULL, &second, &err), RMIG_OK);
+    cr_assert_eq(rmig_source_add_block(second, &w.ram[0].from, NULL), RMIG_OK);
+    cr_expect_eq(rmig_source_connect(second, by_name(&w, "sink+b.invalid")), RMIG_ERR_REFUSED); // REJECTED
+    cr_expect(says(rmig_source_error(second)->text, "b.invalid:"), "%s", rmig_source_error(second)->text);
+    rmig_source_close(second);
+    one_round(&w); // SEND, RECV, WRITE
+    finish(&w); // DISCONNECTED
+    close_world(&w);
+}
+
+/* The first write fails: the status, and the words. */
+static int fail_a_write(bool stray, char *text, size_t size) {
+    struct world w;
+    small_world(&w);
+    w.cfg.stray_at_this_end = stray;
+    w.cfg.faults[0] = (struct sim_fault){SIM_FAULT_COMPLETION, SIM_WRITE, 0, 1};
+    connect_world(&w);
+    SOURCE_OK(&w, rmig_source_begin_round(w.source));
+    SOURCE_OK(&w, rmig_source_save_range(w.source, 0, 0, w.ram[0].from.length));
+    int status = rmig_source_end_round(w.source);
+    snprintf(text, size, "%s", rmig_source_error(w.source)->text);
+    close_world(&w);
+    return status;
+}
+
+Test(session, at_this_end_means_nothing_once_there_is_a_connection) {
+    char usual[512], stray[512];
+    int status = fail_a_write(false, usual, sizeof usual);
+    cr_expect_lt(status, 0);
+    cr_expect_eq(fail_a_write(true, stray, sizeof stray), status);
+    cr_expect_str_eq(stray, usual);
+}
+
 /* The one that was there is what counts. */
 Test(session, a_sink_that_is_busy_says_so_and_the_next_address_is_tried) {
     struct world w;

@@ -117,6 +117,7 @@ struct sim_config {
     bool no_copy; // writes touch no memory; bounds, keys and access are still checked
     bool no_retry; // a send that finds no receive breaks the connection at once, instead of waiting for one
     bool extra_completions; // some that were not asked for
+    bool stray_at_this_end; // at_this_end is set in all events in which it means nothing
 
     struct sim_fault faults[SIM_FAULTS_MAX]; // kind SIM_NO_FAULT: unused
     uint32_t random_per_million; // each operation fails at random with this chance ...
@@ -1674,7 +1675,11 @@ static inline int sim_op_poll(struct rmig_ep *base, struct rmig_fabric_event *ev
         sim_told(ep, out);
         if (out->hidden)
             continue;
-        events[got++] = out->e;
+        events[got] = out->e;
+        bool early = out->e.type == RMIG_FEV_ERROR && ep->conn != NULL && !ep->conn->up[ep->end];
+        if (side->sim->cfg.stray_at_this_end && !early)
+            events[got].at_this_end = true;
+        got++;
         sim_note(side->sim, side->time ^ (uint64_t)out->e.type << 48 ^ out->e.id << 16);
     }
     return got;
