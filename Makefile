@@ -202,10 +202,10 @@ CHECK_LINES = $(LINT_LINES) 'tap headers 2400 tests/headers.sh' $(VM_LINES) $(IN
 	$(ARCH_LINES) $(call FUZZ_LINES,5)
 
 # $(1): what to build first. $(2): lines to run. A program that does not build is a failure, and the rest still runs.
-# One line more than there are cores: most lines wait for something at times.
+# Two lines more than there are cores: most lines wait for something at times.
 run_lines = mkdir -p $(B); built=0; \
 	$(if $(1),$(MAKE) -k --no-print-directory $(if $(findstring -j,$(MAKEFLAGS)),,-j$(JOBS)) $(1) || built=$$?;) \
-	printf '%s\n' $(2) >$(B)/check.list && perl tests/run.pl --built $$built --jobs $$(($(JOBS) + 1)) --out $(B)/log $(B)/check.list
+	printf '%s\n' $(2) >$(B)/check.list && perl tests/run.pl --built $$built --jobs $$(($(JOBS) + 2)) --out $(B)/log $(B)/check.list
 
 check: | $(AFTER_DEPS)
 	@$(call run_lines,check-binaries,$(CHECK_LINES))
