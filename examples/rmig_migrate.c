@@ -292,52 +292,50 @@ static int open_for_sending(struct run *r, struct image *image) {
     return 0;
 }
 
-/* Is its part that of another block here, or of the state? */
-static bool is_ours(const struct run *r, const struct image *image) {
-    for (size_t i = 0; i <= r->images.count; i++) {
-        const struct whole_file *other = i < r->images.count ? &r->images.at[i].file : &r->state.file;
-        const struct whole_file as = {.fd = other->fd, .part = image->file.part};
-        if (other != &image->file && as.fd >= 0 && as.part != NULL && whole_file_is_mine(&as))
-            return true;
-    }
-    return false;
+/* Is the file of one of two also that of the other, or called what the other is until it is whole? */
+static int check_pair(struct run *r, const struct whole_file *file, const struct whole_file *other, const char *what) {
+    if (other->target == NULL)
+        return 0;
+    if (whole_file_same_name(file->target, other->target))
+        return fail(&r->p, EXIT_FILES, "%s: %s is already the file of another block, or of the state: name one for each",
+                    what, file->path);
+    const char *clash = whole_file_clash(file, other);
+    return clash == NULL ? 0
+                         : fail(&r->p, EXIT_FILES,
+                                "%s: of it and of another block, or the state, one is to be called %s, and the other "
+                                "is called that until it is whole: name another file",
+                                what, clash);
 }
 
-/* Is one of two files called, until it is whole, what the other will be called? The state is opened when the first of
-   it comes, and its place is known before. */
-static int check_clash(struct run *r, const struct image *image, const struct image *other, const char *what) {
+/* Of a file that is to be opened: with those that are open, and with the state's, which is opened when the first of it
+   comes. What is asked of the file system does not grow with the number of blocks: the source chooses that. */
+static int check_names(struct run *r, const struct image *image, const char *what) {
     struct rmig_error err = {0};
-    struct whole_file a = {.fd = -1}, b = {.fd = -1};
-    const char *clash = NULL;
-    if (other == image || other->path == NULL)
-        return 0;
-    if (whole_file_name(&a, image->path, 0, &err) == RMIG_OK && whole_file_name(&b, other->path, 0, &err) == RMIG_OK)
-        clash = whole_file_clash(&a, &b);
-    int rc = clash == NULL ? 0
-                           : fail(&r->p, EXIT_FILES,
-                                  "%s: of it and of another block, or the state, one is to be called %s, and the other "
-                                  "is called that until it is whole: name another file",
-                                  what, clash);
-    whole_file_free(&a);
-    whole_file_free(&b);
-    return err.status == RMIG_OK ? rc : fail(&r->p, EXIT_FILES, "%s: %s", what, err.text);
+    struct whole_file file = {.fd = -1}, state = {.fd = -1};
+    int rc = whole_file_name(&file, image->path, 0, &err);
+    if (rc == RMIG_OK && image != &r->state)
+        rc = whole_file_name(&state, r->state.path, 0, &err);
+    if (rc != RMIG_OK)
+        rc = fail(&r->p, EXIT_FILES, "%s: %s", what, err.text);
+    else
+        rc = check_pair(r, &file, &state, what);
+    for (size_t i = 0; i < r->images.count && rc == 0; i++)
+        rc = check_pair(r, &file, &r->images.at[i].file, what);
+    whole_file_free(&file);
+    whole_file_free(&state);
+    return rc;
 }
 
 static int open_part(struct run *r, struct image *image, const char *what) {
     struct rmig_error err;
     struct stat st;
-    for (size_t i = 0; i <= r->images.count; i++)
-        if (check_clash(r, image, i < r->images.count ? &r->images.at[i] : &r->state, what) < 0)
-            return -1;
+    if (check_names(r, image, what) < 0)
+        return -1;
     if (!r->opt.force && lstat(image->path, &st) == 0)
         return fail(&r->p, EXIT_FILES, "%s: %s exists: remove it, or give --force", what, image->path);
-    if (whole_file_open(&image->file, image->path, WHOLE_FILE_ONLY, &err) == RMIG_OK)
-        return 0;
-    if (is_ours(r, image))
-        return fail(&r->p, EXIT_FILES,
-                    "%s: %s is already the file of another block, or of the state: name one for each", what,
-                    image->path);
-    return fail(&r->p, EXIT_FILES, "%s: %s", what, err.text);
+    return whole_file_open(&image->file, image->path, WHOLE_FILE_ONLY, &err) == RMIG_OK
+               ? 0
+               : fail(&r->p, EXIT_FILES, "%s: %s", what, err.text);
 }
 
 static int open_for_receiving(struct run *r, struct image *image) {
@@ -1140,7 +1138,7 @@ static const char doc[] =
     "  4  no connection: fabric, listen, connect, or nobody came\n"
     "  5  the migration failed; the receiver keeps nothing\n"
     "  6  the handover broke off, or a file got no name: the receiver has FILE.part\n"
-    "  7  cancelled by a signal, but for SIGQUIT, which dumps core";
+    "  7  cancelled by a signal (one that dumps core ends it at once)";
 
 static void parse_block(struct options *opt, const char *arg, struct argp_state *state) {
     const char *equals = strchr(arg, '=');

@@ -633,7 +633,28 @@ long_names() {
 state_poses_as_block() {
     send=(--block "state=$tmp/page" --state "$tmp/device")
     recv=()
-    both 5 3 && says "$tmp/recv.err" "the state: $out/state is already the file of another block" && nothing_left
+    both 5 3 && says "$tmp/recv.err" "block state: $out/state is already the file of another block" && nothing_left || return 1
+    send=(--block "a=$tmp/page" --state "$tmp/device")
+    recv=(--block "a=$out/../out/x" --state "$out/x")
+    both 5 3 && says "$tmp/recv.err" 'block a:' 'is already the file of another block'
+}
+
+# What the receiver asks of the file system for one block must not grow with their number, which the source chooses.
+names_cost_the_same() {
+    local i n calls=()
+    for n in 50 100 200; do
+        send=() recv=()
+        for ((i = 0; i < n; i++)); do
+            send+=(--block "b$i=$tmp/byte")
+        done
+        under=(env "ASAN_OPTIONS=detect_leaks=0${ASAN_OPTIONS:+:$ASAN_OPTIONS}" strace -f -qq -o "$tmp/calls" -e trace=%file)
+        both 0 0 || return 1
+        under=()
+        calls+=("$(wc -l <"$tmp/calls")")
+    done
+    [ "$((calls[2] - calls[1]))" -le "$(((calls[1] - calls[0]) * 5 / 2))" ] && return
+    echo "for 50, 100 and 200 blocks: ${calls[*]} calls"
+    return 1
 }
 
 # >>the disk of the receiver
@@ -848,6 +869,7 @@ disk() {
         skip 'disks that fail' "$(command -v strace >/dev/null && echo 'strace may not trace here' || echo 'not installed: strace')"
         return
     fi
+    check 'the names of many blocks cost the same for each' names_cost_the_same
     check 'a second receiver does not empty what is whole' second_receiver
     check 'a part that is replaced gets no name' part_is_replaced
     check 'a quota is exceeded' over_quota
