@@ -1340,9 +1340,10 @@ static int demo_start(const struct options *o, struct end *end, const int addres
 }
 
 /* Waits for both. Each ends by its own deadlines, so what is later than that is killed. A destination whose source
-   ended before it connected would listen on: it is told. */
+   ended before it connected would listen on: it is told; and both are when the demo itself is to end. */
 static void demo_wait(struct end *end, uint64_t deadline) {
     uint64_t tell = UINT64_MAX;
+    bool told = false;
     while (end[0].status < 0 || end[1].status < 0) {
         for (int i = 0; i < 2; i++) {
             int status;
@@ -1358,6 +1359,10 @@ static void demo_wait(struct end *end, uint64_t deadline) {
             kill(end[1].pid, SIGTERM);
             tell = UINT64_MAX;
         }
+        for (int i = 0; i < 2 && interrupted && !told; i++)
+            if (end[i].status < 0)
+                kill(end[i].pid, SIGTERM);
+        told = interrupted;
         for (int i = 0; i < 2 && guest_now() > deadline; i++)
             if (end[i].status < 0 && kill(end[i].pid, SIGKILL) == 0)
                 fprintf(stderr, "the %s did not end in time: killed\n", end[i].name);

@@ -646,7 +646,7 @@ static const char doc[] = "Looks at snapshot files in QEMU's mapped-ram format, 
                           "  2  bad usage, or a bad parameter\n"
                           "  3  a file cannot be read or written\n"
                           "  5  a file is not a whole snapshot, or what it holds does not fit\n"
-                          "  7  cancelled by a signal, but for SIGQUIT, which dumps core";
+                          "  7  cancelled by a signal (one that dumps core ends it at once)";
 
 static const struct {
     const char *name;

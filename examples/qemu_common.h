@@ -24,7 +24,7 @@ The program defines _GNU_SOURCE, PROGRAM, RMIG_IMPLEMENTATION before, and includ
     "  4  no connection: fabric, listen, connect, or nobody came\n"                                                    \
     "  5  the migration failed\n"                                                                                      \
     "  6  the handover broke off, or what was moved got no name: see the message\n"                                    \
-    "  7  cancelled by a signal, but for SIGQUIT, which dumps core"
+    "  7  cancelled by a signal (one that dumps core ends it at once)"
 
 struct common {
     struct program p;

@@ -56,14 +56,17 @@ static inline void whole_file_hold_standard(void) {
 }
 
 /* Beside SIGINT and SIGTERM: signals that would end the program, and leave what it writes. One that is ignored (nohup) or
-   handled (by a profiler) stays so. SIGQUIT is left alone: it dumps core, and what is written stays to be looked at. */
+   handled (by a profiler) stays so. Those that dump core are left alone: what is written stays to be looked at. */
 static inline void whole_file_catch_signals(const struct sigaction *cancel) {
-    static const int number[] = {SIGHUP,  SIGUSR1, SIGUSR2, SIGALRM, SIGVTALRM,
-                                 SIGPROF, SIGXCPU, SIGPOLL, SIGPWR,  SIGSTKFLT};
-    for (size_t i = 0; i < sizeof number / sizeof number[0]; i++) {
+    for (int number = 1; number <= SIGRTMAX; number++) {
+        static const int those[] = {SIGHUP,  SIGUSR1, SIGUSR2, SIGALRM, SIGVTALRM,
+                                    SIGPROF, SIGXCPU, SIGPOLL, SIGPWR,  SIGSTKFLT};
+        bool ends = number >= SIGRTMIN;
+        for (size_t i = 0; i < sizeof those / sizeof those[0]; i++)
+            ends = ends || those[i] == number;
         struct sigaction before;
-        if (sigaction(number[i], NULL, &before) == 0 && before.sa_handler == SIG_DFL)
-            sigaction(number[i], cancel, NULL);
+        if (ends && sigaction(number, NULL, &before) == 0 && before.sa_handler == SIG_DFL)
+            sigaction(number, cancel, NULL);
     }
 }
 

@@ -37,6 +37,24 @@ sabotage_is_noticed() { # GUEST
     [ "$(json_field "$tmp/lost.json" verified)" = 0 ] || { cat "$tmp/lost.json"; return 1; }
 }
 
+# It passes the signal on: both ends end, and nothing is called a success.
+demo_is_told() { # SIGNAL
+    : >"$tmp/told.err"
+    timeout -k 5 600 "$program" demo --guest thread --ram 64M --run-before 300s 2>"$tmp/told.err" &
+    local demo=$! i status
+    for ((i = 0; i < 400; i++)); do
+        grep -q 'listening on' "$tmp/told.err" && break
+        sleep 0.05
+    done
+    pkill "-$1" -P "$demo"
+    wait "$demo"
+    status=$?
+    [ "$status" != 0 ] && [ "$status" != 124 ] && grep -q 'cancelled by a signal' "$tmp/told.err" && return
+    echo "exit status $status"
+    cat "$tmp/told.err"
+    return 1
+}
+
 start_dest() { # OPTION...: sets dest and address
     local i
     : >"$tmp/dest.err" # the address of an older one is none
@@ -369,6 +387,8 @@ fi
 both thread
 snapshots thread
 check 'a source that does not suit, and the next one' next_source
+check 'a demo is ended' demo_is_told TERM
+check 'a demo is ended by an alarm' demo_is_told ALRM
 if unshare -rm true 2>/dev/null; then
     check 'a port alone, and a name with several addresses' by_name
 else
