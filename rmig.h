@@ -3399,6 +3399,42 @@ static uint64_t rmig__idle_at(const struct rmig__session *ss) {
     return rmig__after(ss->last_sent, rmig__max(ss->peer_idle_max / 4, RMIG__KEEPALIVE_MIN));
 }
 
+// >>pacer: implementation
+
+/* Holds writes back so that no more bytes leave in a second than max-bandwidth says: a bucket that fills at that rate
+   and holds 20 ms of it. A write takes out its bytes, and empties the bucket if it is longer. Once less than a page is
+   left, nothing leaves until half of the bucket is full: the writes that follow are then worth a message.
+
+   Holds always: tokens are at most what the bucket holds, and what was allowed since the round began is at most the
+   rate times the time since then. */
+struct rmig__pacer {
+    uint64_t tokens; // bytes that may leave
+    uint64_t filled; // when
+    uint64_t until; // who was held back may come again then; 0: nobody was
+};
+
+static void rmig__pacer_begin(struct rmig__pacer *p, uint64_t now) {
+    p->tokens = 0;
+    p->filled = now;
+}
+
+/* Bytes that may leave now, whole pages; 0: wait until p->until. */
+static uint64_t rmig__pacer_allows(struct rmig__pacer *p, uint64_t rate, uint64_t page_size, uint64_t now) {
+    uint64_t burst = rmig__max(rate / 50, page_size); // 20 ms
+    uint64_t earned = (uint64_t)((double)rate * (double)(now - p->filled) / 1e9);
+    if (earned > 0) {
+        p->tokens = rmig__min(p->tokens + earned, burst);
+        p->filled = now;
+    }
+    if (p->tokens >= page_size)
+        return p->tokens / page_size * page_size;
+    uint64_t missing = rmig__max(burst / 2, page_size) - p->tokens;
+    p->until = now + 1 + (uint64_t)((double)missing * 1e9 / (double)rate);
+    return 0;
+}
+
+static void rmig__pacer_spend(struct rmig__pacer *p, uint64_t bytes) { p->tokens -= rmig__min(p->tokens, bytes); }
+
 // >>source: implementation
 
 #define RMIG__WRITE_BATCH 64 // writes handed to the fabric in one call
@@ -3559,7 +3595,7 @@ struct rmig_source {
     unsigned queued;
     uint64_t unsignalled, unsignalled_bytes; // writes since the last that asked for a completion
     struct rmig__flight flight;
-    uint64_t tokens, tokens_time, pace_until; // pacer
+    struct rmig__pacer pacer;
 
     uint8_t *stream;
     size_t stream_fill, stream_limit;
@@ -4451,7 +4487,7 @@ static void rmig__wire_look(struct rmig_source *s) {
     uint64_t now = rmig__now(&s->ss), zero = s->ss.stats.bytes_zero;
     if (w->began && !w->idle && (w->busy || zero == w->zero))
         w->ns += now - w->at;
-    w->busy = rmig__outstanding(s) > 0 || s->windows > 0 || now < s->pace_until;
+    w->busy = rmig__outstanding(s) > 0 || s->windows > 0 || now < s->pacer.until;
     w->idle = rmig__settled(s);
     w->at = now;
     w->zero = zero;
@@ -4547,22 +4583,9 @@ static int rmig__control_out(struct rmig_source *s, bool *moved) {
 
 // --- writes out
 
-/* Bytes that the pacer allows now; whole pages, 0: wait until pace_until. */
 static uint64_t rmig__pace(struct rmig_source *s) {
     uint64_t rate = rmig_get(&s->ss.cfg, RMIG_PARAM_MAX_BANDWIDTH);
-    if (rate == 0)
-        return UINT64_MAX;
-    uint64_t now = rmig__now(&s->ss), burst = rmig__max(rate / 50, s->page_size); // 20 ms
-    uint64_t earned = (uint64_t)((double)rate * (double)(now - s->tokens_time) / 1e9);
-    if (earned > 0) {
-        s->tokens = rmig__min(s->tokens + earned, burst);
-        s->tokens_time = now;
-    }
-    if (s->tokens >= s->page_size)
-        return s->tokens / s->page_size * s->page_size;
-    uint64_t missing = rmig__max(burst / 2, s->page_size) - s->tokens;
-    s->pace_until = now + 1 + (uint64_t)((double)missing * 1e9 / (double)rate);
-    return 0;
+    return rate == 0 ? UINT64_MAX : rmig__pacer_allows(&s->pacer, rate, s->page_size, rmig__now(&s->ss));
 }
 
 /* Posts what is prepared; what the fabric does not take stays. */
@@ -4696,7 +4719,7 @@ static bool rmig__next_write(struct rmig_source *s, uint64_t allowed, uint64_t s
         rmig__queue_write(s, r, offset, length, stride);
         rmig__take_pages(s, block, page, n);
         s->write.page = page + n;
-        s->tokens -= rmig__min(s->tokens, length);
+        rmig__pacer_spend(&s->pacer, length);
         s->ss.stats.bytes_written += length;
         s->ss.stats.pages_written += n;
         s->ss.stats.round_bytes += length;
@@ -4908,7 +4931,7 @@ static int rmig__source_turn(struct rmig_source *s, bool *moved) {
 
 static int rmig__source_step(struct rmig_source *s) {
     s->unstepped = 0;
-    s->pace_until = 0;
+    s->pacer.until = 0;
     if (s->ss.failed || s->state == RMIG__SOURCE_NEW || s->state == RMIG__SOURCE_DONE)
         return s->ss.failed;
     bool moved = true;
@@ -4983,8 +5006,8 @@ RMIG__DEF uint64_t rmig_source_next_deadline(struct rmig_source *s) {
         at = rmig__min(at, s->attempt_until);
     if (s->credit)
         at = rmig__min(at, rmig__idle_at(&s->ss));
-    if (s->pace_until != 0)
-        at = rmig__min(at, s->pace_until);
+    if (s->pacer.until != 0)
+        at = rmig__min(at, s->pacer.until);
     if (rmig__closed_window(s) != NULL && rmig__hold_until(s) > rmig__now(&s->ss))
         at = rmig__min(at, rmig__hold_until(s));
     if (s->ss.no_fds)
@@ -5045,10 +5068,11 @@ RMIG__DEF int rmig_source_begin_round(struct rmig_source *s) {
     s->hole.block = UINT32_MAX;
     s->prelude = s->stream_fill > 0;
     s->round_before = s->round_began;
-    s->round_began = s->saved_at = s->tokens_time = rmig__now(&s->ss);
+    s->round_began = s->saved_at = rmig__now(&s->ss);
     memset(&s->wire, 0, sizeof s->wire);
     s->wire.begin.bytes = s->wire.mark[0].bytes = s->wire.mark[1].bytes = s->flight.bytes;
-    s->tokens = s->saved = 0;
+    rmig__pacer_begin(&s->pacer, s->round_began);
+    s->saved = 0;
     s->ss.stats.round_bytes = s->ss.stats.round_saved = s->ss.stats.round_ns = 0;
     rmig__trace(&s->ss, "round %llu begins", (unsigned long long)s->ss.stats.rounds + 1);
     return RMIG_OK;
