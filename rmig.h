@@ -3435,6 +3435,45 @@ static uint64_t rmig__pacer_allows(struct rmig__pacer *p, uint64_t rate, uint64_
 
 static void rmig__pacer_spend(struct rmig__pacer *p, uint64_t bytes) { p->tokens -= rmig__min(p->tokens, bytes); }
 
+// >>outbox: implementation
+
+/* The embedder's stream bytes on their way to the sink: put in at the end, taken out at the front, a message at a time. A
+   message holds at most `limit` bytes. When that many are there nothing more is taken, and a message is due; with fewer
+   it is due when somebody waits for them: the embedder who flushes, the round that begins behind them, the end of a round
+   or of everything.
+
+   Holds always: `first` and `flush` only while bytes are there. */
+struct rmig__outbox {
+    uint8_t *bytes; // RMIG_PAYLOAD_MAX
+    size_t fill, limit;
+    bool first; // they are from before the round: nothing of it leaves before them
+    bool flush; // the embedder waits until they are gone
+};
+
+static size_t rmig__outbox_put(struct rmig__outbox *o, const void *data, size_t n) {
+    size_t room = o->limit > o->fill ? o->limit - o->fill : 0;
+    n = n < room ? n : room;
+    if (n > 0)
+        memcpy(o->bytes + o->fill, data, n);
+    o->fill += n;
+    return n;
+}
+
+/* Moves the next message's bytes to `out`: how many. */
+static size_t rmig__outbox_take(struct rmig__outbox *o, uint8_t *out) {
+    size_t n = o->fill < o->limit ? o->fill : o->limit;
+    memcpy(out, o->bytes, n);
+    o->fill -= n;
+    memmove(o->bytes, o->bytes + n, o->fill);
+    if (o->fill == 0)
+        o->first = o->flush = false;
+    return n;
+}
+
+static bool rmig__outbox_due(const struct rmig__outbox *o, bool awaited) {
+    return o->fill >= o->limit || (o->fill > 0 && (awaited || o->first || o->flush));
+}
+
 // >>source: implementation
 
 #define RMIG__WRITE_BATCH 64 // writes handed to the fabric in one call
@@ -3570,7 +3609,7 @@ struct rmig_source {
     uint32_t await; // type of the reply that is due, 0: none
     uint64_t asked, replied; // when the last request went out, and when the last reply came
 
-    bool in_round, prelude; // prelude: stream bytes from before the round go first
+    bool in_round;
     struct rmig__cursor plan, write; // this pass over the blocks: the planner goes ahead of the writer
     uint64_t pending; // pages in all dirty sets
     uint64_t unstepped; // bytes saved since the engine last ran
@@ -3597,9 +3636,7 @@ struct rmig_source {
     struct rmig__flight flight;
     struct rmig__pacer pacer;
 
-    uint8_t *stream;
-    size_t stream_fill, stream_limit;
-    bool flush, round_flush;
+    struct rmig__outbox outbox;
     enum rmig__finish finish;
 
     uint64_t round_began, round_before;
@@ -3643,7 +3680,7 @@ RMIG__DEF void rmig_source_close(struct rmig_source *s) {
     rmig__release(s->chunks);
     rmig__release(s->region);
     rmig__release(s->piece);
-    rmig__release(s->stream);
+    rmig__release(s->outbox.bytes);
     RMIG_FREE(s);
 }
 
@@ -3690,9 +3727,9 @@ static int rmig__source_tables(struct rmig_source *s) {
     s->chunks = (uint32_t *)rmig__calloc(chunks, sizeof *s->chunks);
     s->region = (struct rmig__region *)rmig__calloc(chunks, sizeof *s->region);
     s->piece = (struct rmig_mr *)rmig__calloc(chunks * pieces, sizeof *s->piece);
-    s->stream = (uint8_t *)RMIG_MALLOC(RMIG_PAYLOAD_MAX);
+    s->outbox.bytes = (uint8_t *)RMIG_MALLOC(RMIG_PAYLOAD_MAX);
     if (s->block == NULL || s->bits == NULL || s->chunks == NULL || s->region == NULL || s->piece == NULL ||
-        s->stream == NULL)
+        s->outbox.bytes == NULL)
         return RMIG__NO(&s->ss, RMIG_ERR_NO_MEMORY, 0, "out of memory for the tables of %u blocks, %llu chunks", n,
                         (unsigned long long)chunks);
     s->region_capacity = (uint32_t)chunks;
@@ -3718,13 +3755,13 @@ static void rmig__source_free_tables(struct rmig_source *s) {
     rmig__release(s->chunks);
     rmig__release(s->region);
     rmig__release(s->piece);
-    rmig__release(s->stream);
+    rmig__release(s->outbox.bytes);
     s->block = NULL;
     s->bits = NULL;
     s->chunks = NULL;
     s->region = NULL;
     s->piece = NULL;
-    s->stream = NULL;
+    s->outbox.bytes = NULL;
 }
 
 static void rmig__source_parameters(struct rmig_source *s) {
@@ -3874,7 +3911,7 @@ static int rmig__source_connect_step(struct rmig_source *s) {
     if (!ss->extended)
         s->pin_all = s->pin_all && (ss->peer.flags & RMIG_FLAG_PIN_ALL) != 0;
     s->depth = rmig__min(rmig_get(&ss->cfg, RMIG_PARAM_WRITE_DEPTH), ss->caps.write_depth);
-    s->stream_limit = RMIG_STREAM_MESSAGE_MAX;
+    s->outbox.limit = RMIG_STREAM_MESSAGE_MAX;
     s->window_regions = 1;
     ss->peer_registration_max = UINT64_MAX;
     s->state = RMIG__SOURCE_UP;
@@ -3899,7 +3936,7 @@ static int rmig__source_on_hello_result(struct rmig_source *s, const uint8_t *p,
     char why[120];
     if (!rmig__take_limits(ss, &h, s->chunk_size, why, sizeof why))
         return RMIG__END(ss, RMIG_ERR_SETUP, 0, "the sink's limits: %s", why);
-    s->stream_limit = (size_t)ss->peer_payload_max;
+    s->outbox.limit = (size_t)ss->peer_payload_max;
     s->window_regions = s->lockstep ? 1 : rmig__min(ss->peer_batch_max, ss->peer_payload_max / RMIG_BATCH_SIZE);
     if (s->op == RMIG__OP_CONNECT)
         s->op = RMIG__OP_NONE;
@@ -4341,7 +4378,7 @@ static bool rmig__pinned(const struct rmig_source *s) { return s->pin.block >= s
 
 /* Opens, fills and closes windows. True if something changed. */
 static bool rmig__plan(struct rmig_source *s) {
-    if (s->exchange != RMIG__BLOCKS_DONE || s->prelude || s->fence)
+    if (s->exchange != RMIG__BLOCKS_DONE || s->outbox.first || s->fence)
         return false;
     struct rmig__window *w = s->windows > 0 ? &s->window[s->windows - 1] : NULL;
     if (w == NULL || w->state != RMIG__WINDOW_OPEN) {
@@ -4454,15 +4491,12 @@ static int rmig__say_zero(struct rmig_source *s, uint8_t *payload) {
 
 /* Version 1 has no answer to finish: once the last bytes have left, nobody here can know. */
 static void rmig__last_bytes(struct rmig_source *s) {
-    if (s->op == RMIG__OP_FINISH && s->stream_fill == 0 && !s->ss.extended)
+    if (s->op == RMIG__OP_FINISH && s->outbox.fill == 0 && !s->ss.extended)
         s->ss.handover = "may have";
 }
 
 static int rmig__say_stream(struct rmig_source *s, uint8_t *payload) {
-    size_t n = s->stream_fill < s->stream_limit ? s->stream_fill : s->stream_limit;
-    memcpy(payload, s->stream, n);
-    s->stream_fill -= n;
-    memmove(s->stream, s->stream + n, s->stream_fill);
+    size_t n = rmig__outbox_take(&s->outbox, payload);
     s->ss.stats.stream_bytes += n;
     rmig__last_bytes(s);
     return rmig__ask(s, RMIG_MSG_QEMU_FILE, 0, n, RMIG_MSG_NONE);
@@ -4533,8 +4567,7 @@ static struct rmig__window *rmig__closed_window(struct rmig_source *s) {
 }
 
 static bool rmig__stream_due(const struct rmig_source *s) {
-    bool wanted = s->flush || s->prelude || s->op == RMIG__OP_END_ROUND || s->op == RMIG__OP_FINISH;
-    return s->stream_fill >= s->stream_limit || (s->stream_fill > 0 && wanted);
+    return rmig__outbox_due(&s->outbox, s->op == RMIG__OP_END_ROUND || s->op == RMIG__OP_FINISH);
 }
 
 static bool rmig__zero_due(const struct rmig_source *s) {
@@ -4558,7 +4591,7 @@ static int rmig__control_out(struct rmig_source *s, bool *moved) {
         status = rmig__send(&s->ss, RMIG_MSG_GOODBYE, 1, 0);
     } else if (!s->credit || s->await != 0)
         return RMIG_OK;
-    else if (s->prelude || (rmig__settled(s) && rmig__stream_due(s)))
+    else if (s->outbox.first || (rmig__settled(s) && rmig__stream_due(s)))
         status = rmig__say_stream(s, payload);
     else if (s->exchange == RMIG__BLOCKS_SENDING)
         status = rmig__say_blocks(s, payload);
@@ -4575,8 +4608,6 @@ static int rmig__control_out(struct rmig_source *s, bool *moved) {
     if (status == RMIG_OK && s->ss.stats.control_sent == before && s->credit &&
         rmig__now(&s->ss) >= rmig__idle_at(&s->ss))
         status = rmig__ask(s, RMIG_MSG_KEEPALIVE, 1, 0, RMIG_MSG_NONE);
-    if (s->stream_fill == 0)
-        s->prelude = s->flush = false;
     *moved = *moved || s->ss.stats.control_sent != before;
     return status;
 }
@@ -4764,7 +4795,7 @@ static uint64_t rmig__hold_until(const struct rmig_source *s) {
 }
 
 static int rmig__write_out(struct rmig_source *s, bool *moved) {
-    if (s->exchange != RMIG__BLOCKS_DONE || s->prelude)
+    if (s->exchange != RMIG__BLOCKS_DONE || s->outbox.first)
         return RMIG_OK;
     rmig__flight_look(s);
     uint64_t limit = rmig__flight_limit(s);
@@ -4892,11 +4923,11 @@ static int rmig__source_timers(struct rmig_source *s) {
 /* Is the operation under way done? */
 static void rmig__source_complete(struct rmig_source *s) {
     bool sent = rmig__all_sent(&s->ss);
-    if (s->op == RMIG__OP_END_ROUND && !s->in_round && s->stream_fill == 0 && sent)
+    if (s->op == RMIG__OP_END_ROUND && !s->in_round && s->outbox.fill == 0 && sent)
         s->op = RMIG__OP_NONE;
-    if (s->op == RMIG__OP_FLUSH && s->stream_fill == 0 && sent)
+    if (s->op == RMIG__OP_FLUSH && s->outbox.fill == 0 && sent)
         s->op = RMIG__OP_NONE;
-    bool told = s->ss.extended ? s->finish == RMIG__FINISH_SAID : rmig__settled(s) && s->stream_fill == 0;
+    bool told = s->ss.extended ? s->finish == RMIG__FINISH_SAID : rmig__settled(s) && s->outbox.fill == 0;
     if (s->op == RMIG__OP_FINISH && told && sent) {
         s->op = RMIG__OP_NONE;
         s->state = RMIG__SOURCE_DONE;
@@ -5066,7 +5097,7 @@ RMIG__DEF int rmig_source_begin_round(struct rmig_source *s) {
     s->in_round = true;
     rmig_holes_forget(&s->ss.holes);
     s->hole.block = UINT32_MAX;
-    s->prelude = s->stream_fill > 0;
+    s->outbox.first = s->outbox.fill > 0;
     s->round_before = s->round_began;
     s->round_began = s->saved_at = rmig__now(&s->ss);
     memset(&s->wire, 0, sizeof s->wire);
@@ -5196,12 +5227,8 @@ RMIG__DEF int64_t rmig_source_put_some(struct rmig_source *s, const void *data, 
         return status;
     if (data == NULL && n > 0)
         return RMIG__REFUSE(&s->ss, RMIG_ERR_ARGUMENT, 0, "rmig_source_put: data is NULL");
-    size_t room = s->stream_limit > s->stream_fill ? s->stream_limit - s->stream_fill : 0;
-    n = n < room ? n : room;
-    if (n > 0)
-        memcpy(s->stream + s->stream_fill, data, n);
-    s->stream_fill += n;
-    if (s->stream_fill >= s->stream_limit) {
+    n = rmig__outbox_put(&s->outbox, data, n);
+    if (s->outbox.fill >= s->outbox.limit) {
         status = rmig__source_step(s);
         if (status != RMIG_OK)
             return status;
@@ -5228,7 +5255,7 @@ RMIG__DEF int rmig_source_put(struct rmig_source *s, const void *data, size_t n)
 RMIG__DEF int rmig_source_flush_start(struct rmig_source *s) {
     int status = rmig__begin_op(s, rmig__source_idle(s, "rmig_source_flush"), RMIG__OP_FLUSH);
     if (status == RMIG_OK)
-        s->flush = s->stream_fill > 0;
+        s->outbox.flush = s->outbox.fill > 0;
     return status;
 }
 
