@@ -89,6 +89,7 @@ help:
 	@echo 'make check-debian13   the commands of README in a fresh Debian 13 (root; make deps-debian13)'
 	@echo 'make check-arch       the suites without devices on s390x and aarch64, under qemu-user'
 	@echo 'make soak             random migrations with fresh seeds, SECONDS=600; those that fail go to $(B)/soak/failed'
+	@echo 'make record           what can be seen of rmig, into DIR=$(B)/record: for diff -r, before a change and after it'
 	@echo 'make lint             clang-tidy and cppcheck'
 	@echo 'make fuzz             fuzz the decoders, FUZZ_SECONDS=60 for each target'
 	@echo 'make costs            what any machine measures alike, against bench/costs.limits, into $(B)/costs.json'
@@ -235,6 +236,9 @@ SECONDS ?= 600
 soak: $(SOAK) | $(AFTER_DEPS)
 	@tests/soak.sh $(SECONDS) $(JOBS) $(B)/soak $(SOAK)
 
+record: $(B)/plain/random_migration $(COSTS) $(B)/bench/report | $(AFTER_DEPS)
+	@tests/record.sh $(B) $(or $(DIR),$(B)/record)
+
 lint: | $(AFTER_DEPS)
 	@$(call run_lines,,$(LINT_LINES))
 
@@ -277,6 +281,6 @@ uninstall:
 clean:
 	rm -rf $(B)
 
-.PHONY: all examples help deps deps-bench deps-debian13 demo check quick check-rdma check-debian13 check-arch soak lint \
+.PHONY: all examples help deps deps-bench deps-debian13 demo check quick check-rdma check-debian13 check-arch soak record lint \
 	fuzz check-binaries quick-binaries arch-binaries costs figures bench bench-rdma bench-file install uninstall clean
 .DELETE_ON_ERROR:

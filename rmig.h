@@ -3399,6 +3399,81 @@ static uint64_t rmig__idle_at(const struct rmig__session *ss) {
     return rmig__after(ss->last_sent, rmig__max(ss->peer_idle_max / 4, RMIG__KEEPALIVE_MIN));
 }
 
+// >>pacer: implementation
+
+/* Holds writes back so that no more bytes leave in a second than max-bandwidth says: a bucket that fills at that rate
+   and holds 20 ms of it. A write takes out its bytes, and empties the bucket if it is longer. Once less than a page is
+   left, nothing leaves until half of the bucket is full: the writes that follow are then worth a message.
+
+   Holds always: tokens are at most what the bucket holds, and what was allowed since the round began is at most the
+   rate times the time since then. */
+struct rmig__pacer {
+    uint64_t tokens; // bytes that may leave
+    uint64_t filled; // when
+    uint64_t until; // who was held back may come again then; 0: nobody was
+};
+
+static void rmig__pacer_begin(struct rmig__pacer *p, uint64_t now) {
+    p->tokens = 0;
+    p->filled = now;
+}
+
+/* Bytes that may leave now, whole pages; 0: wait until p->until. */
+static uint64_t rmig__pacer_allows(struct rmig__pacer *p, uint64_t rate, uint64_t page_size, uint64_t now) {
+    uint64_t burst = rmig__max(rate / 50, page_size); // 20 ms
+    uint64_t earned = (uint64_t)((double)rate * (double)(now - p->filled) / 1e9);
+    if (earned > 0) {
+        p->tokens = rmig__min(p->tokens + earned, burst);
+        p->filled = now;
+    }
+    if (p->tokens >= page_size)
+        return p->tokens / page_size * page_size;
+    uint64_t missing = rmig__max(burst / 2, page_size) - p->tokens;
+    p->until = now + 1 + (uint64_t)((double)missing * 1e9 / (double)rate);
+    return 0;
+}
+
+static void rmig__pacer_spend(struct rmig__pacer *p, uint64_t bytes) { p->tokens -= rmig__min(p->tokens, bytes); }
+
+// >>outbox: implementation
+
+/* The embedder's stream bytes on their way to the sink: put in at the end, taken out at the front, a message at a time. A
+   message holds at most `limit` bytes. When that many are there nothing more is taken, and a message is due; with fewer
+   it is due when somebody waits for them: the embedder who flushes, the round that begins behind them, the end of a round
+   or of everything.
+
+   Holds always: `first` and `flush` only while bytes are there. */
+struct rmig__outbox {
+    uint8_t *bytes; // RMIG_PAYLOAD_MAX
+    size_t fill, limit;
+    bool first; // they are from before the round: nothing of it leaves before them
+    bool flush; // the embedder waits until they are gone
+};
+
+static size_t rmig__outbox_put(struct rmig__outbox *o, const void *data, size_t n) {
+    size_t room = o->limit > o->fill ? o->limit - o->fill : 0;
+    n = n < room ? n : room;
+    if (n > 0)
+        memcpy(o->bytes + o->fill, data, n);
+    o->fill += n;
+    return n;
+}
+
+/* Moves the next message's bytes to `out`: how many. */
+static size_t rmig__outbox_take(struct rmig__outbox *o, uint8_t *out) {
+    size_t n = o->fill < o->limit ? o->fill : o->limit;
+    memcpy(out, o->bytes, n);
+    o->fill -= n;
+    memmove(o->bytes, o->bytes + n, o->fill);
+    if (o->fill == 0)
+        o->first = o->flush = false;
+    return n;
+}
+
+static bool rmig__outbox_due(const struct rmig__outbox *o, bool awaited) {
+    return o->fill >= o->limit || (o->fill > 0 && (awaited || o->first || o->flush));
+}
+
 // >>source: implementation
 
 #define RMIG__WRITE_BATCH 64 // writes handed to the fabric in one call
@@ -3534,7 +3609,7 @@ struct rmig_source {
     uint32_t await; // type of the reply that is due, 0: none
     uint64_t asked, replied; // when the last request went out, and when the last reply came
 
-    bool in_round, prelude; // prelude: stream bytes from before the round go first
+    bool in_round;
     struct rmig__cursor plan, write; // this pass over the blocks: the planner goes ahead of the writer
     uint64_t pending; // pages in all dirty sets
     uint64_t unstepped; // bytes saved since the engine last ran
@@ -3559,11 +3634,9 @@ struct rmig_source {
     unsigned queued;
     uint64_t unsignalled, unsignalled_bytes; // writes since the last that asked for a completion
     struct rmig__flight flight;
-    uint64_t tokens, tokens_time, pace_until; // pacer
+    struct rmig__pacer pacer;
 
-    uint8_t *stream;
-    size_t stream_fill, stream_limit;
-    bool flush, round_flush;
+    struct rmig__outbox outbox;
     enum rmig__finish finish;
 
     uint64_t round_began, round_before;
@@ -3607,7 +3680,7 @@ RMIG__DEF void rmig_source_close(struct rmig_source *s) {
     rmig__release(s->chunks);
     rmig__release(s->region);
     rmig__release(s->piece);
-    rmig__release(s->stream);
+    rmig__release(s->outbox.bytes);
     RMIG_FREE(s);
 }
 
@@ -3654,9 +3727,9 @@ static int rmig__source_tables(struct rmig_source *s) {
     s->chunks = (uint32_t *)rmig__calloc(chunks, sizeof *s->chunks);
     s->region = (struct rmig__region *)rmig__calloc(chunks, sizeof *s->region);
     s->piece = (struct rmig_mr *)rmig__calloc(chunks * pieces, sizeof *s->piece);
-    s->stream = (uint8_t *)RMIG_MALLOC(RMIG_PAYLOAD_MAX);
+    s->outbox.bytes = (uint8_t *)RMIG_MALLOC(RMIG_PAYLOAD_MAX);
     if (s->block == NULL || s->bits == NULL || s->chunks == NULL || s->region == NULL || s->piece == NULL ||
-        s->stream == NULL)
+        s->outbox.bytes == NULL)
         return RMIG__NO(&s->ss, RMIG_ERR_NO_MEMORY, 0, "out of memory for the tables of %u blocks, %llu chunks", n,
                         (unsigned long long)chunks);
     s->region_capacity = (uint32_t)chunks;
@@ -3682,13 +3755,13 @@ static void rmig__source_free_tables(struct rmig_source *s) {
     rmig__release(s->chunks);
     rmig__release(s->region);
     rmig__release(s->piece);
-    rmig__release(s->stream);
+    rmig__release(s->outbox.bytes);
     s->block = NULL;
     s->bits = NULL;
     s->chunks = NULL;
     s->region = NULL;
     s->piece = NULL;
-    s->stream = NULL;
+    s->outbox.bytes = NULL;
 }
 
 static void rmig__source_parameters(struct rmig_source *s) {
@@ -3838,7 +3911,7 @@ static int rmig__source_connect_step(struct rmig_source *s) {
     if (!ss->extended)
         s->pin_all = s->pin_all && (ss->peer.flags & RMIG_FLAG_PIN_ALL) != 0;
     s->depth = rmig__min(rmig_get(&ss->cfg, RMIG_PARAM_WRITE_DEPTH), ss->caps.write_depth);
-    s->stream_limit = RMIG_STREAM_MESSAGE_MAX;
+    s->outbox.limit = RMIG_STREAM_MESSAGE_MAX;
     s->window_regions = 1;
     ss->peer_registration_max = UINT64_MAX;
     s->state = RMIG__SOURCE_UP;
@@ -3863,7 +3936,7 @@ static int rmig__source_on_hello_result(struct rmig_source *s, const uint8_t *p,
     char why[120];
     if (!rmig__take_limits(ss, &h, s->chunk_size, why, sizeof why))
         return RMIG__END(ss, RMIG_ERR_SETUP, 0, "the sink's limits: %s", why);
-    s->stream_limit = (size_t)ss->peer_payload_max;
+    s->outbox.limit = (size_t)ss->peer_payload_max;
     s->window_regions = s->lockstep ? 1 : rmig__min(ss->peer_batch_max, ss->peer_payload_max / RMIG_BATCH_SIZE);
     if (s->op == RMIG__OP_CONNECT)
         s->op = RMIG__OP_NONE;
@@ -4305,7 +4378,7 @@ static bool rmig__pinned(const struct rmig_source *s) { return s->pin.block >= s
 
 /* Opens, fills and closes windows. True if something changed. */
 static bool rmig__plan(struct rmig_source *s) {
-    if (s->exchange != RMIG__BLOCKS_DONE || s->prelude || s->fence)
+    if (s->exchange != RMIG__BLOCKS_DONE || s->outbox.first || s->fence)
         return false;
     struct rmig__window *w = s->windows > 0 ? &s->window[s->windows - 1] : NULL;
     if (w == NULL || w->state != RMIG__WINDOW_OPEN) {
@@ -4418,15 +4491,12 @@ static int rmig__say_zero(struct rmig_source *s, uint8_t *payload) {
 
 /* Version 1 has no answer to finish: once the last bytes have left, nobody here can know. */
 static void rmig__last_bytes(struct rmig_source *s) {
-    if (s->op == RMIG__OP_FINISH && s->stream_fill == 0 && !s->ss.extended)
+    if (s->op == RMIG__OP_FINISH && s->outbox.fill == 0 && !s->ss.extended)
         s->ss.handover = "may have";
 }
 
 static int rmig__say_stream(struct rmig_source *s, uint8_t *payload) {
-    size_t n = s->stream_fill < s->stream_limit ? s->stream_fill : s->stream_limit;
-    memcpy(payload, s->stream, n);
-    s->stream_fill -= n;
-    memmove(s->stream, s->stream + n, s->stream_fill);
+    size_t n = rmig__outbox_take(&s->outbox, payload);
     s->ss.stats.stream_bytes += n;
     rmig__last_bytes(s);
     return rmig__ask(s, RMIG_MSG_QEMU_FILE, 0, n, RMIG_MSG_NONE);
@@ -4451,7 +4521,7 @@ static void rmig__wire_look(struct rmig_source *s) {
     uint64_t now = rmig__now(&s->ss), zero = s->ss.stats.bytes_zero;
     if (w->began && !w->idle && (w->busy || zero == w->zero))
         w->ns += now - w->at;
-    w->busy = rmig__outstanding(s) > 0 || s->windows > 0 || now < s->pace_until;
+    w->busy = rmig__outstanding(s) > 0 || s->windows > 0 || now < s->pacer.until;
     w->idle = rmig__settled(s);
     w->at = now;
     w->zero = zero;
@@ -4497,8 +4567,7 @@ static struct rmig__window *rmig__closed_window(struct rmig_source *s) {
 }
 
 static bool rmig__stream_due(const struct rmig_source *s) {
-    bool wanted = s->flush || s->prelude || s->op == RMIG__OP_END_ROUND || s->op == RMIG__OP_FINISH;
-    return s->stream_fill >= s->stream_limit || (s->stream_fill > 0 && wanted);
+    return rmig__outbox_due(&s->outbox, s->op == RMIG__OP_END_ROUND || s->op == RMIG__OP_FINISH);
 }
 
 static bool rmig__zero_due(const struct rmig_source *s) {
@@ -4522,7 +4591,7 @@ static int rmig__control_out(struct rmig_source *s, bool *moved) {
         status = rmig__send(&s->ss, RMIG_MSG_GOODBYE, 1, 0);
     } else if (!s->credit || s->await != 0)
         return RMIG_OK;
-    else if (s->prelude || (rmig__settled(s) && rmig__stream_due(s)))
+    else if (s->outbox.first || (rmig__settled(s) && rmig__stream_due(s)))
         status = rmig__say_stream(s, payload);
     else if (s->exchange == RMIG__BLOCKS_SENDING)
         status = rmig__say_blocks(s, payload);
@@ -4539,30 +4608,15 @@ static int rmig__control_out(struct rmig_source *s, bool *moved) {
     if (status == RMIG_OK && s->ss.stats.control_sent == before && s->credit &&
         rmig__now(&s->ss) >= rmig__idle_at(&s->ss))
         status = rmig__ask(s, RMIG_MSG_KEEPALIVE, 1, 0, RMIG_MSG_NONE);
-    if (s->stream_fill == 0)
-        s->prelude = s->flush = false;
     *moved = *moved || s->ss.stats.control_sent != before;
     return status;
 }
 
 // --- writes out
 
-/* Bytes that the pacer allows now; whole pages, 0: wait until pace_until. */
 static uint64_t rmig__pace(struct rmig_source *s) {
     uint64_t rate = rmig_get(&s->ss.cfg, RMIG_PARAM_MAX_BANDWIDTH);
-    if (rate == 0)
-        return UINT64_MAX;
-    uint64_t now = rmig__now(&s->ss), burst = rmig__max(rate / 50, s->page_size); // 20 ms
-    uint64_t earned = (uint64_t)((double)rate * (double)(now - s->tokens_time) / 1e9);
-    if (earned > 0) {
-        s->tokens = rmig__min(s->tokens + earned, burst);
-        s->tokens_time = now;
-    }
-    if (s->tokens >= s->page_size)
-        return s->tokens / s->page_size * s->page_size;
-    uint64_t missing = rmig__max(burst / 2, s->page_size) - s->tokens;
-    s->pace_until = now + 1 + (uint64_t)((double)missing * 1e9 / (double)rate);
-    return 0;
+    return rate == 0 ? UINT64_MAX : rmig__pacer_allows(&s->pacer, rate, s->page_size, rmig__now(&s->ss));
 }
 
 /* Posts what is prepared; what the fabric does not take stays. */
@@ -4696,7 +4750,7 @@ static bool rmig__next_write(struct rmig_source *s, uint64_t allowed, uint64_t s
         rmig__queue_write(s, r, offset, length, stride);
         rmig__take_pages(s, block, page, n);
         s->write.page = page + n;
-        s->tokens -= rmig__min(s->tokens, length);
+        rmig__pacer_spend(&s->pacer, length);
         s->ss.stats.bytes_written += length;
         s->ss.stats.pages_written += n;
         s->ss.stats.round_bytes += length;
@@ -4741,7 +4795,7 @@ static uint64_t rmig__hold_until(const struct rmig_source *s) {
 }
 
 static int rmig__write_out(struct rmig_source *s, bool *moved) {
-    if (s->exchange != RMIG__BLOCKS_DONE || s->prelude)
+    if (s->exchange != RMIG__BLOCKS_DONE || s->outbox.first)
         return RMIG_OK;
     rmig__flight_look(s);
     uint64_t limit = rmig__flight_limit(s);
@@ -4869,11 +4923,11 @@ static int rmig__source_timers(struct rmig_source *s) {
 /* Is the operation under way done? */
 static void rmig__source_complete(struct rmig_source *s) {
     bool sent = rmig__all_sent(&s->ss);
-    if (s->op == RMIG__OP_END_ROUND && !s->in_round && s->stream_fill == 0 && sent)
+    if (s->op == RMIG__OP_END_ROUND && !s->in_round && s->outbox.fill == 0 && sent)
         s->op = RMIG__OP_NONE;
-    if (s->op == RMIG__OP_FLUSH && s->stream_fill == 0 && sent)
+    if (s->op == RMIG__OP_FLUSH && s->outbox.fill == 0 && sent)
         s->op = RMIG__OP_NONE;
-    bool told = s->ss.extended ? s->finish == RMIG__FINISH_SAID : rmig__settled(s) && s->stream_fill == 0;
+    bool told = s->ss.extended ? s->finish == RMIG__FINISH_SAID : rmig__settled(s) && s->outbox.fill == 0;
     if (s->op == RMIG__OP_FINISH && told && sent) {
         s->op = RMIG__OP_NONE;
         s->state = RMIG__SOURCE_DONE;
@@ -4908,7 +4962,7 @@ static int rmig__source_turn(struct rmig_source *s, bool *moved) {
 
 static int rmig__source_step(struct rmig_source *s) {
     s->unstepped = 0;
-    s->pace_until = 0;
+    s->pacer.until = 0;
     if (s->ss.failed || s->state == RMIG__SOURCE_NEW || s->state == RMIG__SOURCE_DONE)
         return s->ss.failed;
     bool moved = true;
@@ -4983,8 +5037,8 @@ RMIG__DEF uint64_t rmig_source_next_deadline(struct rmig_source *s) {
         at = rmig__min(at, s->attempt_until);
     if (s->credit)
         at = rmig__min(at, rmig__idle_at(&s->ss));
-    if (s->pace_until != 0)
-        at = rmig__min(at, s->pace_until);
+    if (s->pacer.until != 0)
+        at = rmig__min(at, s->pacer.until);
     if (rmig__closed_window(s) != NULL && rmig__hold_until(s) > rmig__now(&s->ss))
         at = rmig__min(at, rmig__hold_until(s));
     if (s->ss.no_fds)
@@ -5043,12 +5097,13 @@ RMIG__DEF int rmig_source_begin_round(struct rmig_source *s) {
     s->in_round = true;
     rmig_holes_forget(&s->ss.holes);
     s->hole.block = UINT32_MAX;
-    s->prelude = s->stream_fill > 0;
+    s->outbox.first = s->outbox.fill > 0;
     s->round_before = s->round_began;
-    s->round_began = s->saved_at = s->tokens_time = rmig__now(&s->ss);
+    s->round_began = s->saved_at = rmig__now(&s->ss);
     memset(&s->wire, 0, sizeof s->wire);
     s->wire.begin.bytes = s->wire.mark[0].bytes = s->wire.mark[1].bytes = s->flight.bytes;
-    s->tokens = s->saved = 0;
+    rmig__pacer_begin(&s->pacer, s->round_began);
+    s->saved = 0;
     s->ss.stats.round_bytes = s->ss.stats.round_saved = s->ss.stats.round_ns = 0;
     rmig__trace(&s->ss, "round %llu begins", (unsigned long long)s->ss.stats.rounds + 1);
     return RMIG_OK;
@@ -5172,12 +5227,8 @@ RMIG__DEF int64_t rmig_source_put_some(struct rmig_source *s, const void *data, 
         return status;
     if (data == NULL && n > 0)
         return RMIG__REFUSE(&s->ss, RMIG_ERR_ARGUMENT, 0, "rmig_source_put: data is NULL");
-    size_t room = s->stream_limit > s->stream_fill ? s->stream_limit - s->stream_fill : 0;
-    n = n < room ? n : room;
-    if (n > 0)
-        memcpy(s->stream + s->stream_fill, data, n);
-    s->stream_fill += n;
-    if (s->stream_fill >= s->stream_limit) {
+    n = rmig__outbox_put(&s->outbox, data, n);
+    if (s->outbox.fill >= s->outbox.limit) {
         status = rmig__source_step(s);
         if (status != RMIG_OK)
             return status;
@@ -5204,7 +5255,7 @@ RMIG__DEF int rmig_source_put(struct rmig_source *s, const void *data, size_t n)
 RMIG__DEF int rmig_source_flush_start(struct rmig_source *s) {
     int status = rmig__begin_op(s, rmig__source_idle(s, "rmig_source_flush"), RMIG__OP_FLUSH);
     if (status == RMIG_OK)
-        s->flush = s->stream_fill > 0;
+        s->outbox.flush = s->outbox.fill > 0;
     return status;
 }
 

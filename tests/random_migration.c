@@ -9,7 +9,8 @@
 
    RMIG_SEED=n runs one seed of each family with a trace (RMIG_FAMILY=name: of one); RMIG_SEEDS=n that many of each.
    RMIG_SOAK=FILE RMIG_SECONDS=n: seeds one after the other for that long. FILE says the first one, and then always
-   which one runs; at the end, the next. */
+   which one runs; at the end, the next.
+   RMIG_RECORD=FILE: a line for each seed is added to FILE with everything that can be seen of it (tests/record.sh). */
 #define _GNU_SOURCE
 #include "counted_heap.h"
 #include "guest_ram.h"
@@ -416,6 +417,15 @@ static void random_faults(struct run *r, struct sim_config *w) {
     w->random_kinds = (uint32_t)next_random(r) | 1u << SIM_FAULT_FULL;
 }
 
+// What both ends have traced, in order: every message, with its time.
+static uint64_t traced;
+
+static void count_trace(void *user, const char *line) {
+    traced = (traced ^ *(const uint8_t *)user) * 0x100000001b3u;
+    for (; *line != '\0'; line++)
+        traced = (traced ^ (uint8_t)*line) * 0x100000001b3u;
+}
+
 static void trace(void *user, const char *line) { fprintf(stderr, "%s %s\n", (const char *)user, line); }
 
 static void open_run(struct run *r, uint64_t seed, bool v1, bool faults, bool verbose) {
@@ -447,11 +457,10 @@ static void open_run(struct run *r, uint64_t seed, bool v1, bool faults, bool ve
         r->state[r->state_size++] = STATE_END;
     if (faults)
         random_faults(r, &w);
-    if (verbose) {
-        source.trace = sink.trace = trace;
-        source.trace_user = (void *)"source";
-        sink.trace_user = (void *)"  sink";
-    }
+    traced = 0xcbf29ce484222325u;
+    source.trace = sink.trace = verbose ? trace : getenv("RMIG_RECORD") != NULL ? count_trace : NULL;
+    source.trace_user = (void *)"source";
+    sink.trace_user = (void *)"  sink";
     r->sim = sim_open(&w);
     if (rmig_source_open(sim_fabric(r->sim, 0), &source, &r->source, &err) != RMIG_OK)
         cr_assert_eq(err.status, RMIG_ERR_NO_MEMORY, "%s", err.text);
@@ -544,6 +553,31 @@ static void check_outcome(const struct run *r, uint64_t seed) {
         cr_assert(to->text[0] != '\0', TELL);
 }
 
+static void record_end(FILE *file, const char *name, const struct outcome *o, const struct rmig_stats *stats) {
+    uint64_t counter[sizeof *stats / 8];
+    memcpy(counter, stats, sizeof counter);
+    fprintf(file, "; %s %s \"%s\"", name, o->done ? rmig_status_name(o->status) : "dead", o->text);
+    for (size_t i = 0; i < sizeof counter / sizeof counter[0]; i++)
+        fprintf(file, " %llu", (unsigned long long)counter[i]);
+}
+
+// One line: what the fabric has done, what was said, how each end ended and what it has counted.
+static void record(const struct run *r, const char *path, const char *family, uint64_t seed) {
+    struct rmig_stats from = {0}, to = {0};
+    FILE *file = fopen(path, "a");
+    cr_assert_not_null(file, "RMIG_RECORD=%s: cannot be written", path);
+    if (r->source != NULL)
+        rmig_source_stats(r->source, &from);
+    if (r->sink != NULL)
+        rmig_sink_stats(r->sink, &to);
+    fprintf(file, "%s %llu: fabric %016llx said %016llx", family, (unsigned long long)seed,
+            (unsigned long long)sim_hash(r->sim), (unsigned long long)traced);
+    record_end(file, "source", &r->from, &from);
+    record_end(file, "sink", &r->to, &to);
+    fputc('\n', file);
+    cr_assert_eq(fclose(file), 0, "RMIG_RECORD=%s: cannot be written", path);
+}
+
 /* True if both ends succeeded. */
 static bool run_seed(uint64_t seed, bool v1, bool faults, bool verbose) {
     struct run r;
@@ -558,6 +592,9 @@ static bool run_seed(uint64_t seed, bool v1, bool faults, bool verbose) {
         fprintf(stderr, "source %s %s, sink %s %s\n", rmig_status_name(r.from.status), r.from.text,
                 rmig_status_name(r.to.status), r.to.text);
     bool good = r.from.done && r.from.status == RMIG_OK && r.to.done && r.to.status == RMIG_OK;
+    if (getenv("RMIG_RECORD") != NULL)
+        record(&r, getenv("RMIG_RECORD"), v1 ? faults ? "version_1_with_faults" : "version_1"
+                                             : faults ? "extended_with_faults" : "extended", seed);
     close_run(&r, seed);
     return good;
 }

@@ -1,0 +1,135 @@
+// The parts of the engines, each by itself: without a source, a sink or a fabric.
+#define RMIG_IMPLEMENTATION
+#include "../rmig.h"
+
+#include <criterion/criterion.h>
+
+#define RANDOM_SEED 0x51ed270b7f4a7c15u
+#include "random.h"
+
+#define PAGE 4096u
+#define SECOND ((uint64_t)1000000000)
+
+// >> pacer
+
+/* Writes as much as is allowed, in pieces of at most `most` bytes, until `end`; what came out. Who is held back sleeps
+   until it may come again, or somewhat longer. */
+static uint64_t paced(struct rmig__pacer *p, uint64_t rate, uint64_t most, uint64_t end, uint64_t late) {
+    uint64_t now = p->filled, sum = 0;
+    while (now < end) {
+        uint64_t allowed = rmig__pacer_allows(p, rate, PAGE, now);
+        cr_assert_eq(allowed % PAGE, 0);
+        if (allowed == 0) {
+            cr_assert_gt(p->until, now);
+            now = p->until + (late == 0 ? 0 : below(late));
+            continue;
+        }
+        uint64_t n = allowed < most ? allowed : most;
+        rmig__pacer_spend(p, n);
+        sum += n;
+    }
+    return sum;
+}
+
+static const uint64_t rates[] = {PAGE, 100000, RMIG_MIB, 125 * RMIG_MIB, 50 * RMIG_GIB};
+
+Test(pacer, the_rate_is_kept_and_used) {
+    for (size_t i = 0; i < sizeof rates / sizeof rates[0]; i++)
+        for (uint64_t most = PAGE; most <= RMIG_GIB; most *= 64) {
+            struct rmig__pacer p = {0};
+            uint64_t rate = rates[i], burst = rate / 50 > PAGE ? rate / 50 : PAGE;
+            uint64_t ns = (most == PAGE && rate > RMIG_GIB ? 1 : 20) * SECOND / (rate > RMIG_MIB ? 10 : 1);
+            rmig__pacer_begin(&p, 7 * SECOND);
+            uint64_t sum = paced(&p, rate, most, 7 * SECOND + ns, 0);
+            double due = (double)rate * (double)ns / 1e9;
+            cr_expect_leq((double)sum, due + 1, "%llu B/s, writes of %llu", (unsigned long long)rate,
+                          (unsigned long long)most);
+            cr_expect_geq((double)sum, due * 0.999 - 2.0 * (double)burst, "%llu B/s, writes of %llu",
+                          (unsigned long long)rate, (unsigned long long)most);
+        }
+}
+
+Test(pacer, who_comes_late_gets_20_ms_of_it_at_once_and_no_more) {
+    struct rmig__pacer p = {0};
+    rmig__pacer_begin(&p, SECOND);
+    cr_expect_eq(rmig__pacer_allows(&p, 100 * RMIG_MIB, PAGE, 100 * SECOND), 2 * RMIG_MIB);
+    rmig__pacer_begin(&p, 200 * SECOND);
+    cr_expect_eq(rmig__pacer_allows(&p, 100 * RMIG_MIB, PAGE, 200 * SECOND), 0, "a round begins with nothing");
+    for (unsigned i = 0; i < 200; i++) {
+        uint64_t rate = rates[1 + below(4)];
+        rmig__pacer_begin(&p, SECOND);
+        uint64_t sum = paced(&p, rate, UINT64_MAX, 3 * SECOND, SECOND / 10);
+        cr_assert_leq(sum, 2 * rate + 1);
+    }
+}
+
+Test(pacer, a_write_longer_than_what_is_there_empties_it) {
+    struct rmig__pacer p = {0};
+    rmig__pacer_begin(&p, 0);
+    uint64_t allowed = rmig__pacer_allows(&p, RMIG_GIB, PAGE, SECOND);
+    rmig__pacer_spend(&p, 10 * allowed);
+    cr_expect_eq(rmig__pacer_allows(&p, RMIG_GIB, PAGE, SECOND), 0);
+    // Half of the bucket, and not one page.
+    cr_expect_eq(rmig__pacer_allows(&p, RMIG_GIB, PAGE, p.until), RMIG_GIB / 100 / PAGE * PAGE);
+}
+
+// >> outbox
+
+static uint8_t room[RMIG_PAYLOAD_MAX], payload[RMIG_PAYLOAD_MAX];
+
+static struct rmig__outbox outbox(size_t limit) { return (struct rmig__outbox){.bytes = room, .limit = limit}; }
+
+Test(outbox, everything_comes_out_in_order) {
+    static uint8_t text[200000];
+    for (size_t i = 0; i < sizeof text; i++)
+        text[i] = (uint8_t)below(256);
+    for (unsigned run = 0; run < 100; run++) {
+        size_t limit = 1 + below(run % 2 == 0 ? 100 : 32768), in = 0, out = 0, end = limit * 5 + below(sizeof text / 2);
+        end = end < sizeof text ? end : sizeof text;
+        struct rmig__outbox o = outbox(limit);
+        while (out < end) {
+            size_t n = below(end - in + 1), taken = rmig__outbox_put(&o, text + in, n);
+            cr_assert_leq(taken, n);
+            cr_assert(taken == n || o.fill == limit, "it took %zu of %zu though there was room", taken, n);
+            in += taken;
+            while (rmig__outbox_due(&o, in == end)) {
+                n = rmig__outbox_take(&o, payload);
+                cr_assert(n > 0 && n <= limit);
+                cr_assert_arr_eq(payload, text + out, n);
+                out += n;
+            }
+            cr_assert_eq(in - out, o.fill);
+            cr_assert_lt(o.fill, limit);
+        }
+        cr_assert_eq(out, end);
+    }
+}
+
+Test(outbox, a_message_is_due_when_it_is_full_or_awaited) {
+    struct rmig__outbox o = outbox(100);
+    cr_expect_not(rmig__outbox_due(&o, true), "of nothing");
+    rmig__outbox_put(&o, payload, 99);
+    cr_expect_not(rmig__outbox_due(&o, false));
+    cr_expect(rmig__outbox_due(&o, true));
+    rmig__outbox_put(&o, payload, 1);
+    cr_expect(rmig__outbox_due(&o, false));
+    rmig__outbox_take(&o, payload);
+    for (unsigned i = 0; i < 2; i++) {
+        rmig__outbox_put(&o, payload, 10);
+        *(i == 0 ? &o.first : &o.flush) = true;
+        cr_expect(rmig__outbox_due(&o, false));
+        cr_expect_eq(rmig__outbox_take(&o, payload), 10);
+        cr_expect_not(o.first || o.flush, "nobody waits for what is gone");
+    }
+}
+
+Test(outbox, the_peers_limit_may_be_less_than_what_is_there) {
+    struct rmig__outbox o = outbox(1000);
+    rmig__outbox_put(&o, payload, 900);
+    o.limit = 400; // HELLO_RESULT has come
+    cr_expect_eq(rmig__outbox_put(&o, payload, 10), 0);
+    cr_expect_eq(rmig__outbox_take(&o, payload), 400);
+    cr_expect_eq(rmig__outbox_take(&o, payload), 400);
+    cr_expect_not(rmig__outbox_due(&o, false));
+    cr_expect_eq(rmig__outbox_put(&o, payload, 1000), 300);
+}
