@@ -4,7 +4,10 @@
 set -u
 build=$1
 shift
+# shellcheck source=tests/tap.sh
 . "$(dirname "$0")/tap.sh"
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
 
 # What only takes long there, and what asks the kernel below about memory.
 left_out() { # SUITE
@@ -15,15 +18,20 @@ left_out() { # SUITE
     esac
 }
 
+# Its standard error is kept apart: what is no whole line there would make the result behind it one that nobody knows.
 run_suite() { # ARCH SUITE OPTION_OF_QEMU...
-    local arch=$1 suite=$2 pattern filters=()
+    local arch=$1 suite=$2 pattern filters=() output status failed=$tap_failed
     shift 2
     set -f
     for pattern in $(left_out "$suite"); do
         filters+=(--filter "$pattern")
     done
     set +f
-    relay "$arch $suite " "$(timeout -k 10 300 "qemu-$arch" "$@" "$build/$arch/$suite" "${filters[@]}" 2>&1)"
+    output=$(timeout -k 10 300 "qemu-$arch" "$@" "$build/$arch/$suite" "${filters[@]}" 2>"$log")
+    status=$?
+    awk '{ print "# " $0 }' "$log"
+    relay "$arch $suite " "$output"
+    [ $status = 0 ] || [ "$tap_failed" != "$failed" ] || not_ok "$arch $suite ends well" "exit status $status"
 }
 
 run_arch() { # ARCH SEEDS OPTION_OF_QEMU...

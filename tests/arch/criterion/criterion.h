@@ -3,7 +3,8 @@
    forks. The same sources, each test in a process of its own, TAP on standard output; what a test prints goes to standard
    error. `--filter SUITE/TEST` (a pattern, any number of them, the last one that fits counts; with a "!" before it, it
    keeps out what it fits) chooses what runs, a pattern that fits nothing is a failure; `--jobs N` runs so many tests side
-   by side. */
+   by side. Of Criterion's options there is the timeout, of a test or of its suite; another one does not compile. A test
+   that ends its process itself has failed, whatever the exit status. */
 #ifndef RMIG_ARCH_CRITERION_H
 #define RMIG_ARCH_CRITERION_H
 
@@ -41,10 +42,20 @@ struct arch_test {
 
 static struct arch_test *arch_tests, **arch_last = &arch_tests;
 
+// What the tests of a suite are run with that do not say it themselves.
+struct arch_suite {
+    const char *name;
+    struct arch_options options;
+    struct arch_suite *next;
+};
+
+static struct arch_suite *arch_suites;
+
 // What the process of a test tells the one that waits for it.
 struct arch_result {
     unsigned failed;
     bool skipped;
+    pid_t ended; // the process that came to the end of a test, or to a failure that ends it
     char text[4096]; // the first failure, or why the test is skipped
 };
 
@@ -104,7 +115,13 @@ static void arch_register(struct arch_test *t) {
 
 #define cr_make_param_array(type, array, length) ((struct criterion_test_params){sizeof(type), array, length})
 
-#define TestSuite(suite, ...) struct arch_suite_##suite
+#define TestSuite(suite_, ...)                                                                                         \
+    __attribute__((constructor)) static void ARCH_NAME(suite_, suite, register)(void) {                                \
+        static struct arch_suite s = {#suite_, {0, __VA_ARGS__}, NULL};                                                \
+        s.next = arch_suites;                                                                                          \
+        arch_suites = &s;                                                                                              \
+    }                                                                                                                  \
+    struct arch_suite_##suite_ // takes the semicolon
 
 __attribute__((format(printf, 5, 6))) static inline bool arch_expect(bool holds, const char *file, int line,
                                                                      const char *what, const char *format, ...) {
@@ -121,6 +138,7 @@ __attribute__((format(printf, 5, 6))) static inline bool arch_expect(bool holds,
 
 __attribute__((noreturn)) static inline void arch_leave(void) {
     fflush(NULL);
+    arch_result->ended = getpid();
     _exit(0);
 }
 
@@ -170,14 +188,15 @@ __attribute__((noreturn)) static inline void arch_leave(void) {
 static inline void arch_report(const struct arch_slot *slot, int status) {
     const struct arch_test *t = slot->test;
     const struct arch_result *r = slot->result;
-    bool passed = status == 0 && r->failed == 0, skipped = passed && r->skipped;
+    bool ended = r->ended == slot->child, passed = status == 0 && r->failed == 0 && ended, skipped = passed && r->skipped;
     char row[24] = "";
     if (slot->row > 0)
         snprintf(row, sizeof row, " %zu", slot->row + 1);
     printf("%sok %u - %s/%s%s%s%s\n", passed ? "" : "not ", ++arch.number, t->suite, t->name, row,
            skipped ? " # SKIP " : "", skipped ? r->text : "");
     if (!passed)
-        printf("# %u failed, the first: %s; wait status 0x%x\n", r->failed, r->text, (unsigned)status);
+        printf("# %u failed, the first: %s; wait status 0x%x%s\n", r->failed, r->text, (unsigned)status,
+               ended ? "" : ", before its end");
     arch.failed += !passed;
 }
 
@@ -197,9 +216,19 @@ static inline void arch_reap(void) {
         }
 }
 
+// In whole seconds, at least one: alarm(0) would be none.
+static inline unsigned arch_timeout(const struct arch_test *t) {
+    double timeout = t->options.timeout;
+    for (const struct arch_suite *s = arch_suites; s != NULL && !(timeout > 0); s = s->next)
+        if (strcmp(s->name, t->suite) == 0)
+            timeout = s->options.timeout;
+    unsigned whole = (unsigned)timeout;
+    return timeout > 0 ? whole + ((double)whole < timeout) : 600;
+}
+
 __attribute__((noreturn)) static inline void arch_child(const struct arch_slot *slot, void *param) {
     dup2(STDERR_FILENO, STDOUT_FILENO);
-    alarm(slot->test->options.timeout > 0 ? (unsigned)slot->test->options.timeout : 600);
+    alarm(arch_timeout(slot->test));
     arch_result = slot->result;
     slot->test->run(param);
     arch_leave();
@@ -207,7 +236,7 @@ __attribute__((noreturn)) static inline void arch_child(const struct arch_slot *
 
 static inline void arch_start(const struct arch_test *t, size_t row, void *param) {
     struct arch_slot *slot = arch.slots;
-    if (arch.running == arch.jobs)
+    while (arch.running == arch.jobs) // a child that was inherited over exec leaves none free
         arch_reap();
     while (slot->child != 0)
         slot++;
