@@ -163,12 +163,15 @@ end_vm() {
 # Waits for a word of the VM, until the second UNTIL; sets word: what the VM said, "gone", "late", or "unread" if nobody
 # reads our output any more.
 wait_word() {
+    local piece said='' # what has come of the word when a read's time is over
     while [ $SECONDS -lt "$1" ]; do
-        read -r -t 0.5 -u 3 word && return
+        read -r -t 0.5 -u 3 piece && word=$said$piece && return
+        said+=$piece
         word=unread
         kill -0 "$cat" 2>/dev/null || return
         kill -0 "$vm" 2>/dev/null && continue
-        read -r -t 0.1 -u 3 word || word=gone
+        word=gone
+        read -r -t 0.1 -u 3 piece && word=$said$piece
         return
     done
     word=late
