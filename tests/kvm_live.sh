@@ -42,7 +42,7 @@ demo_is_told() { # SIGNAL
     : >"$tmp/told.err"
     timeout -k 5 600 "$program" demo --guest thread --ram 64M --run-before 300s 2>"$tmp/told.err" &
     local demo=$! i status
-    for ((i = 0; i < 400; i++)); do
+    for ((i = 0; i < 400 * slack; i++)); do
         grep -q 'listening on' "$tmp/told.err" && break
         sleep 0.05
     done

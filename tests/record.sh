@@ -10,6 +10,9 @@
 set -eu
 cd "$(dirname "$0")/.."
 [ $# -ge 2 ] || { echo "usage: record.sh BUILD DIR [SEEDS]" >&2; exit 2; }
+for tool in gdb setarch valgrind; do
+    command -v $tool >/dev/null || { echo "record.sh: not installed: $tool" >&2; exit 2; }
+done
 build=$1
 dir=$2
 seeds=${3:-2500}
@@ -21,6 +24,7 @@ trap 'rm -rf "$tmp"' EXIT
 rm -f "$dir/seeds"
 RMIG_RECORD=$(realpath "$dir")/seeds RMIG_SEEDS=$seeds setarch -R "$build/plain/random_migration" --jobs 1 >"$tmp/out" 2>&1 ||
     { tail -n 20 "$tmp/out"; exit 1; }
+[ "$(wc -l <"$dir/seeds")" = $((4 * seeds)) ] || { echo "record.sh: $dir/seeds has not a line for each of 4 * $seeds seeds" >&2; exit 1; }
 
 bench/costs.sh "$build" >"$tmp/out" 2>&1 || { tail -n 20 "$tmp/out"; exit 1; }
 cp "$build/costs.json" "$dir/costs.json"
@@ -32,7 +36,7 @@ nm -g --defined-only "$tmp/all.o" | awk '{ print $3 }' | sort >"$dir/symbols"
 
 # Of the public half of each header: what stands before its implementation.
 for header in rmig*.h; do
-    awk '/^#if defined.RMIG_IMPLEMENTATION. && !defined.RMIG.*DONE/ { exit } /^(struct|enum|union) rmig_[a-z0-9_]+ \{/ { print $1, $2 }' "$header"
+    awk '/^#if defined.RMIG_IMPLEMENTATION. && !defined.RMIG.*DONE/ { exit } /^(struct|enum|union) rmig_[a-z0-9][a-z0-9_]* \{/ { print $1, $2 }' "$header"
 done | sort -u | sed 's,^,ptype/o ,' >"$tmp/ask"
 gdb -batch -x "$tmp/ask" "$tmp/all.o" >"$dir/types" 2>&1
 
