@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # fetch.sh BUILD [vm] [qemu10] [qemu11] [debian13]: makes BUILD/vm whole; without a part, the first three.
-#   vm        vmlinuz and initrd.gz: Debian's kernel, its modules for RDMA in software, siw built from its source, busybox
+#   vm        vmlinux and initrd: Debian's kernel, its modules for RDMA in software, siw built from its source, busybox
 #   qemu10    qemu-10.0/run: QEMU 10.0 of Debian 13, or of Debian 12's backports, beside the one that is installed
 #   qemu11    qemu-11/run: QEMU 11.1 or a later 11 of Debian 13's backports, with all libraries that it needs, C's too
 #   debian13  debian-13: a root of Debian 13's with what a checkout needs to begin with, by debootstrap, as root
@@ -15,7 +15,7 @@ die() {
 }
 
 # Raise a number when what the part holds has changed: what is there is then made again.
-kernel_recipe=2
+kernel_recipe=3
 qemu_recipe=2
 qemu11_recipe=1
 debian13_recipe=1
@@ -95,6 +95,20 @@ wanted_modules() { # MODULES.DEP
         tr ' ' '\n' | grep . | sort -u
 }
 
+# A number of BYTES bytes at OFFSET of FILE.
+number_at() { # FILE OFFSET BYTES
+    od -An -t "u$3" -j "$2" -N "$3" "$1" | tr -d ' '
+}
+
+# The kernel unpacked, for which the emulated machine takes half of its boot; as it is, if xz did not pack it. The packed
+# kernel lies where Linux's x86 boot protocol says: setup_sects, payload_offset, payload_length; its last 4 bytes are the
+# unpacked size.
+unpack_kernel() { # VMLINUZ VMLINUX
+    local begin=$((($(number_at "$1" 0x1f1 1) + 1) * 512 + $(number_at "$1" 0x248 4)))
+    local length=$(($(number_at "$1" 0x24c 4) - 4))
+    dd if="$1" bs=64K iflag=skip_bytes,count_bytes skip=$begin count=$length status=none | xz -dcq >"$2" || cp "$1" "$2"
+}
+
 make_kernel() {
     local new=$vm/new.kernel packages=$vm/new.packages-kernel tree=$vm/new.tree modules module
     choose_kernel
@@ -107,7 +121,7 @@ make_kernel() {
     mkdir -p "$modules/kernel/drivers/infiniband/sw/siw" "$new/root/bin"
     build_siw "$packages" "$modules/kernel/drivers/infiniband/sw/siw/siw.ko"
     cp "$tree/bin/busybox" "$new/root/bin"
-    cp "$tree/boot/vmlinuz-$abi" "$new/vmlinuz"
+    unpack_kernel "$tree/boot/vmlinuz-$abi" "$new/vmlinux"
     "$tree/bin/busybox" depmod -b "$tree" "$abi"
     for module in $(wanted_modules "$modules/modules.dep"); do
         install -D -m 644 "$modules/$module" "$new/root/lib/modules/$abi/$module"
@@ -123,18 +137,18 @@ make_initrd() {
     local root=$vm/new.root
     cp -r "$vm/kernel/root" "$root"
     install -m 755 "$here/init" "$root/init"
-    (cd "$root" && find . | sort | ./bin/busybox cpio -o -H newc -R 0:0 2>/dev/null) | gzip -6 >"$vm/new.initrd"
+    (cd "$root" && find . | sort | ./bin/busybox cpio -o -H newc -R 0:0 2>/dev/null) >"$vm/new.initrd"
     rm -rf "$root"
-    ln -sfn kernel/vmlinuz "$vm/vmlinuz"
-    mv "$vm/new.initrd" "$vm/initrd.gz"
+    ln -sfn kernel/vmlinux "$vm/vmlinux"
+    mv "$vm/new.initrd" "$vm/initrd"
 }
 
 part_vm() {
     if ! grep -qs "^$kernel_recipe " "$vm/kernel/stamp"; then
         make_kernel
-        rm -f "$vm/initrd.gz"
+        rm -f "$vm/initrd"
     fi
-    if [ ! -e "$vm/initrd.gz" ] || [ "$here/init" -nt "$vm/initrd.gz" ]; then
+    if [ ! -e "$vm/initrd" ] || [ "$here/init" -nt "$vm/initrd" ]; then
         make_initrd
     fi
 }

@@ -18,7 +18,7 @@
 # Without root on the host, COMMAND can read and write what the caller can: the VM's root is no more there.
 set -uo pipefail
 
-boot_seconds=300 # a boot takes 4 to 10, on a busy machine ten times that
+boot_seconds=300 # a boot takes 4 to 8, on a busy machine ten times that
 
 say() { echo "run.sh: $*" >&2; }
 die() {
@@ -60,7 +60,7 @@ while [ $# -gt 0 ] && [ "$1" != -- ]; do
 done
 [ $# -ge 2 ] || usage
 shift
-if [ ! -e "$build/vm/vmlinuz" ] || [ ! -e "$build/vm/initrd.gz" ]; then
+if [ ! -e "$build/vm/vmlinux" ] || [ ! -e "$build/vm/initrd" ]; then
     die "there is no VM in $build/vm: run fetch.sh $build vm"
 fi
 command -v qemu-system-x86_64 >/dev/null || die "qemu-system-x86_64 is not installed (Debian package qemu-system-x86)"
@@ -136,7 +136,7 @@ start() {
     # The emulator does rep movsb a byte at a time, and pclmul slowly: without those flags rxe is 3 to 5 times faster.
     timeout -k 5 $((boot_seconds + limit + 60)) qemu-system-x86_64 -M q35 -accel tcg \
         -cpu max,-erms,-fsrm,-pclmulqdq -m "$memory" -smp "$cpus" -display none -nodefaults -no-user-config -no-reboot \
-        -kernel "$image/vmlinuz" -initrd "$image/initrd.gz" -append "console=ttyS0 quiet panic=-1" \
+        -kernel "$image/vmlinux" -initrd "$image/initrd" -append "console=ttyS0 quiet panic=-1" \
         -chardev "file,id=console,path=$(option "$job/console")" -serial chardev:console \
         -device virtio-serial-pci -device virtio-rng-pci \
         -chardev "file,id=output,path=$(option "$job/output")" -device virtserialport,chardev=output,name=output \
