@@ -3474,12 +3474,95 @@ static bool rmig__outbox_due(const struct rmig__outbox *o, bool awaited) {
     return o->fill >= o->limit || (o->fill > 0 && (awaited || o->first || o->flush));
 }
 
+// >>clears: implementation
+
+/* A place in the guest's memory. */
+struct rmig__cursor {
+    uint32_t block;
+    uint64_t page;
+};
+
+static bool rmig__cursor_before(struct rmig__cursor a, struct rmig__cursor b) {
+    return a.block < b.block || (a.block == b.block && a.page < b.page);
+}
+
+#define RMIG__CLEAR_RUNS 256 // noted before they are sent
+#define RMIG__CLEAR_BYTES (8 * RMIG_GIB) // in one message: what a sink clears between two READYs
+
+/* Ranges that are zero here and that the sink is to clear: noted, then sent, then known to be cleared, when the READY
+   comes that follows a message. The sink's processor clears; a write does not wait for it and could come first. So when a
+   page is saved again that may be among them, the fence goes up: nothing is written, and no more is noted, until all is
+   known to be cleared.
+
+   Holds always: every range that is noted, or sent and not known to be cleared, lies between low and high; the fence is up
+   only while there is one. */
+struct rmig__clears {
+    struct rmig_compress run[RMIG__CLEAR_RUNS]; // noted, oldest first
+    uint32_t count;
+    uint64_t bytes; // of these
+    bool sent; // some are under way
+    bool fence;
+    struct rmig__cursor low, high;
+};
+
+/* Notes a range, as one run with the last if it follows it. False if there is no room: `most` runs are too few, or the
+   bytes too many for a message. */
+static bool rmig__clears_add(struct rmig__clears *c, uint32_t most, uint32_t block, uint64_t offset, uint64_t length,
+                             uint64_t page_size) {
+    if (c->bytes + length > RMIG__CLEAR_BYTES)
+        return false;
+    struct rmig_compress *last = c->count > 0 ? &c->run[c->count - 1] : NULL;
+    if (last != NULL && last->block == block && last->start + last->length == offset) {
+        last->length += length;
+    } else {
+        if (c->count == rmig__min(most, RMIG__CLEAR_RUNS))
+            return false;
+        struct rmig_compress *run = &c->run[c->count++];
+        run->value = 0;
+        run->block = block;
+        run->start = offset;
+        run->length = length;
+    }
+    struct rmig__cursor from, to;
+    from.block = to.block = block;
+    from.page = offset / page_size;
+    to.page = (offset + length + page_size - 1) / page_size;
+    bool first = c->bytes == 0 && !c->sent;
+    c->low = first || rmig__cursor_before(from, c->low) ? from : c->low;
+    c->high = first || rmig__cursor_before(c->high, to) ? to : c->high;
+    c->bytes += length;
+    return true;
+}
+
+/* The pages were saved, again or for the first time. */
+static void rmig__clears_guard(struct rmig__clears *c, uint32_t block, uint64_t page, uint64_t n) {
+    struct rmig__cursor from, to;
+    from.block = to.block = block;
+    from.page = page;
+    to.page = page + n;
+    if ((c->count > 0 || c->sent) && rmig__cursor_before(from, c->high) && rmig__cursor_before(c->low, to))
+        c->fence = true;
+}
+
+/* The n oldest runs have been put into a message. */
+static void rmig__clears_send(struct rmig__clears *c, uint32_t n) {
+    for (uint32_t i = 0; i < n; i++)
+        c->bytes -= c->run[i].length;
+    c->count -= n;
+    memmove(c->run, c->run + n, c->count * sizeof c->run[0]);
+    c->sent = true;
+}
+
+/* A READY has come: what was sent is cleared. */
+static void rmig__clears_done(struct rmig__clears *c) {
+    c->sent = false;
+    c->fence = c->fence && c->count > 0;
+}
+
 // >>source: implementation
 
 #define RMIG__WRITE_BATCH 64 // writes handed to the fabric in one call
-#define RMIG__ZERO_RUNS 256 // zero ranges noted before they are sent
 #define RMIG__ZERO_TEST RMIG_MIB // longest range tested in one piece
-#define RMIG__ZERO_BYTES (8 * RMIG_GIB) // in one message: what a sink clears between two READYs
 #define RMIG__STEP_SCAN (64 * RMIG_MIB) // bytes tested for zero before the wire is looked after again
 #define RMIG__HOLE_LOOK RMIG_GIB // how far one look for holes goes; it reads 2 MiB of page map, in 4 ms
 #define RMIG__HOLE_SHARE 16 // a byte of a hole costs this part of a byte tested
@@ -3518,11 +3601,6 @@ struct rmig__source_block {
     uint32_t *chunk; // per chunk: 1 + its region's index, 0: none
     uint64_t chunks, unregistered;
     uint64_t sink_offset; // of the block in the sink's RAM address space
-};
-
-struct rmig__cursor {
-    uint32_t block;
-    uint64_t page;
 };
 
 enum rmig__source_op { RMIG__OP_NONE, RMIG__OP_CONNECT, RMIG__OP_END_ROUND, RMIG__OP_FLUSH, RMIG__OP_FINISH };
@@ -3619,12 +3697,7 @@ struct rmig_source {
         uint32_t block;
         uint64_t offset;
     } pin;
-    struct rmig_compress zero[RMIG__ZERO_RUNS];
-    unsigned zero_count;
-    uint64_t zero_bytes;
-    bool zero_sent; // the READY that says that the runs sent were cleared is still to come
-    struct rmig__cursor zero_low, zero_high; // all runs noted or sent and not known to be cleared lie between, in pages
-    bool fence; // pages in there were saved again: the clearing must be over before they are written
+    struct rmig__clears clears;
     struct { // what was last learned of holes: [from, data) of the block is a hole, [data, end) may hold something
         uint32_t block;
         uint64_t from, data, end;
@@ -4115,19 +4188,13 @@ static int rmig__source_on_reply(struct rmig_source *s, const uint8_t *p, const 
     }
 }
 
-static void rmig__zero_settle(struct rmig_source *s) {
-    if (s->zero_count == 0 && !s->zero_sent)
-        s->fence = false;
-}
-
 static int rmig__source_on_message(struct rmig_source *s, const struct rmig__received *r) {
     const struct rmig_header *h = &r->header;
     if (h->type == RMIG_MSG_ERROR)
         return rmig__peer_error(&s->ss, "sink", r);
     if (h->type == RMIG_MSG_READY && h->len == 0 && !s->credit && s->await == 0) {
         s->credit = true;
-        s->zero_sent = false;
-        rmig__zero_settle(s);
+        rmig__clears_done(&s->clears);
         return RMIG_OK;
     }
     if (h->type == RMIG_MSG_FINISH_PENDING && h->len == 0 && s->await == RMIG_MSG_FINISH_RESULT)
@@ -4155,10 +4222,6 @@ static int rmig__source_inbox(struct rmig_source *s) {
 
 static uint64_t rmig__pages_offset(const struct rmig_source *s, uint32_t block, uint64_t page) {
     return rmig__min(page * s->page_size, s->blocks.block[block].length);
-}
-
-static bool rmig__cursor_before(struct rmig__cursor a, struct rmig__cursor b) {
-    return a.block < b.block || (a.block == b.block && a.page < b.page);
 }
 
 static bool rmig__hole_known(const struct rmig_source *s, uint32_t block, uint64_t at) {
@@ -4196,46 +4259,6 @@ static bool rmig__range_is_zero(struct rmig_source *s, uint32_t block, uint64_t 
         from = stop;
     }
     return true;
-}
-
-/* Notes a zero range as one run with its predecessor if it follows it. False if there is no room. */
-static bool rmig__zero_add(struct rmig_source *s, uint32_t block, uint64_t offset, uint64_t length) {
-    if (s->zero_bytes + length > RMIG__ZERO_BYTES)
-        return false;
-    struct rmig_compress *last = s->zero_count > 0 ? &s->zero[s->zero_count - 1] : NULL;
-    if (last != NULL && last->block == block && last->start + last->length == offset) {
-        last->length += length;
-    } else {
-        if (s->zero_count == (s->ss.extended ? RMIG__ZERO_RUNS : 1))
-            return false;
-        struct rmig_compress *run = &s->zero[s->zero_count++];
-        run->value = 0;
-        run->block = block;
-        run->start = offset;
-        run->length = length;
-    }
-    struct rmig__cursor from, to;
-    from.block = to.block = block;
-    from.page = offset / s->page_size;
-    to.page = (offset + length + s->page_size - 1) / s->page_size;
-    bool first = s->zero_bytes == 0 && !s->zero_sent;
-    s->zero_low = first || rmig__cursor_before(from, s->zero_low) ? from : s->zero_low;
-    s->zero_high = first || rmig__cursor_before(s->zero_high, to) ? to : s->zero_high;
-    s->zero_bytes += length;
-    return true;
-}
-
-/* The pages were saved again, or for the first time. If they may be among those to be cleared at the sink, nothing is
-   written until the sink has said that it cleared them: a write does not wait for the sink's processor, so it could
-   come first. */
-static void rmig__zero_guard(struct rmig_source *s, uint32_t block, uint64_t page, uint64_t n) {
-    struct rmig__cursor from, to;
-    from.block = to.block = block;
-    from.page = page;
-    to.page = page + n;
-    if ((s->zero_count > 0 || s->zero_sent) && rmig__cursor_before(from, s->zero_high) &&
-        rmig__cursor_before(s->zero_low, to))
-        s->fence = true;
 }
 
 static void rmig__take_pages(struct rmig_source *s, uint32_t block, uint64_t page, uint64_t n) {
@@ -4310,7 +4333,7 @@ static bool rmig__plan_range(struct rmig_source *s, struct rmig__window *w, uint
         *budget -= rmig__min(*budget, scanned + s->page_size);
         if (!zero)
             break;
-        if (!rmig__zero_add(s, block, from, stop - from))
+        if (!rmig__clears_add(&s->clears, s->ss.extended ? RMIG__CLEAR_RUNS : 1, block, from, stop - from, s->page_size))
             return false;
         uint64_t pages = (stop - from + s->page_size - 1) / s->page_size;
         rmig__take_pages(s, block, from / s->page_size, pages);
@@ -4378,7 +4401,7 @@ static bool rmig__pinned(const struct rmig_source *s) { return s->pin.block >= s
 
 /* Opens, fills and closes windows. True if something changed. */
 static bool rmig__plan(struct rmig_source *s) {
-    if (s->exchange != RMIG__BLOCKS_DONE || s->outbox.first || s->fence)
+    if (s->exchange != RMIG__BLOCKS_DONE || s->outbox.first || s->clears.fence)
         return false;
     struct rmig__window *w = s->windows > 0 ? &s->window[s->windows - 1] : NULL;
     if (w == NULL || w->state != RMIG__WINDOW_OPEN) {
@@ -4475,16 +4498,13 @@ static int rmig__say_register(struct rmig_source *s, struct rmig__window *w, uin
 
 static int rmig__say_zero(struct rmig_source *s, uint8_t *payload) {
     uint64_t fits = s->ss.extended ? rmig__min(s->ss.peer_batch_max, s->ss.peer_payload_max / RMIG_COMPRESS_SIZE) : 1;
-    uint32_t n = (uint32_t)rmig__min(fits, s->zero_count);
+    uint32_t n = (uint32_t)rmig__min(fits, s->clears.count);
     for (uint32_t i = 0; i < n; i++) {
-        struct rmig_compress run = s->zero[i];
+        struct rmig_compress run = s->clears.run[i];
         run.start += s->block[run.block].sink_offset;
         rmig_encode_compress(payload + (size_t)i * RMIG_COMPRESS_SIZE, RMIG_COMPRESS_SIZE, &run);
-        s->zero_bytes -= run.length;
     }
-    s->zero_sent = true;
-    s->zero_count -= n;
-    memmove(s->zero, s->zero + n, s->zero_count * sizeof s->zero[0]);
+    rmig__clears_send(&s->clears, n);
     return rmig__ask(s, s->ss.extended ? RMIG_MSG_CLEAR_BATCH : RMIG_MSG_COMPRESS, n, (size_t)n * RMIG_COMPRESS_SIZE,
                      RMIG_MSG_NONE);
 }
@@ -4508,7 +4528,7 @@ static bool rmig__drained(const struct rmig_source *s) {
 
 /* All that was saved is in the sink's memory. */
 static bool rmig__settled(const struct rmig_source *s) {
-    return s->pending == 0 && s->zero_count == 0 && s->windows == 0 && rmig__drained(s);
+    return s->pending == 0 && s->clears.count == 0 && s->windows == 0 && rmig__drained(s);
 }
 
 /* Bytes written and not known to have arrived. */
@@ -4573,7 +4593,7 @@ static bool rmig__stream_due(const struct rmig_source *s) {
 static bool rmig__zero_due(const struct rmig_source *s) {
     /* Not while the planner may still lengthen the last run. */
     bool open = s->windows > 0 && s->window[s->windows - 1].state == RMIG__WINDOW_OPEN;
-    return s->zero_count > 0 && (!open || s->fence);
+    return s->clears.count > 0 && (!open || s->clears.fence);
 }
 
 /* At most one message goes out for a READY. The order of the cases is the order of importance. */
@@ -4595,7 +4615,7 @@ static int rmig__control_out(struct rmig_source *s, bool *moved) {
         status = rmig__say_stream(s, payload);
     else if (s->exchange == RMIG__BLOCKS_SENDING)
         status = rmig__say_blocks(s, payload);
-    else if ((w = rmig__closed_window(s)) != NULL && !s->fence)
+    else if ((w = rmig__closed_window(s)) != NULL && !s->clears.fence)
         status = rmig__say_register(s, w, payload);
     else if (rmig__zero_due(s))
         status = rmig__say_zero(s, payload);
@@ -4779,7 +4799,7 @@ static bool rmig__retire_windows(struct rmig_source *s) {
    overtake each other the pass before must have landed. Zero runs go out first: a page may not be zero any more. */
 static bool rmig__next_pass(struct rmig_source *s) {
     bool at_end = s->plan.block >= s->blocks.count && !rmig__cursor_before(s->write, s->plan);
-    if (!at_end || s->pending == 0 || s->windows > 0 || s->zero_count > 0)
+    if (!at_end || s->pending == 0 || s->windows > 0 || s->clears.count > 0)
         return false;
     if (!s->ss.caps.writes_in_order && !rmig__drained(s))
         return false;
@@ -4801,7 +4821,7 @@ static int rmig__write_out(struct rmig_source *s, bool *moved) {
     uint64_t limit = rmig__flight_limit(s);
     uint64_t stride = rmig__min(rmig__max(limit / RMIG__STRIDES, RMIG__STRIDE_MIN), limit);
     bool hold =
-        !rmig__pinned(s) || s->fence || (rmig__closed_window(s) != NULL && rmig__now(&s->ss) < rmig__hold_until(s));
+        !rmig__pinned(s) || s->clears.fence || (rmig__closed_window(s) != NULL && rmig__now(&s->ss) < rmig__hold_until(s));
     int status = RMIG_OK;
     s->flight.full = false;
     while (!hold && status == RMIG_OK) {
@@ -5138,7 +5158,7 @@ static int rmig__saved(struct rmig_source *s, uint32_t block, uint64_t first, ui
     /* The guest may have filled the hole since it was looked for. */
     if (s->hole.block == block && first * s->page_size < s->hole.data && (first + n) * s->page_size > s->hole.from)
         s->hole.block = UINT32_MAX;
-    rmig__zero_guard(s, block, first, n);
+    rmig__clears_guard(&s->clears, block, first, n);
     return s->unstepped >= s->merge_max ? rmig__source_step(s) : RMIG_OK;
 }
 
@@ -6173,7 +6193,7 @@ static int rmig__sink_check_clear(struct rmig_sink *s, const uint8_t *p, const s
                 rmig_message_name(h->type), run.block, (unsigned long long)run.start, (unsigned long long)run.length,
                 run.value, s->block_count);
         total += run.length;
-        if (i > 0 && total > RMIG__ZERO_BYTES)
+        if (i > 0 && total > RMIG__CLEAR_BYTES)
             return rmig__sink_bad(s, h, "a batch clears at most 8 GiB");
     }
     return RMIG_OK;
