@@ -3437,10 +3437,10 @@ static void rmig__pacer_spend(struct rmig__pacer *p, uint64_t bytes) { p->tokens
 
 // >>outbox: implementation
 
-/* The embedder's stream bytes on their way to the sink: put in at the end, taken out at the front, a message at a time. A
-   message holds at most `limit` bytes. When that many are there nothing more is taken, and a message is due; with fewer
-   it is due when somebody waits for them: the embedder who flushes, the round that begins behind them, the end of a round
-   or of everything.
+/* The embedder's stream bytes on their way to the sink: put in at the end, taken out at the front, a message at a time.
+   A message holds at most `limit` bytes. When that many are there nothing more is taken, and a message is due; with
+   fewer it is due when somebody waits for them: the embedder who flushes, the round that begins behind them, the end of
+   a round or of everything.
 
    Holds always: `first` and `flush` only while bytes are there. */
 struct rmig__outbox {
@@ -3474,6 +3474,147 @@ static bool rmig__outbox_due(const struct rmig__outbox *o, bool awaited) {
     return o->fill >= o->limit || (o->fill > 0 && (awaited || o->first || o->flush));
 }
 
+// >>meter: implementation
+
+struct rmig__meter_mark {
+    uint64_t ns, bytes; // of the wire's time, of what had arrived
+};
+
+/* What the wire does in a round: how many bytes a second arrive while it has work. Time in which nothing but zero pages
+   went by is left out. `arrived`, here and below: bytes of all writes known to be complete, ever.
+
+   Holds always: ns is at most the time since the first write of the round; the marks are in the order in which they
+   were made, a second of the wire's time apart at least. */
+struct rmig__meter {
+    bool began, busy, idle; // idle: nothing was to be done
+    uint64_t at; // when it was looked at last
+    uint64_t ns; // of the wire's time
+    uint64_t zero; // bytes_zero when it was looked at last
+    struct rmig__meter_mark begin, mark[2];
+};
+
+static void rmig__meter_begin(struct rmig__meter *m, uint64_t arrived) {
+    memset(m, 0, sizeof *m);
+    m->begin.bytes = m->mark[0].bytes = m->mark[1].bytes = arrived;
+}
+
+static bool rmig__meter_stopped(const struct rmig__meter *m) { return !m->began || m->idle; }
+
+/* There is work, after there was none. */
+static void rmig__meter_start(struct rmig__meter *m, uint64_t now) {
+    m->began = true;
+    m->idle = false;
+    m->at = now;
+}
+
+/* zero: bytes_zero; busy: something is on the wire, or will be as soon as it may; idle: nothing is left to be done. */
+static void rmig__meter_look(struct rmig__meter *m, uint64_t now, uint64_t arrived, uint64_t zero, bool busy,
+                             bool idle) {
+    if (!rmig__meter_stopped(m) && (m->busy || zero == m->zero))
+        m->ns += now - m->at;
+    m->busy = busy;
+    m->idle = idle;
+    m->at = now;
+    m->zero = zero;
+    if (m->ns - m->mark[1].ns < RMIG__SECOND)
+        return;
+    m->mark[0] = m->mark[1];
+    m->mark[1].ns = m->ns;
+    m->mark[1].bytes = arrived;
+}
+
+/* Bytes per second since a mark; 0: too little to tell, since small rounds measure latency. anything: the least is told
+   too. */
+static uint64_t rmig__meter_rate(const struct rmig__meter *m, const struct rmig__meter_mark *since, uint64_t arrived,
+                                 bool anything) {
+    uint64_t busy = m->ns - since->ns, bytes = arrived - since->bytes;
+    if (busy == 0 || (bytes < RMIG_MIB && busy < RMIG__SECOND / 10 && !anything))
+        return 0;
+    return (uint64_t)((double)bytes * 1e9 / (double)busy);
+}
+
+// >>round: implementation
+
+/* A pass over the guest's memory: pages are saved from its begin on, and at its end all of them are in the sink's
+   memory. The guest dirties pages in one round that are saved in the next, so what was saved until now, in the time
+   from the begin of the round before to the last page saved, tells how fast it dirties them.
+
+   Holds always: before <= began <= saved_at. */
+struct rmig__round {
+    bool open; // between begin and end
+    uint64_t began, before; // when this one began, or the last, and the one before it; 0: there was none
+    uint64_t saved, saved_at; // bytes saved when they were looked at last, and when they last grew
+};
+
+static void rmig__round_begin(struct rmig__round *r, uint64_t now) {
+    r->open = true;
+    r->before = r->began;
+    r->began = r->saved_at = now;
+    r->saved = 0;
+}
+
+/* `saved` bytes were saved by now. What was saved before the first look was saved at the begin. */
+static void rmig__round_look(struct rmig__round *r, uint64_t now, uint64_t saved, bool first) {
+    if (saved != r->saved)
+        r->saved_at = first ? r->began : now;
+    r->saved = saved;
+}
+
+/* Bytes per second. In the first round all memory is saved, dirtied or not: only what is saved again counts. */
+static uint64_t rmig__round_dirty_rate(const struct rmig__round *r, uint64_t saved, uint64_t ram) {
+    bool first = r->before == 0;
+    uint64_t span = r->saved_at - (first ? r->began : r->before);
+    uint64_t dirty = first ? saved - rmig__min(saved, ram) : saved;
+    return span == 0 ? 0 : (uint64_t)((double)dirty * 1e9 / (double)span);
+}
+
+// >>dialogue: implementation
+
+/* Whose turn it is on the control channel. The sink says READY, which lets the source say one thing; if that is a
+   request, the sink's next message is the reply to it, and a READY follows each.
+
+   Holds always: a credit is in hand, or a reply is awaited, or neither; never both. */
+struct rmig__dialogue {
+    bool credit; // a READY is in hand
+    uint32_t await; // type of the reply that is due, 0: none
+    uint64_t asked, replied; // when the last thing was said, and when the last reply came
+};
+
+static bool rmig__dialogue_may_ask(const struct rmig__dialogue *d) { return d->credit && d->await == 0; }
+
+/* The source says something, and awaits `reply`, if it is not RMIG_MSG_NONE. */
+static void rmig__dialogue_ask(struct rmig__dialogue *d, enum rmig_message reply, uint64_t now) {
+    d->credit = false;
+    d->await = (uint32_t)reply;
+    d->asked = now;
+}
+
+/* A READY has come. False: none was due. */
+static bool rmig__dialogue_ready(struct rmig__dialogue *d) {
+    if (d->credit || d->await != 0)
+        return false;
+    d->credit = true;
+    return true;
+}
+
+/* The reply has come: how long it took. */
+static uint64_t rmig__dialogue_reply(struct rmig__dialogue *d, uint64_t now) {
+    d->await = 0;
+    d->replied = now;
+    return now - d->asked;
+}
+
+/* What is due from the sink, in words. */
+static const char *rmig__dialogue_due(const struct rmig__dialogue *d) {
+    return d->await != 0 ? rmig_message_name(d->await) : d->credit ? "nothing" : "READY";
+}
+
+/* Until when what must not queue behind writes had better wait for the READY that comes right after a reply; 0: none is
+   to come. */
+static uint64_t rmig__dialogue_hold_until(const struct rmig__dialogue *d, uint64_t rtt) {
+    return d->await == 0 && !d->credit ? rmig__after(d->replied, rtt) : 0;
+}
+
 // >>clears: implementation
 
 /* A place in the guest's memory. */
@@ -3490,12 +3631,12 @@ static bool rmig__cursor_before(struct rmig__cursor a, struct rmig__cursor b) {
 #define RMIG__CLEAR_BYTES (8 * RMIG_GIB) // in one message: what a sink clears between two READYs
 
 /* Ranges that are zero here and that the sink is to clear: noted, then sent, then known to be cleared, when the READY
-   comes that follows a message. The sink's processor clears; a write does not wait for it and could come first. So when a
-   page is saved again that may be among them, the fence goes up: nothing is written, and no more is noted, until all is
-   known to be cleared.
+   comes that follows a message. The sink's processor clears; a write does not wait for it and could come first. So when
+   a page is saved again that may be among them, the fence goes up: nothing is written, and no more is noted, until all
+   is known to be cleared.
 
-   Holds always: every range that is noted, or sent and not known to be cleared, lies between low and high; the fence is up
-   only while there is one. */
+   Holds always: every range that is noted, or sent and not known to be cleared, lies between low and high; the fence is
+   up only while there is one. */
 struct rmig__clears {
     struct rmig_compress run[RMIG__CLEAR_RUNS]; // noted, oldest first
     uint32_t count;
@@ -3642,19 +3783,6 @@ struct rmig__flight {
     bool full; // the limit is what ended the last turn's writes
 };
 
-struct rmig__wire_mark {
-    uint64_t ns, bytes; // of the wire's time, of what had arrived
-};
-
-/* What the wire does in a round. Time in which nothing but zero pages went by is left out. */
-struct rmig__wire {
-    bool began, busy, idle; // idle: nothing was to be done
-    uint64_t at; // when it was looked at last
-    uint64_t ns; // since the first write
-    uint64_t zero; // bytes_zero then
-    struct rmig__wire_mark begin, mark[2]; // mark: a second apart at least, for the rate now
-};
-
 struct rmig_source {
     struct rmig__session ss;
     struct rmig_blocks blocks;
@@ -3683,11 +3811,8 @@ struct rmig_source {
     bool other_fds; // next has closed descriptors, and the new ones may have their numbers
     struct rmig__list tried; // why those before did not do
 
-    bool credit; // a READY is in hand
-    uint32_t await; // type of the reply that is due, 0: none
-    uint64_t asked, replied; // when the last request went out, and when the last reply came
+    struct rmig__dialogue dialogue;
 
-    bool in_round;
     struct rmig__cursor plan, write; // this pass over the blocks: the planner goes ahead of the writer
     uint64_t pending; // pages in all dirty sets
     uint64_t unstepped; // bytes saved since the engine last ran
@@ -3712,9 +3837,8 @@ struct rmig_source {
     struct rmig__outbox outbox;
     enum rmig__finish finish;
 
-    uint64_t round_began, round_before;
-    struct rmig__wire wire;
-    uint64_t saved, saved_at; // round_saved when it was looked at last, and when it last grew
+    struct rmig__round round;
+    struct rmig__meter meter;
     uint64_t ram; // bytes of all blocks
 };
 
@@ -3864,8 +3988,7 @@ static void rmig__source_attempt(struct rmig_source *s) {
     ss->last_progress = s->attempt_began = now;
     s->attempt_until = RMIG_FOREVER;
     if (s->addresses > 1)
-        s->attempt_until =
-            now + rmig__max((until > now ? until - now : 0) / (ss->ep->others + 1), all / s->addresses);
+        s->attempt_until = now + rmig__max((until > now ? until - now : 0) / (ss->ep->others + 1), all / s->addresses);
 }
 
 static int rmig__connect_start(struct rmig_source *s, const char *address) {
@@ -4157,11 +4280,9 @@ static int rmig__source_on_batch_result(struct rmig_source *s, const uint8_t *p,
 }
 
 static int rmig__source_on_reply(struct rmig_source *s, const uint8_t *p, const struct rmig_header *h) {
-    s->replied = rmig__now(&s->ss);
-    uint64_t rtt = s->replied - s->asked;
+    uint64_t rtt = rmig__dialogue_reply(&s->dialogue, rmig__now(&s->ss));
     if (s->ss.stats.message_rtt_ns == 0 || rtt < s->ss.stats.message_rtt_ns)
         s->ss.stats.message_rtt_ns = rtt;
-    s->await = 0;
     switch (h->type) {
     case RMIG_MSG_HELLO_RESULT:
         return rmig__source_on_hello_result(s, p, h->len);
@@ -4192,20 +4313,16 @@ static int rmig__source_on_message(struct rmig_source *s, const struct rmig__rec
     const struct rmig_header *h = &r->header;
     if (h->type == RMIG_MSG_ERROR)
         return rmig__peer_error(&s->ss, "sink", r);
-    if (h->type == RMIG_MSG_READY && h->len == 0 && !s->credit && s->await == 0) {
-        s->credit = true;
+    if (h->type == RMIG_MSG_READY && h->len == 0 && rmig__dialogue_ready(&s->dialogue)) {
         rmig__clears_done(&s->clears);
         return RMIG_OK;
     }
-    if (h->type == RMIG_MSG_FINISH_PENDING && h->len == 0 && s->await == RMIG_MSG_FINISH_RESULT)
+    if (h->type == RMIG_MSG_FINISH_PENDING && h->len == 0 && s->dialogue.await == RMIG_MSG_FINISH_RESULT)
         return RMIG_OK; // its coming is what counts
-    if (s->await != 0 && h->type == s->await)
+    if (s->dialogue.await != 0 && h->type == s->dialogue.await)
         return rmig__source_on_reply(s, rmig__control_buffer(&s->ss, r->buffer) + RMIG_HEADER_SIZE, h);
     return RMIG__END(&s->ss, RMIG_ERR_PROTOCOL, 0, "the sink sent %s (type %u, len %u) where %s was due",
-                     rmig_message_name(h->type), h->type, h->len,
-                     s->await != 0 ? rmig_message_name(s->await)
-                     : s->credit   ? "nothing"
-                                   : "READY");
+                     rmig_message_name(h->type), h->type, h->len, rmig__dialogue_due(&s->dialogue));
 }
 
 static int rmig__source_inbox(struct rmig_source *s) {
@@ -4333,7 +4450,8 @@ static bool rmig__plan_range(struct rmig_source *s, struct rmig__window *w, uint
         *budget -= rmig__min(*budget, scanned + s->page_size);
         if (!zero)
             break;
-        if (!rmig__clears_add(&s->clears, s->ss.extended ? RMIG__CLEAR_RUNS : 1, block, from, stop - from, s->page_size))
+        if (!rmig__clears_add(&s->clears, s->ss.extended ? RMIG__CLEAR_RUNS : 1, block, from, stop - from,
+                              s->page_size))
             return false;
         uint64_t pages = (stop - from + s->page_size - 1) / s->page_size;
         rmig__take_pages(s, block, from / s->page_size, pages);
@@ -4433,9 +4551,7 @@ static bool rmig__plan(struct rmig_source *s) {
 
 static int rmig__ask(struct rmig_source *s, enum rmig_message type, uint32_t repeat, size_t len,
                      enum rmig_message reply) {
-    s->credit = false;
-    s->await = (uint32_t)reply;
-    s->asked = rmig__now(&s->ss);
+    rmig__dialogue_ask(&s->dialogue, reply, rmig__now(&s->ss));
     return rmig__send(&s->ss, type, repeat, len);
 }
 
@@ -4536,43 +4652,30 @@ static uint64_t rmig__outstanding(const struct rmig_source *s) {
     return rmig__drained(s) ? 0 : s->flight.bytes - s->flight.done;
 }
 
-static void rmig__wire_look(struct rmig_source *s) {
-    struct rmig__wire *w = &s->wire;
-    uint64_t now = rmig__now(&s->ss), zero = s->ss.stats.bytes_zero;
-    if (w->began && !w->idle && (w->busy || zero == w->zero))
-        w->ns += now - w->at;
-    w->busy = rmig__outstanding(s) > 0 || s->windows > 0 || now < s->pacer.until;
-    w->idle = rmig__settled(s);
-    w->at = now;
-    w->zero = zero;
-    if (w->ns - w->mark[1].ns < 1000000000)
-        return;
-    w->mark[0] = w->mark[1];
-    w->mark[1].ns = w->ns;
-    w->mark[1].bytes = s->flight.bytes - rmig__outstanding(s);
+/* Bytes that are known to have arrived. */
+static uint64_t rmig__arrived(const struct rmig_source *s) { return s->flight.bytes - rmig__outstanding(s); }
+
+static void rmig__source_meter_look(struct rmig_source *s) {
+    uint64_t now = rmig__now(&s->ss);
+    bool busy = rmig__outstanding(s) > 0 || s->windows > 0 || now < s->pacer.until;
+    rmig__meter_look(&s->meter, now, rmig__arrived(s), s->ss.stats.bytes_zero, busy, rmig__settled(s));
 }
 
-/* Bytes per second over the wire since a mark; 0: too little to tell. A page that leaves before the pacer holds back
-   the next is no rate. */
-static uint64_t rmig__wire_rate(const struct rmig_source *s, const struct rmig__wire_mark *since, bool over) {
-    uint64_t busy = s->wire.ns - since->ns, written = s->flight.bytes - rmig__outstanding(s) - since->bytes;
+/* A page that leaves before the pacer holds back the next is no rate. */
+static uint64_t rmig__source_rate(const struct rmig_source *s, const struct rmig__meter_mark *since, bool over) {
     uint64_t limit = rmig_get(&s->ss.cfg, RMIG_PARAM_MAX_BANDWIDTH);
-    bool telling = written >= RMIG_MIB || busy >= 100000000; // small rounds measure latency
-    if (busy == 0 || (!telling && !(over && s->ss.stats.throughput == 0)))
-        return 0;
-    uint64_t rate = (uint64_t)((double)written * 1e9 / (double)busy);
+    uint64_t rate = rmig__meter_rate(&s->meter, since, rmig__arrived(s), over && s->ss.stats.throughput == 0);
     return limit != 0 ? rmig__min(rate, limit) : rate;
 }
 
 static int rmig__round_over(struct rmig_source *s) {
     struct rmig_stats *st = &s->ss.stats;
-    uint64_t now = rmig__now(&s->ss);
     st->rounds++;
-    st->round_ns = now - s->round_began;
-    rmig__wire_look(s);
-    uint64_t rate = rmig__wire_rate(s, &s->wire.begin, true);
+    st->round_ns = rmig__now(&s->ss) - s->round.began;
+    rmig__source_meter_look(s);
+    uint64_t rate = rmig__source_rate(s, &s->meter.begin, true);
     st->throughput = rate != 0 ? rate : st->throughput;
-    s->in_round = false;
+    s->round.open = false;
     rmig__trace(&s->ss, "round %llu over, %llu bytes", (unsigned long long)st->rounds,
                 (unsigned long long)st->round_bytes);
     return rmig__ask(s, RMIG_MSG_REGISTER_FINISHED, 1, 0, RMIG_MSG_NONE);
@@ -4609,7 +4712,7 @@ static int rmig__control_out(struct rmig_source *s, bool *moved) {
     else if (s->finish == RMIG__FINISH_ANSWERED) {
         s->finish = RMIG__FINISH_SAID;
         status = rmig__send(&s->ss, RMIG_MSG_GOODBYE, 1, 0);
-    } else if (!s->credit || s->await != 0)
+    } else if (!rmig__dialogue_may_ask(&s->dialogue))
         return RMIG_OK;
     else if (s->outbox.first || (rmig__settled(s) && rmig__stream_due(s)))
         status = rmig__say_stream(s, payload);
@@ -4619,13 +4722,13 @@ static int rmig__control_out(struct rmig_source *s, bool *moved) {
         status = rmig__say_register(s, w, payload);
     else if (rmig__zero_due(s))
         status = rmig__say_zero(s, payload);
-    else if (rmig__settled(s) && s->op == RMIG__OP_END_ROUND && s->in_round && rmig__pinned(s))
+    else if (rmig__settled(s) && s->op == RMIG__OP_END_ROUND && s->round.open && rmig__pinned(s))
         status = rmig__round_over(s);
     else if (s->op == RMIG__OP_FINISH && rmig__settled(s) && s->ss.extended && s->finish == RMIG__FINISH_NONE) {
         s->finish = RMIG__FINISH_ASKED;
         status = rmig__ask(s, RMIG_MSG_FINISH, 1, 0, RMIG_MSG_FINISH_RESULT);
     }
-    if (status == RMIG_OK && s->ss.stats.control_sent == before && s->credit &&
+    if (status == RMIG_OK && s->ss.stats.control_sent == before && s->dialogue.credit &&
         rmig__now(&s->ss) >= rmig__idle_at(&s->ss))
         status = rmig__ask(s, RMIG_MSG_KEEPALIVE, 1, 0, RMIG_MSG_NONE);
     *moved = *moved || s->ss.stats.control_sent != before;
@@ -4811,7 +4914,7 @@ static bool rmig__next_pass(struct rmig_source *s) {
 /* A request for the next keys whose READY follows on the heels of the reply must not queue behind the writes: the sink
    would begin to register when the wire runs idle. */
 static uint64_t rmig__hold_until(const struct rmig_source *s) {
-    return s->await == 0 && !s->credit ? rmig__after(s->replied, s->ss.stats.message_rtt_ns) : 0;
+    return rmig__dialogue_hold_until(&s->dialogue, s->ss.stats.message_rtt_ns);
 }
 
 static int rmig__write_out(struct rmig_source *s, bool *moved) {
@@ -4820,8 +4923,8 @@ static int rmig__write_out(struct rmig_source *s, bool *moved) {
     rmig__flight_look(s);
     uint64_t limit = rmig__flight_limit(s);
     uint64_t stride = rmig__min(rmig__max(limit / RMIG__STRIDES, RMIG__STRIDE_MIN), limit);
-    bool hold =
-        !rmig__pinned(s) || s->clears.fence || (rmig__closed_window(s) != NULL && rmig__now(&s->ss) < rmig__hold_until(s));
+    bool hold = !rmig__pinned(s) || s->clears.fence ||
+                (rmig__closed_window(s) != NULL && rmig__now(&s->ss) < rmig__hold_until(s));
     int status = RMIG_OK;
     s->flight.full = false;
     while (!hold && status == RMIG_OK) {
@@ -4831,10 +4934,9 @@ static int rmig__write_out(struct rmig_source *s, bool *moved) {
         bool room = s->queued < RMIG__WRITE_BATCH && outstanding + s->queued < s->depth && !s->flight.full;
         uint64_t allowed = room && s->pending > 0 ? rmig__pace(s) : 0;
         if (allowed > 0 && rmig__next_write(s, allowed, stride)) {
-            if (!s->wire.began || s->wire.idle)
-                s->wire.at = rmig__now(&s->ss);
-            s->wire.began = s->wire.busy = true;
-            s->wire.idle = false;
+            if (rmig__meter_stopped(&s->meter))
+                rmig__meter_start(&s->meter, rmig__now(&s->ss));
+            s->meter.busy = true;
             continue;
         }
         if (s->queued == 0)
@@ -4893,8 +4995,8 @@ static void rmig__windows_ready(struct rmig_source *s, bool *moved) {
 static const char *rmig__source_waits_for(const struct rmig_source *s) {
     if (s->state == RMIG__SOURCE_CONNECTING)
         return s->ss.resolved ? "the connection" : "the address to be resolved";
-    if (s->await != 0)
-        return rmig_message_name(s->await);
+    if (s->dialogue.await != 0)
+        return rmig_message_name(s->dialogue.await);
     if (s->finish == RMIG__FINISH_SAID)
         return "the handover to be delivered";
     if (!rmig__drained(s))
@@ -4902,7 +5004,7 @@ static const char *rmig__source_waits_for(const struct rmig_source *s) {
     if (!rmig__all_sent(&s->ss))
         return "a message to be delivered";
     bool wants = s->op != RMIG__OP_NONE || s->pending > 0 || rmig__now(&s->ss) >= rmig__idle_at(&s->ss);
-    return wants && !s->credit ? "READY" : NULL;
+    return wants && !s->dialogue.credit ? "READY" : NULL;
 }
 
 /* Which parameter bounds the wait. A sink that does not know FINISH_PENDING is granted io-timeout for its answer. */
@@ -4910,7 +5012,7 @@ static enum rmig_param rmig__source_limit(const struct rmig_source *s) {
     if (s->state == RMIG__SOURCE_CONNECTING || s->op == RMIG__OP_CONNECT)
         return RMIG_PARAM_CONNECT_TIMEOUT;
     bool pending = (s->ss.peer_features & RMIG_FEATURE_FINISH_PENDING) != 0;
-    return s->await == RMIG_MSG_FINISH_RESULT && pending ? RMIG_PARAM_HANDOVER_TIMEOUT : RMIG_PARAM_IO_TIMEOUT;
+    return s->dialogue.await == RMIG_MSG_FINISH_RESULT && pending ? RMIG_PARAM_HANDOVER_TIMEOUT : RMIG_PARAM_IO_TIMEOUT;
 }
 
 static uint64_t rmig__source_timeout(const struct rmig_source *s) {
@@ -4943,7 +5045,7 @@ static int rmig__source_timers(struct rmig_source *s) {
 /* Is the operation under way done? */
 static void rmig__source_complete(struct rmig_source *s) {
     bool sent = rmig__all_sent(&s->ss);
-    if (s->op == RMIG__OP_END_ROUND && !s->in_round && s->outbox.fill == 0 && sent)
+    if (s->op == RMIG__OP_END_ROUND && !s->round.open && s->outbox.fill == 0 && sent)
         s->op = RMIG__OP_NONE;
     if (s->op == RMIG__OP_FLUSH && s->outbox.fill == 0 && sent)
         s->op = RMIG__OP_NONE;
@@ -5001,13 +5103,11 @@ static int rmig__source_step(struct rmig_source *s) {
     return status == RMIG_OK ? rmig__source_timers(s) : status;
 }
 
-static void rmig__round_look(struct rmig_source *s) {
+static void rmig__source_round_look(struct rmig_source *s) {
     struct rmig_stats *st = &s->ss.stats;
-    rmig__wire_look(s);
-    if (st->round_saved != s->saved)
-        s->saved_at = st->round_ns == 0 ? s->round_began : s->wire.at;
-    s->saved = st->round_saved;
-    st->round_ns = s->wire.at - s->round_began;
+    rmig__source_meter_look(s);
+    rmig__round_look(&s->round, s->meter.at, st->round_saved, st->round_ns == 0);
+    st->round_ns = s->meter.at - s->round.began;
 }
 
 static int rmig__source_progress(struct rmig_source *s) {
@@ -5015,8 +5115,8 @@ static int rmig__source_progress(struct rmig_source *s) {
     s->ss.failure_told = s->ss.failed != RMIG_OK;
     if (status != RMIG_OK)
         return status;
-    if (s->in_round)
-        rmig__round_look(s);
+    if (s->round.open)
+        rmig__source_round_look(s);
     return s->op == RMIG__OP_NONE ? RMIG_OK : RMIG_PENDING;
 }
 
@@ -5055,7 +5155,7 @@ RMIG__DEF uint64_t rmig_source_next_deadline(struct rmig_source *s) {
         at = rmig__min(at, rmig__after(s->ss.last_progress, rmig__source_timeout(s)));
     if (s->state == RMIG__SOURCE_CONNECTING)
         at = rmig__min(at, s->attempt_until);
-    if (s->credit)
+    if (s->dialogue.credit)
         at = rmig__min(at, rmig__idle_at(&s->ss));
     if (s->pacer.until != 0)
         at = rmig__min(at, s->pacer.until);
@@ -5102,7 +5202,7 @@ static int rmig__source_idle(struct rmig_source *s, const char *call) {
         return RMIG__NO(&s->ss, RMIG_ERR_STATE, 0, "%s: the session is finished; open another source", call);
     if (s->op != RMIG__OP_NONE)
         return RMIG__NO(&s->ss, RMIG_ERR_STATE, 0,
-                            "%s: an operation is under way; call rmig_source_process until it returns RMIG_OK", call);
+                        "%s: an operation is under way; call rmig_source_process until it returns RMIG_OK", call);
     return RMIG_OK;
 }
 
@@ -5110,20 +5210,16 @@ RMIG__DEF int rmig_source_begin_round(struct rmig_source *s) {
     int status = rmig__source_idle(s, "rmig_source_begin_round");
     if (status != RMIG_OK)
         return status;
-    if (s->in_round)
+    if (s->round.open)
         return RMIG__NO(&s->ss, RMIG_ERR_STATE, 0, "rmig_source_begin_round: end the round before");
     if (s->exchange == RMIG__BLOCKS_NONE)
         s->exchange = RMIG__BLOCKS_SENDING;
-    s->in_round = true;
+    rmig__round_begin(&s->round, rmig__now(&s->ss));
     rmig_holes_forget(&s->ss.holes);
     s->hole.block = UINT32_MAX;
     s->outbox.first = s->outbox.fill > 0;
-    s->round_before = s->round_began;
-    s->round_began = s->saved_at = rmig__now(&s->ss);
-    memset(&s->wire, 0, sizeof s->wire);
-    s->wire.begin.bytes = s->wire.mark[0].bytes = s->wire.mark[1].bytes = s->flight.bytes;
-    rmig__pacer_begin(&s->pacer, s->round_began);
-    s->saved = 0;
+    rmig__meter_begin(&s->meter, s->flight.bytes);
+    rmig__pacer_begin(&s->pacer, s->round.began);
     s->ss.stats.round_bytes = s->ss.stats.round_saved = s->ss.stats.round_ns = 0;
     rmig__trace(&s->ss, "round %llu begins", (unsigned long long)s->ss.stats.rounds + 1);
     return RMIG_OK;
@@ -5131,20 +5227,20 @@ RMIG__DEF int rmig_source_begin_round(struct rmig_source *s) {
 
 /* Between begin and end of a round, for a block that exists. */
 static inline bool rmig__may_save(const struct rmig_source *s, uint32_t block) {
-    return s != NULL && s->in_round && s->op == RMIG__OP_NONE && !s->ss.failed && block < s->blocks.count;
+    return s != NULL && s->round.open && s->op == RMIG__OP_NONE && !s->ss.failed && block < s->blocks.count;
 }
 
 /* RMIG_OK, or why not to save now. */
 static int rmig__save_check(struct rmig_source *s, const char *call, uint32_t block) {
     if (rmig__may_save(s, block))
         return RMIG_OK;
-    bool open = s != NULL && s->in_round && s->op == RMIG__OP_NONE;
+    bool open = s != NULL && s->round.open && s->op == RMIG__OP_NONE;
     int status = open && !s->ss.failed ? RMIG_OK : rmig__source_idle(s, call);
     if (s == NULL)
         return status;
     if (status != RMIG_OK)
         return rmig__taint(&s->ss, status);
-    if (!s->in_round)
+    if (!s->round.open)
         return RMIG__REFUSE(&s->ss, RMIG_ERR_STATE, 0, "%s: call rmig_source_begin_round first", call);
     return RMIG__REFUSE(&s->ss, RMIG_ERR_ARGUMENT, 0, "%s: block %u; must be 0 to %u", call, block,
                         s->blocks.count - 1);
@@ -5222,7 +5318,7 @@ static int rmig__may_end_round(struct rmig_source *s) {
     int status = rmig__source_idle(s, "rmig_source_end_round");
     if (status != RMIG_OK)
         return status;
-    if (!s->in_round)
+    if (!s->round.open)
         return RMIG__NO(&s->ss, RMIG_ERR_STATE, 0, "rmig_source_end_round: no round has begun");
     return rmig__untainted(&s->ss);
 }
@@ -5239,7 +5335,7 @@ RMIG__DEF int64_t rmig_source_put_some(struct rmig_source *s, const void *data, 
     int status = rmig__source_idle(s, "rmig_source_put");
     if (s != NULL)
         rmig__taint(&s->ss, status);
-    if (status == RMIG_OK && s->in_round && !s->ss.extended)
+    if (status == RMIG_OK && s->round.open && !s->ss.extended)
         status = RMIG__REFUSE(
             &s->ss, RMIG_ERR_STATE, 0,
             "rmig_source_put: a version 1 sink takes stream bytes only between rounds; end the round first");
@@ -5279,17 +5375,15 @@ RMIG__DEF int rmig_source_flush_start(struct rmig_source *s) {
     return status;
 }
 
-RMIG__DEF int rmig_source_flush(struct rmig_source *s) {
-    return rmig__source_drive(s, rmig_source_flush_start(s));
-}
+RMIG__DEF int rmig_source_flush(struct rmig_source *s) { return rmig__source_drive(s, rmig_source_flush_start(s)); }
 
 static int rmig__may_finish(struct rmig_source *s) {
     int status = rmig__source_idle(s, "rmig_source_finish");
     if (status != RMIG_OK)
         return status;
-    if (s->in_round || s->ss.stats.rounds == 0)
+    if (s->round.open || s->ss.stats.rounds == 0)
         return RMIG__NO(&s->ss, RMIG_ERR_STATE, 0, "rmig_source_finish: %s",
-                        s->in_round ? "end the round first" : "no round has sent the memory yet");
+                        s->round.open ? "end the round first" : "no round has sent the memory yet");
     return rmig__untainted(&s->ss);
 }
 
@@ -5300,9 +5394,7 @@ RMIG__DEF int rmig_source_finish_start(struct rmig_source *s) {
     return status;
 }
 
-RMIG__DEF int rmig_source_finish(struct rmig_source *s) {
-    return rmig__source_drive(s, rmig_source_finish_start(s));
-}
+RMIG__DEF int rmig_source_finish(struct rmig_source *s) { return rmig__source_drive(s, rmig_source_finish_start(s)); }
 
 RMIG__DEF void rmig_source_forgive(struct rmig_source *s) {
     if (s == NULL)
@@ -5331,13 +5423,9 @@ RMIG__DEF void rmig_source_stats(const struct rmig_source *s, struct rmig_stats 
     *out = s->ss.stats;
     out->bytes_pending = s->pending * s->page_size + rmig__outstanding(s);
     out->round_bytes -= rmig__min(out->round_bytes, rmig__outstanding(s));
-    uint64_t rate = s->in_round ? rmig__wire_rate(s, &s->wire.mark[0], false) : 0;
+    uint64_t rate = s->round.open ? rmig__source_rate(s, &s->meter.mark[0], false) : 0;
     out->throughput = rate != 0 ? rate : out->throughput;
-    bool first = s->round_before == 0;
-    uint64_t span = s->saved_at - (first ? s->round_began : s->round_before);
-    uint64_t dirty = first ? out->round_saved - rmig__min(out->round_saved, s->ram) : out->round_saved;
-    if (span > 0)
-        out->dirty_rate = (uint64_t)((double)dirty * 1e9 / (double)span);
+    out->dirty_rate = rmig__round_dirty_rate(&s->round, out->round_saved, s->ram);
 }
 
 // >>sink: implementation
@@ -5673,16 +5761,16 @@ RMIG__DEF int rmig_sink_return_put(struct rmig_sink *s, const void *data, size_t
         return ss->failed;
     if (!s->begun || ss->extended || s->state >= RMIG__SINK_RETURNING)
         return RMIG__NO(ss, RMIG_ERR_STATE, 0,
-                            "rmig_sink_return_put: only for a version 1 source, after its first message and before "
-                            "rmig_sink_complete");
+                        "rmig_sink_return_put: only for a version 1 source, after its first message and before "
+                        "rmig_sink_complete");
     if (n > RMIG__RETURN_MAX || (data == NULL && n > 0))
         return RMIG__REFUSE(ss, RMIG_ERR_ARGUMENT, 0,
                             "rmig_sink_return_put: %zu bytes at %p: must be at most %d, not at NULL", n, data,
                             RMIG__RETURN_MAX);
     if (r->ep == NULL && r->broken.status == RMIG_OK)
         return RMIG__NO(ss, RMIG_ERR_STATE, 0,
-                            "rmig_sink_return_put: the source has opened no return path; it does so before its first "
-                            "message, or not at all");
+                        "rmig_sink_return_put: the source has opened no return path; it does so before its first "
+                        "message, or not at all");
     if (r->ep == NULL)
         return RMIG__END(ss, r->broken.status, r->broken.provider_code,
                          "the return path: %zu bytes cannot be delivered: %s", n, r->broken.text);
@@ -6810,10 +6898,9 @@ RMIG__DEF int rmig_sink_complete(struct rmig_sink *s) {
     if (s->ss.failed)
         return s->ss.failed;
     if (s->ss.extended || s->block == NULL || s->state != RMIG__SINK_UP)
-        return RMIG__NO(
-            &s->ss, RMIG_ERR_STATE, 0,
-            "rmig_sink_complete: only for a version 1 source whose blocks were accepted; others finish by "
-            "themselves");
+        return RMIG__NO(&s->ss, RMIG_ERR_STATE, 0,
+                        "rmig_sink_complete: only for a version 1 source whose blocks were accepted; others finish by "
+                        "themselves");
     if (rmig__untainted(&s->ss) != RMIG_OK)
         return rmig__untainted(&s->ss);
     if (s->disconnect_told || s->ret.sent > 0 || s->ret.spoke) // the source may take it for complete already

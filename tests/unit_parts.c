@@ -245,3 +245,127 @@ Test(clears, a_message_holds_no_more_than_a_sink_clears_between_two_readys) {
         rmig__clears_add(&c, UINT32_MAX, 2, 2 * i * PAGE, PAGE, PAGE);
     cr_expect_eq(c.count, RMIG__CLEAR_RUNS);
 }
+
+// >> meter
+
+/* A wire of `rate` that is looked at every `step` ns while it works. What has arrived when it has worked for ns. */
+static uint64_t work(struct rmig__meter *m, uint64_t rate, uint64_t *now, uint64_t arrived, uint64_t ns, uint64_t step) {
+    if (rmig__meter_stopped(m))
+        rmig__meter_start(m, *now);
+    m->busy = true;
+    for (uint64_t t = 0; t < ns; t += step) {
+        *now += step;
+        arrived += (uint64_t)((double)rate * (double)step / 1e9);
+        rmig__meter_look(m, *now, arrived, 0, true, false);
+    }
+    return arrived;
+}
+
+static bool is_near(uint64_t rate, uint64_t due) { return rate > due - due / 50 && rate < due + due / 50; }
+
+Test(meter, the_rate_is_that_of_the_time_with_work) {
+    for (uint64_t rate = RMIG_MIB; rate <= 64 * RMIG_GIB; rate *= 8) {
+        struct rmig__meter m = {.ns = 5};
+        uint64_t now = 3 * SECOND, arrived = 12345 * RMIG_GIB;
+        rmig__meter_begin(&m, arrived);
+        for (unsigned i = 0; i < 20; i++) {
+            arrived = work(&m, rate, &now, arrived, SECOND / 4, SECOND / 1000);
+            rmig__meter_look(&m, now, arrived, 0, false, true);
+            now += below(10 * SECOND); // nothing is to be done
+        }
+        uint64_t told = rmig__meter_rate(&m, &m.begin, arrived, false);
+        cr_expect(is_near(told, rate), "%llu is told as %llu", (unsigned long long)rate, (unsigned long long)told);
+    }
+}
+
+Test(meter, the_rate_now_forgets_what_was_two_seconds_ago) {
+    struct rmig__meter m = {0};
+    uint64_t now = SECOND;
+    rmig__meter_begin(&m, 0);
+    uint64_t arrived = work(&m, 100 * RMIG_MIB, &now, 0, 10 * SECOND, SECOND / 100);
+    arrived = work(&m, 10 * RMIG_MIB, &now, arrived, 3 * SECOND, SECOND / 100);
+    cr_expect(is_near(rmig__meter_rate(&m, &m.mark[0], arrived, false), 10 * RMIG_MIB));
+    cr_expect_gt(rmig__meter_rate(&m, &m.begin, arrived, false), 70 * RMIG_MIB);
+}
+
+Test(meter, time_in_which_only_zero_pages_went_by_does_not_count) {
+    struct rmig__meter m = {0};
+    uint64_t now = SECOND, zero = 0;
+    rmig__meter_begin(&m, 0);
+    uint64_t arrived = work(&m, 100 * RMIG_MIB, &now, 0, SECOND, SECOND / 100), ns = m.ns;
+    rmig__meter_look(&m, now, arrived, zero, false, false);
+    for (unsigned i = 0; i < 100; i++)
+        rmig__meter_look(&m, now += SECOND / 10, arrived, zero += RMIG_GIB, false, false);
+    cr_expect_eq(m.ns, ns);
+    rmig__meter_look(&m, now += SECOND, arrived, zero, false, false);
+    cr_expect_eq(m.ns, ns + SECOND, "what went by without them does");
+}
+
+Test(meter, little_tells_nothing_unless_anything_will_do) {
+    struct rmig__meter m = {0};
+    uint64_t now = SECOND, arrived;
+    rmig__meter_begin(&m, 0);
+    cr_expect_eq(rmig__meter_rate(&m, &m.begin, 0, true), 0, "no time has gone by");
+    arrived = work(&m, 10 * RMIG_MIB, &now, 0, SECOND / 100, SECOND / 100);
+    cr_expect_eq(rmig__meter_rate(&m, &m.begin, arrived, false), 0);
+    cr_expect(is_near(rmig__meter_rate(&m, &m.begin, arrived, true), 10 * RMIG_MIB));
+    arrived = work(&m, 10 * RMIG_MIB, &now, arrived, SECOND / 10, SECOND / 100);
+    cr_expect(is_near(rmig__meter_rate(&m, &m.begin, arrived, false), 10 * RMIG_MIB));
+}
+
+// >> round
+
+#define RAM (100 * RMIG_MIB)
+
+Test(round, in_the_first_round_only_what_is_saved_again_is_dirty) {
+    struct rmig__round r = {0};
+    rmig__round_begin(&r, 5 * SECOND);
+    cr_expect_eq(rmig__round_dirty_rate(&r, 0, RAM), 0);
+    rmig__round_look(&r, 6 * SECOND, RAM, true);
+    cr_expect_eq(rmig__round_dirty_rate(&r, RAM, RAM), 0);
+    rmig__round_look(&r, 7 * SECOND, RAM + 40 * RMIG_MIB, false);
+    rmig__round_look(&r, 9 * SECOND, RAM + 40 * RMIG_MIB, false);
+    cr_expect_eq(rmig__round_dirty_rate(&r, RAM + 40 * RMIG_MIB, RAM), 20 * RMIG_MIB, "until the last was saved");
+}
+
+Test(round, what_a_round_saves_was_dirtied_since_the_round_before_began) {
+    struct rmig__round r = {0};
+    rmig__round_begin(&r, 5 * SECOND);
+    rmig__round_look(&r, 6 * SECOND, RAM, true);
+    rmig__round_begin(&r, 15 * SECOND);
+    cr_expect(r.open && r.began == 15 * SECOND && r.before == 5 * SECOND && r.saved == 0);
+    rmig__round_look(&r, 16 * SECOND, 30 * RMIG_MIB, true); // all at once, at the begin
+    cr_expect_eq(rmig__round_dirty_rate(&r, 30 * RMIG_MIB, RAM), 3 * RMIG_MIB);
+    rmig__round_look(&r, 20 * SECOND, 45 * RMIG_MIB, false);
+    cr_expect_eq(rmig__round_dirty_rate(&r, 45 * RMIG_MIB, RAM), 3 * RMIG_MIB);
+}
+
+// >> dialogue
+
+Test(dialogue, one_ready_lets_one_thing_be_said) {
+    struct rmig__dialogue d = {0};
+    cr_expect_not(rmig__dialogue_may_ask(&d));
+    cr_expect_str_eq(rmig__dialogue_due(&d), "READY");
+    cr_expect(rmig__dialogue_ready(&d));
+    cr_expect_str_eq(rmig__dialogue_due(&d), "nothing");
+    cr_expect_not(rmig__dialogue_ready(&d), "a second is not due");
+    cr_expect(rmig__dialogue_may_ask(&d));
+    rmig__dialogue_ask(&d, RMIG_MSG_NONE, 7);
+    cr_expect_not(rmig__dialogue_may_ask(&d));
+    cr_expect(rmig__dialogue_ready(&d), "what needs no reply is followed by a READY");
+}
+
+Test(dialogue, a_reply_comes_before_the_next_ready) {
+    struct rmig__dialogue d = {0};
+    rmig__dialogue_ready(&d);
+    rmig__dialogue_ask(&d, RMIG_MSG_REGISTER_RESULT, 100);
+    cr_expect_str_eq(rmig__dialogue_due(&d), "REGISTER_RESULT");
+    cr_expect_not(rmig__dialogue_ready(&d));
+    cr_expect_eq(rmig__dialogue_hold_until(&d, 30), 0, "it may take long");
+    cr_expect_eq(rmig__dialogue_reply(&d, 150), 50);
+    cr_expect_not(rmig__dialogue_may_ask(&d));
+    cr_expect_eq(rmig__dialogue_hold_until(&d, 30), 180);
+    cr_expect_eq(rmig__dialogue_hold_until(&d, UINT64_MAX), UINT64_MAX, "no sum wraps around");
+    rmig__dialogue_ready(&d);
+    cr_expect_eq(rmig__dialogue_hold_until(&d, 30), 0);
+}
