@@ -3474,6 +3474,136 @@ static bool rmig__outbox_due(const struct rmig__outbox *o, bool awaited) {
     return o->fill >= o->limit || (o->fill > 0 && (awaited || o->first || o->flush));
 }
 
+// >>flight: implementation
+
+/* How much may be outstanding on the wire. While this end registers memory it posts nothing, so what is posted must
+   last until it is back; but messages queue behind writes, and what is posted must be through before the peer takes the
+   silence for death, also on a slow link, and on one that has just become slow. So it is what the link gets through at
+   the rate that was measured while this end is away, and in two round trips; and never more than a slow link gets
+   through in a quarter of the peer's idle_max.
+
+   The rate is measured between two looks at the wire. If it had work all the time in between, the rate is known and is
+   taken as it is: a fall counts at once. If it ran dry, the rate is at least that. How long this end is away is the
+   longest registration of one piece, a little more for good measure; and if the wire ran dry because no more might be
+   posted, this end is away longer than was thought, whatever the reason: twice as much may be outstanding from then.
+   Before anything is measured it is half of what a slow link gets through.
+
+   Holds always: from <= done <= bytes; the marks rise in number and in bytes, and lie between done and bytes. */
+#define RMIG__SLOW_LINK ((uint64_t)9600000) // bytes a second: 10 MB/s, less what headers take
+#define RMIG__FLIGHT_MIN ((uint64_t)4 << 20) // nearly half a second at 10 MB/s, 0.3 ms at 100 Gb/s
+#define RMIG__STRIDES 32 // a write, and from one completion to the next: such a part of what may be outstanding,
+#define RMIG__STRIDE_MIN ((uint64_t)1 << 20) // if it is that much: longer writes are no faster
+#define RMIG__MARKS 64 // two for each stride, while the limit falls or grows
+
+struct rmig__mark {
+    uint64_t number; // of the write
+    uint64_t bytes; // up to and with it
+};
+
+struct rmig__flight {
+    uint64_t bytes, done; // of all writes prepared, and of those known to be complete, this or a little less
+    struct rmig__mark mark[RMIG__MARKS]; // ring: how far bytes had come at some of the signalled writes
+    uint64_t first, last;
+    uint64_t rate; // bytes per second, 0: not measured yet
+    uint64_t away; // ns
+    uint64_t since, from; // when the sample under way began, and `done` then
+    bool full; // the limit is what ended the last turn's writes
+};
+
+static uint64_t rmig__bytes_in(uint64_t rate, uint64_t ns) { return (uint64_t)((double)rate * (double)ns / 1e9); }
+
+/* This end was away for so long. */
+static void rmig__flight_away(struct rmig__flight *f, uint64_t ns) {
+    f->away = rmig__max(f->away, rmig__min(ns, RMIG__SECOND));
+}
+
+/* Bytes that may be outstanding. idle: for how long one end or the other may see nothing come. */
+static uint64_t rmig__flight_limit(const struct rmig__flight *f, uint64_t idle, uint64_t rtt) {
+    uint64_t patience = idle / 4, slow = rmig__bytes_in(RMIG__SLOW_LINK, patience);
+    if (f->rate == 0)
+        return slow / 2;
+    uint64_t wanted = rmig__bytes_in(f->rate, rmig__min(f->away + 2 * rtt, patience));
+    return rmig__min(rmig__max(wanted, RMIG__FLIGHT_MIN), rmig__min(slow, rmig__bytes_in(f->rate, patience)));
+}
+
+/* Looks at what has completed, the write `number` and all before it, and takes a sample of the rate when there is
+   enough to tell it. dry: nothing is left on the wire. */
+static void rmig__flight_look(struct rmig__flight *f, uint64_t number, bool dry, uint64_t now, uint64_t rtt) {
+    for (; f->first < f->last && f->mark[f->first % RMIG__MARKS].number <= number; f->first++)
+        f->done = f->mark[f->first % RMIG__MARKS].bytes;
+    f->done = dry ? f->bytes : f->done;
+    if (f->done == f->from)
+        return;
+    uint64_t elapsed = now - f->since, span = rmig__max(f->away, rtt);
+    bool first = f->rate == 0 && f->from == 0; // its time is that of a round trip more than of the wire
+    bool enough = f->rate == 0 ? f->done - f->from >= RMIG__FLIGHT_MIN / 2 : elapsed >= span;
+    if (!dry && !first && !enough)
+        return;
+    double rate = (double)(f->done - f->from) * 1e9 / (double)rmig__max(elapsed, 1);
+    if (dry ? rate > (double)f->rate : !first)
+        f->rate = (uint64_t)rate + 1;
+    if (dry && f->full)
+        rmig__flight_away(f, 2 * rmig__max(span, (uint64_t)((double)RMIG__FLIGHT_MIN * 1e9 / (double)f->rate)));
+    f->from = f->done;
+    f->since += elapsed;
+}
+
+/* The write `number` asks for a completion: how far bytes have come is noted, a stride behind the last note at least.
+ */
+static void rmig__flight_mark(struct rmig__flight *f, uint64_t number, uint64_t stride) {
+    uint64_t marked = f->last > f->first ? f->mark[(f->last - 1) % RMIG__MARKS].bytes : f->done;
+    if (f->bytes - marked < stride || f->last - f->first == RMIG__MARKS)
+        return;
+    f->mark[f->last % RMIG__MARKS].number = number;
+    f->mark[f->last++ % RMIG__MARKS].bytes = f->bytes;
+}
+
+// >>writes: implementation
+
+#define RMIG__WRITE_BATCH 64 // writes handed to the fabric in one call
+
+/* Writes that are prepared and not yet posted. Not each of them asks for a completion: one says of all before it that
+   they have arrived, where the fabric keeps their order. It comes every signal_every writes, when half of the queue is
+   used, when a stride of bytes has gone by, and at the end of what is posted at once, so that one comes whatever
+   follows.
+
+   Holds always: queued <= RMIG__WRITE_BATCH; what is posted and does not complete is less than half of the queue. */
+struct rmig__writes {
+    struct rmig_write queue[RMIG__WRITE_BATCH];
+    unsigned queued;
+    uint64_t depth; // of the fabric's queue
+    uint64_t signal_every; // 1: each
+    uint64_t unsignalled, unsignalled_bytes; // writes since the last that asked for a completion
+};
+
+/* The next write joins the queue, to be filled in by the caller but for `signal`, which says whether it completes. */
+static struct rmig_write *rmig__writes_add(struct rmig__writes *w, uint64_t length, uint64_t stride) {
+    RMIG_ASSERT(w->queued < RMIG__WRITE_BATCH);
+    struct rmig_write *write = &w->queue[w->queued++];
+    w->unsignalled++;
+    w->unsignalled_bytes += length;
+    write->length = length;
+    write->signal =
+        w->unsignalled >= w->signal_every || w->unsignalled >= (w->depth + 1) / 2 || w->unsignalled_bytes >= stride;
+    if (write->signal)
+        w->unsignalled = w->unsignalled_bytes = 0;
+    return write;
+}
+
+/* What is queued is about to be posted. */
+static void rmig__writes_seal(struct rmig__writes *w) {
+    if (w->queue[w->queued - 1].signal)
+        return;
+    w->queue[w->queued - 1].signal = true;
+    w->unsignalled = 0;
+}
+
+/* The fabric has taken the first n. */
+static void rmig__writes_posted(struct rmig__writes *w, unsigned n) {
+    w->queued -= n;
+    memmove(w->queue, w->queue + n, w->queued * sizeof w->queue[0]);
+}
+
 // >>meter: implementation
 
 struct rmig__meter_mark {
@@ -3702,7 +3832,7 @@ static void rmig__clears_done(struct rmig__clears *c) {
 
 // >>source: implementation
 
-#define RMIG__WRITE_BATCH 64 // writes handed to the fabric in one call
+#define RMIG__PIECE_MAX (64 * RMIG_MIB) // registered in one call at this end: 5 ms at 80 us/MiB
 #define RMIG__ZERO_TEST RMIG_MIB // longest range tested in one piece
 #define RMIG__STEP_SCAN (64 * RMIG_MIB) // bytes tested for zero before the wire is looked after again
 #define RMIG__HOLE_LOOK RMIG_GIB // how far one look for holes goes; it reads 2 MiB of page map, in 4 ms
@@ -3750,39 +3880,6 @@ enum rmig__source_state { RMIG__SOURCE_NEW, RMIG__SOURCE_CONNECTING, RMIG__SOURC
 enum rmig__exchange { RMIG__BLOCKS_NONE, RMIG__BLOCKS_SENDING, RMIG__BLOCKS_DONE };
 enum rmig__finish { RMIG__FINISH_NONE, RMIG__FINISH_ASKED, RMIG__FINISH_ANSWERED, RMIG__FINISH_SAID };
 
-/* How much may be outstanding on the wire. While this end registers memory it posts nothing, so what is posted must
-   last until it is back; but messages queue behind writes, and what is posted must be through before the peer takes the
-   silence for death, also on a slow link, and on one that has just become slow. So it is what the link gets through at
-   the rate that was measured while this end is away, and in two round trips; and never more than a slow link gets
-   through in a quarter of the peer's idle_max.
-
-   The rate is measured between two looks at the wire. If it had work all the time in between, the rate is known and is
-   taken as it is: a fall counts at once. If it ran dry, the rate is at least that. How long this end is away is the
-   longest registration of one piece, a little more for good measure; and if the wire ran dry because no more might be
-   posted, this end is away longer than was thought, whatever the reason: twice as much may be outstanding from then.
-   Before anything is measured it is half of what a slow link gets through. */
-#define RMIG__SLOW_LINK ((uint64_t)9600000) // bytes a second: 10 MB/s, less what headers take
-#define RMIG__FLIGHT_MIN ((uint64_t)4 << 20) // nearly half a second at 10 MB/s, 0.3 ms at 100 Gb/s
-#define RMIG__STRIDES 32 // a write, and from one completion to the next: such a part of what may be outstanding,
-#define RMIG__STRIDE_MIN ((uint64_t)1 << 20) // if it is that much: longer writes are no faster
-#define RMIG__MARKS 64 // two for each stride, while the limit falls or grows
-#define RMIG__PIECE_MAX (64 * RMIG_MIB) // registered in one call at this end: 5 ms at 80 us/MiB
-
-struct rmig__mark {
-    uint64_t number; // of the write
-    uint64_t bytes; // up to and with it
-};
-
-struct rmig__flight {
-    uint64_t bytes, done; // of all writes prepared, and of those known to be complete, this or a little less
-    struct rmig__mark mark[RMIG__MARKS]; // ring: how far bytes had come at some of the signalled writes
-    uint64_t first, last;
-    uint64_t rate; // bytes per second, 0: not measured yet
-    uint64_t away; // ns
-    uint64_t since, from; // when the sample under way began, and `done` then
-    bool full; // the limit is what ended the last turn's writes
-};
-
 struct rmig_source {
     struct rmig__session ss;
     struct rmig_blocks blocks;
@@ -3794,7 +3891,7 @@ struct rmig_source {
     struct rmig_mr *piece; // registrations at this end, those of a region side by side
     uint32_t piece_count;
 
-    uint64_t chunk_size, page_size, merge_max, window_bytes, window_regions, piece_bytes, signal_every, depth;
+    uint64_t chunk_size, page_size, merge_max, window_bytes, window_regions, piece_bytes;
     unsigned window_max;
     bool lockstep, pin_all, zero_detect;
 
@@ -3828,9 +3925,7 @@ struct rmig_source {
         uint64_t from, data, end;
     } hole;
 
-    struct rmig_write queue[RMIG__WRITE_BATCH]; // prepared, not yet posted
-    unsigned queued;
-    uint64_t unsignalled, unsignalled_bytes; // writes since the last that asked for a completion
+    struct rmig__writes writes;
     struct rmig__flight flight;
     struct rmig__pacer pacer;
 
@@ -3969,7 +4064,6 @@ static void rmig__source_parameters(struct rmig_source *s) {
     s->merge_max = rmig_get(cfg, RMIG_PARAM_MERGE_MAX) / s->page_size * s->page_size;
     s->zero_detect = rmig_get(cfg, RMIG_PARAM_ZERO_DETECT) != 0;
     s->pin_all = rmig_get(cfg, RMIG_PARAM_PIN_ALL) != 0;
-    s->signal_every = rmig_get(cfg, RMIG_PARAM_SIGNAL_EVERY);
     s->lockstep = ahead == 0;
     s->piece_bytes = s->lockstep ? RMIG_CHUNK_SIZE_MAX : RMIG__PIECE_MAX;
     /* One half of what is registered ahead is on the wire while the other half is being registered. */
@@ -4106,7 +4200,8 @@ static int rmig__source_connect_step(struct rmig_source *s) {
     ss->extended = offered && (ss->peer.flags & RMIG_FLAG_EXTENSION) != 0;
     if (!ss->extended)
         s->pin_all = s->pin_all && (ss->peer.flags & RMIG_FLAG_PIN_ALL) != 0;
-    s->depth = rmig__min(rmig_get(&ss->cfg, RMIG_PARAM_WRITE_DEPTH), ss->caps.write_depth);
+    s->writes.depth = rmig__min(rmig_get(&ss->cfg, RMIG_PARAM_WRITE_DEPTH), ss->caps.write_depth);
+    s->writes.signal_every = ss->caps.writes_in_order ? rmig_get(&ss->cfg, RMIG_PARAM_SIGNAL_EVERY) : 1;
     s->outbox.limit = RMIG_STREAM_MESSAGE_MAX;
     s->window_regions = 1;
     ss->peer_registration_max = UINT64_MAX;
@@ -4160,10 +4255,6 @@ static void rmig__region_claim(struct rmig_source *s, const struct rmig__region 
         b->chunk[rmig_chunk_index(at, s->chunk_size)] = (uint32_t)(r - s->region) + 1;
         b->unregistered--;
     }
-}
-
-static void rmig__flight_away(struct rmig__flight *f, uint64_t ns) {
-    f->away = rmig__max(f->away, rmig__min(ns, RMIG__SECOND));
 }
 
 /* All of it is registered at this end, as far as it must be. */
@@ -4639,7 +4730,7 @@ static int rmig__say_stream(struct rmig_source *s, uint8_t *payload) {
 }
 
 static bool rmig__drained(const struct rmig_source *s) {
-    return s->queued == 0 && s->ss.writes_done == s->ss.stats.writes_posted;
+    return s->writes.queued == 0 && s->ss.writes_done == s->ss.stats.writes_posted;
 }
 
 /* All that was saved is in the sink's memory. */
@@ -4745,95 +4836,51 @@ static uint64_t rmig__pace(struct rmig_source *s) {
 /* Posts what is prepared; what the fabric does not take stays. */
 static int rmig__post_writes(struct rmig_source *s, bool *moved) {
     struct rmig__session *ss = &s->ss;
-    if (s->queued == 0)
+    if (s->writes.queued == 0)
         return RMIG_OK;
-    /* The last of a batch is always signalled, so that a completion comes whatever follows. */
-    if (!s->queue[s->queued - 1].signal) {
-        s->queue[s->queued - 1].signal = true;
-        s->unsignalled = 0;
-    }
-    int taken = ss->fabric->ops->write(ss->ep, s->queue, s->queued, &ss->error);
+    rmig__writes_seal(&s->writes);
+    const struct rmig_write *queue = s->writes.queue;
+    int taken = ss->fabric->ops->write(ss->ep, queue, s->writes.queued, &ss->error);
     if (taken < 0) {
         ss->broken = true;
         return rmig__session_end(ss);
     }
-    RMIG_ASSERT((unsigned)taken <= s->queued);
+    RMIG_ASSERT((unsigned)taken <= s->writes.queued);
     if (ss->writes_done == ss->stats.writes_posted)
         ss->last_progress = rmig__now(ss);
     for (int i = 0; i < taken; i++) {
-        ss->stats.writes_signalled += s->queue[i].signal;
-        rmig__trace(ss, "write %llu bytes to 0x%llx", (unsigned long long)s->queue[i].length,
-                    (unsigned long long)s->queue[i].remote_address);
+        ss->stats.writes_signalled += queue[i].signal;
+        rmig__trace(ss, "write %llu bytes to 0x%llx", (unsigned long long)queue[i].length,
+                    (unsigned long long)queue[i].remote_address);
     }
     ss->stats.writes_posted += (uint64_t)taken;
-    s->queued -= (unsigned)taken;
-    memmove(s->queue, s->queue + taken, s->queued * sizeof s->queue[0]);
+    rmig__writes_posted(&s->writes, (unsigned)taken);
     *moved = *moved || taken > 0;
     return RMIG_OK;
 }
 
-static uint64_t rmig__bytes_in(uint64_t rate, uint64_t ns) { return (uint64_t)((double)rate * (double)ns / 1e9); }
-
-/* Bytes that may be outstanding. */
-static uint64_t rmig__flight_limit(const struct rmig_source *s) {
-    const struct rmig__flight *f = &s->flight;
-    uint64_t own = rmig_get(&s->ss.cfg, RMIG_PARAM_IO_TIMEOUT); // completions are what this end waits for
+/* Bytes that may be outstanding: completions are what this end waits for, messages what the peer does. */
+static uint64_t rmig__outstanding_max(const struct rmig_source *s) {
+    uint64_t own = rmig_get(&s->ss.cfg, RMIG_PARAM_IO_TIMEOUT);
     uint64_t idle = s->ss.peer_idle_max != 0 ? rmig__min(s->ss.peer_idle_max, own) : own;
-    uint64_t patience = idle / 4, slow = rmig__bytes_in(RMIG__SLOW_LINK, patience);
-    if (f->rate == 0)
-        return slow / 2;
-    uint64_t wanted = rmig__bytes_in(f->rate, rmig__min(f->away + 2 * s->ss.stats.message_rtt_ns, patience));
-    return rmig__min(rmig__max(wanted, RMIG__FLIGHT_MIN), rmig__min(slow, rmig__bytes_in(f->rate, patience)));
-}
-
-/* Looks at what has completed, and takes a sample of the rate when there is enough to tell it. */
-static void rmig__flight_look(struct rmig_source *s) {
-    struct rmig__flight *f = &s->flight;
-    bool dry = rmig__drained(s);
-    for (; f->first < f->last && f->mark[f->first % RMIG__MARKS].number <= s->ss.writes_done; f->first++)
-        f->done = f->mark[f->first % RMIG__MARKS].bytes;
-    f->done = dry ? f->bytes : f->done;
-    if (f->done == f->from)
-        return;
-    uint64_t elapsed = rmig__now(&s->ss) - f->since, span = rmig__max(f->away, s->ss.stats.message_rtt_ns);
-    bool first = f->rate == 0 && f->from == 0; // its time is that of a round trip more than of the wire
-    bool enough = f->rate == 0 ? f->done - f->from >= RMIG__FLIGHT_MIN / 2 : elapsed >= span;
-    if (!dry && !first && !enough)
-        return;
-    double rate = (double)(f->done - f->from) * 1e9 / (double)rmig__max(elapsed, 1);
-    if (dry ? rate > (double)f->rate : !first)
-        f->rate = (uint64_t)rate + 1;
-    if (dry && f->full)
-        rmig__flight_away(f, 2 * rmig__max(span, (uint64_t)((double)RMIG__FLIGHT_MIN * 1e9 / (double)f->rate)));
-    f->from = f->done;
-    f->since += elapsed;
+    return rmig__flight_limit(&s->flight, idle, s->ss.stats.message_rtt_ns);
 }
 
 static void rmig__queue_write(struct rmig_source *s, const struct rmig__region *r, uint64_t offset, uint64_t length,
                               uint64_t stride) {
     struct rmig__flight *f = &s->flight;
-    uint64_t number = s->ss.stats.writes_posted + s->queued + 1;
-    struct rmig_write *w = &s->queue[s->queued++];
+    struct rmig_write *w = rmig__writes_add(&s->writes, length, stride);
+    uint64_t number = s->ss.stats.writes_posted + s->writes.queued;
     w->local = s->blocks.block[r->block].host + offset;
     w->mr = r->pieces > 0 ? &s->piece[r->piece + (offset - r->offset) / s->piece_bytes] : NULL;
-    w->length = length;
     w->remote_address = r->address + (offset - r->offset);
     w->key = r->key;
     w->id = RMIG__ID_WRITE | number;
     if (f->bytes == f->done)
         f->since = rmig__now(&s->ss);
     f->bytes += length;
-    s->unsignalled_bytes += length;
-    w->signal = !s->ss.caps.writes_in_order || ++s->unsignalled >= s->signal_every ||
-                s->unsignalled >= (s->depth + 1) / 2 || s->unsignalled_bytes >= stride;
-    if (!w->signal)
-        return;
-    s->unsignalled = s->unsignalled_bytes = 0;
-    uint64_t marked = f->last > f->first ? f->mark[(f->last - 1) % RMIG__MARKS].bytes : f->done;
-    if (f->bytes - marked >= stride && f->last - f->first < RMIG__MARKS) {
-        f->mark[f->last % RMIG__MARKS].number = number;
-        f->mark[f->last++ % RMIG__MARKS].bytes = f->bytes;
-    }
+    if (w->signal)
+        rmig__flight_mark(f, number, stride);
 }
 
 /* The next extent behind the planner that has a ready region: prepares one write. False: none now. */
@@ -4920,8 +4967,8 @@ static uint64_t rmig__hold_until(const struct rmig_source *s) {
 static int rmig__write_out(struct rmig_source *s, bool *moved) {
     if (s->exchange != RMIG__BLOCKS_DONE || s->outbox.first)
         return RMIG_OK;
-    rmig__flight_look(s);
-    uint64_t limit = rmig__flight_limit(s);
+    rmig__flight_look(&s->flight, s->ss.writes_done, rmig__drained(s), rmig__now(&s->ss), s->ss.stats.message_rtt_ns);
+    uint64_t limit = rmig__outstanding_max(s);
     uint64_t stride = rmig__min(rmig__max(limit / RMIG__STRIDES, RMIG__STRIDE_MIN), limit);
     bool hold = !rmig__pinned(s) || s->clears.fence ||
                 (rmig__closed_window(s) != NULL && rmig__now(&s->ss) < rmig__hold_until(s));
@@ -4931,7 +4978,8 @@ static int rmig__write_out(struct rmig_source *s, bool *moved) {
         uint64_t outstanding = s->ss.stats.writes_posted - s->ss.writes_done;
         uint64_t bytes = s->flight.bytes - s->flight.done;
         s->flight.full = bytes > 0 && bytes + stride > limit;
-        bool room = s->queued < RMIG__WRITE_BATCH && outstanding + s->queued < s->depth && !s->flight.full;
+        bool room =
+            s->writes.queued < RMIG__WRITE_BATCH && outstanding + s->writes.queued < s->writes.depth && !s->flight.full;
         uint64_t allowed = room && s->pending > 0 ? rmig__pace(s) : 0;
         if (allowed > 0 && rmig__next_write(s, allowed, stride)) {
             if (rmig__meter_stopped(&s->meter))
@@ -4939,11 +4987,11 @@ static int rmig__write_out(struct rmig_source *s, bool *moved) {
             s->meter.busy = true;
             continue;
         }
-        if (s->queued == 0)
+        if (s->writes.queued == 0)
             break;
-        unsigned before = s->queued;
+        unsigned before = s->writes.queued;
         status = rmig__post_writes(s, moved);
-        if (s->queued == before)
+        if (s->writes.queued == before)
             break; // the fabric takes nothing now
     }
     if (s->pending == 0 && rmig__cursor_before(s->write, s->plan))

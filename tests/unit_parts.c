@@ -369,3 +369,129 @@ Test(dialogue, a_reply_comes_before_the_next_ready) {
     rmig__dialogue_ready(&d);
     cr_expect_eq(rmig__dialogue_hold_until(&d, 30), 0);
 }
+
+// >> flight
+
+/* A wire of `rate` on which writes complete in order, as far as they were posted. */
+struct wire {
+    struct rmig__flight f;
+    uint64_t rate, rtt, now, free; // when it has nothing left to do
+    uint64_t end[4096], sum[4096]; // ring: when each write is through, and bytes up to it
+    uint64_t posted, completed;
+    uint64_t most; // outstanding at once
+};
+
+static void complete(struct wire *w) {
+    while (w->completed < w->posted && w->end[w->completed % 4096] <= w->now)
+        w->completed++;
+}
+
+/* For ns: posts all that may be outstanding, every `turn` ns; how many bytes went through. */
+static uint64_t fly(struct wire *w, uint64_t ns, uint64_t turn, uint64_t idle) {
+    struct rmig__flight *f = &w->f;
+    uint64_t until = w->now + ns, before = w->completed == 0 ? 0 : w->sum[(w->completed - 1) % 4096];
+    for (; w->now < until; w->now += turn) {
+        complete(w);
+        uint64_t through = w->completed == 0 ? 0 : w->sum[(w->completed - 1) % 4096];
+        rmig__flight_look(f, w->completed, w->completed == w->posted, w->now, w->rtt);
+        uint64_t limit = rmig__flight_limit(f, idle, w->rtt);
+        uint64_t stride = limit / RMIG__STRIDES > RMIG__STRIDE_MIN ? limit / RMIG__STRIDES : RMIG__STRIDE_MIN;
+        stride = stride < limit ? stride : limit;
+        cr_assert(f->from <= f->done && f->done <= through && through <= f->bytes);
+        cr_assert_leq(through - f->done, 3 * stride, "done is far behind what is");
+        cr_assert(w->completed < w->posted || f->done == f->bytes);
+        f->full = false;
+        for (;;) {
+            f->full = f->bytes > f->done && f->bytes - f->done + stride > limit;
+            if (f->full)
+                break;
+            if (f->bytes == f->done)
+                f->since = w->now;
+            uint64_t length = w->posted % 3 == 0 ? stride / 3 : stride;
+            f->bytes += length;
+            w->free = (w->free > w->now ? w->free : w->now) + (uint64_t)((double)length * 1e9 / (double)w->rate);
+            w->end[w->posted % 4096] = w->free + w->rtt;
+            w->sum[w->posted % 4096] = f->bytes;
+            w->posted++;
+            rmig__flight_mark(f, w->posted, stride);
+        }
+        w->most = f->bytes - f->done > w->most ? f->bytes - f->done : w->most;
+    }
+    complete(w);
+    return w->sum[(w->completed - 1) % 4096] - before;
+}
+
+static struct wire wire(uint64_t rate) { return (struct wire){.rate = rate, .rtt = 10000, .now = SECOND, .free = SECOND}; }
+
+Test(flight, a_fast_wire_stays_full_though_this_end_is_away) {
+    for (uint64_t rate = RMIG_GIB / 8; rate <= 50 * RMIG_GIB; rate *= 4) {
+        struct wire w = wire(rate);
+        fly(&w, SECOND / 2, 2000000, 30 * SECOND);
+        uint64_t through = fly(&w, SECOND, 2000000, 30 * SECOND);
+        cr_expect(is_near(through, rate), "%llu of %llu went through", (unsigned long long)through,
+                  (unsigned long long)rate);
+        cr_expect(w.f.rate > rate / 2 && w.f.rate < rate + rate / 2, "%llu is measured as %llu",
+                  (unsigned long long)rate, (unsigned long long)w.f.rate);
+    }
+}
+
+Test(flight, no_more_is_outstanding_than_a_slow_link_gets_through_in_the_peers_patience) {
+    for (uint64_t idle = SECOND; idle <= 32 * SECOND; idle *= 2) {
+        struct wire w = wire(RMIG__SLOW_LINK);
+        fly(&w, 20 * SECOND, SECOND / 1000, idle);
+        cr_expect_leq(w.most, RMIG__SLOW_LINK * (idle / SECOND) / 4 + RMIG__STRIDE_MIN);
+        w = wire(10 * RMIG_GIB); // one that becomes slow
+        fly(&w, SECOND, SECOND / 1000, idle);
+        cr_expect_leq(w.most, RMIG__SLOW_LINK * (idle / SECOND) / 4 + RMIG__STRIDE_MIN);
+    }
+}
+
+Test(flight, a_fall_of_the_rate_counts_as_soon_as_it_is_measured) {
+    struct wire w = wire(10 * RMIG_GIB);
+    fly(&w, SECOND, SECOND / 1000, 30 * SECOND);
+    uint64_t high = rmig__flight_limit(&w.f, 30 * SECOND, w.rtt);
+    w.rate = 40 * RMIG_MIB;
+    fly(&w, 5 * SECOND, SECOND / 1000, 30 * SECOND);
+    cr_expect_lt(w.f.rate, 80 * RMIG_MIB);
+    cr_expect_lt(rmig__flight_limit(&w.f, 30 * SECOND, w.rtt), high);
+}
+
+// >> writes
+
+Test(writes, a_completion_covers_every_write) {
+    for (unsigned run = 0; run < 500; run++) {
+        struct rmig__writes w = {.depth = 1 + below(100), .signal_every = 1 + below(80)};
+        uint64_t stride = RMIG_MIB * (1 + below(8)), next = 0, taken = 0, silent = 0, bytes = 0;
+        for (unsigned step = 0; step < 300; step++) {
+            if (w.queued < RMIG__WRITE_BATCH && below(3) != 0) {
+                rmig__writes_add(&w, 1 + below(RMIG_MIB), stride)->id = next++;
+                continue;
+            }
+            if (w.queued == 0)
+                continue;
+            rmig__writes_seal(&w);
+            cr_assert(w.queue[w.queued - 1].signal, "nothing says when the last is through");
+            unsigned n = (unsigned)below(w.queued + 1);
+            for (unsigned i = 0; i < n; i++) {
+                cr_assert_eq(w.queue[i].id, taken++);
+                silent = w.queue[i].signal ? 0 : silent + 1;
+                bytes = w.queue[i].signal ? 0 : bytes + w.queue[i].length;
+                cr_assert(silent < w.signal_every && bytes < stride);
+                cr_assert(silent == 0 || silent < (w.depth + 1) / 2, "half of the queue has no completion");
+            }
+            rmig__writes_posted(&w, n);
+            cr_assert_eq(w.queued, next - taken);
+        }
+    }
+}
+
+Test(writes, no_more_completions_are_asked_for_than_are_due) {
+    struct rmig__writes w = {.depth = 100, .signal_every = 16};
+    unsigned signals = 0;
+    for (unsigned i = 0; i < 64; i++)
+        signals += rmig__writes_add(&w, PAGE, RMIG_GIB)->signal;
+    cr_expect_eq(signals, 4);
+    rmig__writes_seal(&w);
+    for (unsigned i = 0; i < 64; i++)
+        cr_expect_eq(w.queue[i].signal, i % 16 == 15);
+}
