@@ -2311,6 +2311,69 @@ RMIG__DEF void rmig_holes_next_data(struct rmig_holes *h, const struct rmig_bloc
     }
 }
 
+static uint64_t rmig__after(uint64_t time, uint64_t span) {
+    return span > UINT64_MAX - time ? UINT64_MAX : time + span;
+}
+
+/* What was last learned of a block's holes, so that little of it is asked for again: [from, data) is a hole, and
+   [data, end) may hold something. */
+struct rmig__hole {
+    uint32_t block; // UINT32_MAX: nothing is known
+    uint64_t from, data, end;
+};
+
+static bool rmig__hole_knows(const struct rmig__hole *h, uint32_t block, uint64_t at) {
+    return h->block == block && h->from <= at && at < h->end;
+}
+
+/* Learns of [at, reach) of a block. */
+static void rmig__hole_look(struct rmig__hole *h, struct rmig_holes *holes, const struct rmig_block *b, uint32_t block,
+                            uint64_t at, uint64_t reach) {
+    rmig_holes_next_data(holes, b, at, reach, &h->data, &h->end);
+    h->block = block;
+    h->from = at;
+}
+
+/* [from, to) may have been filled since. */
+static void rmig__hole_filled(struct rmig__hole *h, uint32_t block, uint64_t from, uint64_t to) {
+    if (h->block == block && from < h->data && to > h->from)
+        h->block = UINT32_MAX;
+}
+
+#define RMIG__HOLE_LOOK RMIG_GIB // how far one look for holes goes; it reads 2 MiB of page map, in 4 ms
+#define RMIG__HOLE_SHARE 16 // a byte of a hole costs this part of a byte tested
+#define RMIG__HOLE_CALL ((uint64_t)65536) // and each look as many bytes tested
+
+/* Is [from, to) of a block all zero? Never reads a hole, because reading would allocate it. *scanned: bytes read. */
+static bool rmig__hole_or_zero(struct rmig__hole *h, struct rmig_holes *holes, const struct rmig_block *b,
+                               uint32_t block, uint64_t page_size, uint64_t from, uint64_t to, uint64_t *scanned) {
+    /* Most ranges that are not zero show it in the first page: look there before paying for the whole map of holes. */
+    uint64_t peek = rmig__min(from + page_size, to);
+    if (!rmig__hole_knows(h, block, from)) {
+        uint64_t data, end;
+        rmig_holes_next_data(holes, b, from, peek, &data, &end);
+        if (data == from && !rmig_is_zero(b->host + from, (size_t)(peek - from))) {
+            *scanned += peek - from;
+            return false;
+        }
+    }
+    while (from < to) {
+        if (!rmig__hole_knows(h, block, from)) {
+            rmig__hole_look(h, holes, b, block, from, rmig__min(b->length, rmig__after(from, RMIG__HOLE_LOOK)));
+            *scanned += (h->data - from) / RMIG__HOLE_SHARE;
+        }
+        from = rmig__min(rmig__max(from, h->data), to);
+        uint64_t stop = rmig__min(h->end, to);
+        if (from < stop) {
+            *scanned += stop - from;
+            if (!rmig_is_zero(b->host + from, (size_t)(stop - from)))
+                return false;
+        }
+        from = stop;
+    }
+    return true;
+}
+
 // >>wire: implementation
 
 static void rmig__put_be32(uint8_t *p, uint32_t v) {
@@ -2761,10 +2824,6 @@ struct rmig__session {
 };
 
 static uint64_t rmig__now(const struct rmig__session *ss) { return ss->fabric->ops->now(ss->fabric); }
-
-static uint64_t rmig__after(uint64_t time, uint64_t span) {
-    return span > UINT64_MAX - time ? UINT64_MAX : time + span;
-}
 
 #if defined(__GNUC__)
 __attribute__((format(printf, 2, 3)))
@@ -3830,23 +3889,91 @@ static void rmig__clears_done(struct rmig__clears *c) {
     c->fence = c->fence && c->count > 0;
 }
 
-// >>source: implementation
-
-#define RMIG__PIECE_MAX (64 * RMIG_MIB) // registered in one call at this end: 5 ms at 80 us/MiB
-#define RMIG__ZERO_TEST RMIG_MIB // longest range tested in one piece
-#define RMIG__STEP_SCAN (64 * RMIG_MIB) // bytes tested for zero before the wire is looked after again
-#define RMIG__HOLE_LOOK RMIG_GIB // how far one look for holes goes; it reads 2 MiB of page map, in 4 ms
-#define RMIG__HOLE_SHARE 16 // a byte of a hole costs this part of a byte tested
-#define RMIG__HOLE_CALL ((uint64_t)65536) // and each look as many bytes tested
+// >>regions: implementation
 
 /* Memory registered for writing, at both ends: one or more chunks of a block. */
 struct rmig__region {
     uint32_t block;
     bool ready; // the keys are known and the local side is registered
-    uint32_t piece, pieces; // registrations at the source: the first of them in the table, and how many there are
+    uint32_t piece, pieces; // registrations at this end: the first of them in the table, and how many there are
     uint64_t offset, length; // in the block
     uint64_t key, address; // at the sink
 };
+
+/* What is registered, and what will be. A region is added when the planner needs keys for it, grows while it is the
+   last, and stays until the end. At this end it is registered in pieces, so that no call takes long; those of a region
+   lie side by side in the table.
+
+   Holds always: regions do not overlap; a chunk belongs to the region that holds it, or to none; a block's
+   `unregistered` counts those that belong to none. There is room for a region for each chunk, and for a chunk's pieces.
+ */
+struct rmig__regions {
+    struct rmig__region *region;
+    uint32_t count, capacity;
+    struct rmig_mr *piece;
+    uint32_t piece_count;
+    uint64_t chunk_size, piece_bytes;
+};
+
+/* The chunks of a block. */
+struct rmig__chunks {
+    uint32_t *region; // per chunk: 1 + its region's index, 0: none
+    uint64_t count, unregistered;
+};
+
+static struct rmig__region *rmig__regions_add(struct rmig__regions *rs, uint32_t block, uint64_t offset,
+                                              uint64_t length) {
+    RMIG_ASSERT(rs->count < rs->capacity);
+    struct rmig__region *r = &rs->region[rs->count++];
+    r->block = block;
+    r->offset = offset;
+    r->length = length;
+    return r;
+}
+
+/* The chunks from the region's end back to `from` now belong to it. */
+static void rmig__regions_claim(struct rmig__regions *rs, struct rmig__chunks *c, const struct rmig__region *r,
+                                uint64_t from) {
+    for (uint64_t at = from; at < r->offset + r->length; at += rs->chunk_size) {
+        c->region[rmig_chunk_index(at, rs->chunk_size)] = (uint32_t)(r - rs->region) + 1;
+        c->unregistered--;
+    }
+}
+
+/* The region that a chunk belongs to, or NULL. */
+static struct rmig__region *rmig__regions_of(const struct rmig__regions *rs, const struct rmig__chunks *c,
+                                             uint64_t chunk) {
+    return c->region[chunk] == 0 ? NULL : &rs->region[c->region[chunk] - 1];
+}
+
+/* Bytes of piece i of a region. */
+static uint64_t rmig__regions_piece_length(const struct rmig__regions *rs, const struct rmig__region *r, uint32_t i) {
+    return rmig__min(r->length - i * rs->piece_bytes, rs->piece_bytes);
+}
+
+/* How far a request that begins at `start` may reach in its block. A version 1 sink answers a chunk that was asked for
+   before with the range of that time, whatever is asked now, and the size of its chunks is not on the wire. Where an
+   earlier request began in the same aligned range of some power of two, the sink's chunk may be that range, so this one
+   ends with it: either the sink's chunks are smaller and it registers anew, or the old range covers at least this
+   one. */
+static uint64_t rmig__regions_reach(const struct rmig__regions *rs, const struct rmig__chunks *c, uint64_t start) {
+    uint64_t near = start / RMIG_CHUNK_SIZE_MAX * RMIG_CHUNK_SIZE_MAX;
+    uint64_t last = rmig__min((near + RMIG_CHUNK_SIZE_MAX) / rs->chunk_size, c->count);
+    uint64_t reach = UINT64_MAX;
+    for (uint64_t i = near / rs->chunk_size; i < last; i++) {
+        const struct rmig__region *r = rmig__regions_of(rs, c, i);
+        uint64_t size = RMIG_CHUNK_SIZE_MIN;
+        if (r == NULL)
+            continue;
+        while (size <= RMIG_CHUNK_SIZE_MAX && r->offset / size != start / size)
+            size *= 2;
+        if (size <= RMIG_CHUNK_SIZE_MAX)
+            reach = rmig__min(reach, (start / size + 1) * size);
+    }
+    return reach;
+}
+
+// >>windows: implementation
 
 enum rmig__window_state {
     RMIG__WINDOW_OPEN, // being filled
@@ -3863,14 +3990,103 @@ struct rmig__window {
     uint64_t bytes;
     uint64_t reach; // offset beyond which the last region must not grow
     enum rmig__window_state state;
-    uint32_t end_block; // where the last region ends: beyond it the window is used up
-    uint64_t end_page;
+    struct rmig__cursor end; // of the last region: beyond it the window is used up
 };
+
+/* One half of what is registered ahead is on the wire while the other half is being registered. In lockstep, as a
+   version 1 source is, there is one window, of one chunk.
+
+   Holds always: the windows are in the order of their states, the furthest first; only the last may be open. */
+struct rmig__windows {
+    struct rmig__window window[2]; // oldest first
+    unsigned count, max;
+    uint64_t bytes, regions, longest; // that one may hold; of one region
+    bool version_1; // what may be asked for depends on what was: rmig__regions_reach
+    uint64_t page_size;
+};
+
+/* The first in a state, or NULL. */
+static struct rmig__window *rmig__windows_find(struct rmig__windows *ws, enum rmig__window_state state) {
+    for (unsigned i = 0; i < ws->count; i++)
+        if (ws->window[i].state == state)
+            return &ws->window[i];
+    return NULL;
+}
+
+/* A new one, whose regions will be `first` and those after it; NULL: there are as many as may be. */
+static struct rmig__window *rmig__windows_open(struct rmig__windows *ws, uint32_t first) {
+    if (ws->count == ws->max)
+        return NULL;
+    struct rmig__window *w = &ws->window[ws->count++];
+    memset(w, 0, sizeof *w);
+    w->first = first;
+    return w;
+}
+
+/* The chunk at offset of a block of `length` bytes joins the window, in the region before it if that ends there. False
+   if the window is full. */
+static bool rmig__windows_add(struct rmig__windows *ws, struct rmig__window *w, struct rmig__regions *rs,
+                              struct rmig__chunks *c, uint32_t block, uint64_t offset, uint64_t length) {
+    uint64_t index = rmig_chunk_index(offset, rs->chunk_size);
+    uint64_t start = rmig_chunk_start(index, rs->chunk_size), end = rmig_chunk_end(index, rs->chunk_size, length);
+    struct rmig__region *last = w->count > 0 ? &rs->region[w->first + w->count - 1] : NULL;
+    if (w->bytes >= ws->bytes)
+        return false;
+    if (last != NULL && last->block == block && last->offset + last->length == start &&
+        end - last->offset <= ws->longest && end <= w->reach) {
+        last->length = end - last->offset;
+    } else {
+        if (w->count == ws->regions)
+            return false;
+        w->reach = ws->version_1 ? rmig__regions_reach(rs, c, start) : UINT64_MAX;
+        last = rmig__regions_add(rs, block, start, end - start);
+        w->count++;
+    }
+    rmig__regions_claim(rs, c, last, start);
+    w->bytes += end - start;
+    w->end.block = block;
+    w->end.page = (end + ws->page_size - 1) / ws->page_size;
+    return true;
+}
+
+/* Windows that the writer has passed are used up. True if there was one. */
+static bool rmig__windows_retire(struct rmig__windows *ws, struct rmig__cursor write, bool at_end) {
+    unsigned n = 0;
+    while (n < ws->count && ws->window[n].state == RMIG__WINDOW_READY &&
+           (at_end || !rmig__cursor_before(write, ws->window[n].end)))
+        n++;
+    ws->count -= n;
+    memmove(ws->window, ws->window + n, ws->count * sizeof ws->window[0]);
+    return n > 0;
+}
+
+/* This end registers its memory of a window while the sink registers its own; in lockstep afterwards. */
+static bool rmig__windows_due(const struct rmig__windows *ws, const struct rmig__window *w) {
+    return w->state == RMIG__WINDOW_ANSWERED || (w->state == RMIG__WINDOW_REQUESTED && ws->max > 1);
+}
+
+/* Those whose keys are here and whose memory is registered at this end may be written. True if there was one. */
+static bool rmig__windows_ready(struct rmig__windows *ws, struct rmig__regions *rs) {
+    struct rmig__window *w;
+    bool any = false;
+    while ((w = rmig__windows_find(ws, RMIG__WINDOW_ANSWERED)) != NULL && w->local == w->count) {
+        for (uint32_t i = 0; i < w->count; i++)
+            rs->region[w->first + i].ready = true;
+        w->state = RMIG__WINDOW_READY;
+        any = true;
+    }
+    return any;
+}
+
+// >>source: implementation
+
+#define RMIG__PIECE_MAX (64 * RMIG_MIB) // registered in one call at this end: 5 ms at 80 us/MiB
+#define RMIG__ZERO_TEST RMIG_MIB // longest range tested in one piece
+#define RMIG__STEP_SCAN (64 * RMIG_MIB) // bytes tested for zero before the wire is looked after again
 
 struct rmig__source_block {
     struct rmig_merge dirty; // saved and not yet written
-    uint32_t *chunk; // per chunk: 1 + its region's index, 0: none
-    uint64_t chunks, unregistered;
+    struct rmig__chunks chunks;
     uint64_t sink_offset; // of the block in the sink's RAM address space
 };
 
@@ -3886,14 +4102,11 @@ struct rmig_source {
     struct rmig__source_block *block;
     uint64_t *bits; // all blocks' dirty sets
     uint32_t *chunks; // all blocks' chunk tables
-    struct rmig__region *region;
-    uint32_t region_count, region_capacity;
-    struct rmig_mr *piece; // registrations at this end, those of a region side by side
-    uint32_t piece_count;
+    struct rmig__regions regions;
+    struct rmig__windows windows;
 
-    uint64_t chunk_size, page_size, merge_max, window_bytes, window_regions, piece_bytes;
-    unsigned window_max;
-    bool lockstep, pin_all, zero_detect;
+    uint64_t chunk_size, page_size, merge_max;
+    bool pin_all, zero_detect;
 
     enum rmig__source_op op;
     int refused; // what the call that last began an operation was refused with; RMIG_OK: it was not
@@ -3913,17 +4126,12 @@ struct rmig_source {
     struct rmig__cursor plan, write; // this pass over the blocks: the planner goes ahead of the writer
     uint64_t pending; // pages in all dirty sets
     uint64_t unstepped; // bytes saved since the engine last ran
-    struct rmig__window window[2]; // oldest first
-    unsigned windows;
     struct { // pin-all: what is registered next
         uint32_t block;
         uint64_t offset;
     } pin;
     struct rmig__clears clears;
-    struct { // what was last learned of holes: [from, data) of the block is a hole, [data, end) may hold something
-        uint32_t block;
-        uint64_t from, data, end;
-    } hole;
+    struct rmig__hole hole;
 
     struct rmig__writes writes;
     struct rmig__flight flight;
@@ -3939,14 +4147,9 @@ struct rmig_source {
 
 // --- opening and closing
 
-/* Piece i of a region as it is registered at this end: bytes of the region. */
-static uint64_t rmig__piece_length(const struct rmig_source *s, const struct rmig__region *r, uint32_t i) {
-    return rmig__min(r->length - i * s->piece_bytes, s->piece_bytes);
-}
-
 static void rmig__region_deregister(struct rmig_source *s, struct rmig__region *r) {
     for (uint32_t i = 0; i < r->pieces; i++)
-        rmig__deregister(&s->ss, &s->piece[r->piece + i], rmig__piece_length(s, r, i), NULL);
+        rmig__deregister(&s->ss, &s->regions.piece[r->piece + i], rmig__regions_piece_length(&s->regions, r, i), NULL);
     r->pieces = 0;
 }
 
@@ -3963,15 +4166,15 @@ RMIG__DEF void rmig_source_close(struct rmig_source *s) {
     if (s == NULL)
         return;
     rmig__session_leave(&s->ss); // before writes under way lose their memory
-    for (uint32_t i = 0; i < s->region_count; i++)
-        rmig__region_deregister(s, &s->region[i]);
+    for (uint32_t i = 0; i < s->regions.count; i++)
+        rmig__region_deregister(s, &s->regions.region[i]);
     rmig__session_close(&s->ss);
     rmig_blocks_free(&s->blocks);
     rmig__release(s->block);
     rmig__release(s->bits);
     rmig__release(s->chunks);
-    rmig__release(s->region);
-    rmig__release(s->piece);
+    rmig__release(s->regions.region);
+    rmig__release(s->regions.piece);
     rmig__release(s->outbox.bytes);
     RMIG_FREE(s);
 }
@@ -4004,7 +4207,8 @@ RMIG__DEF int rmig_source_block_at(struct rmig_source *s, uint64_t guest_offset,
 
 /* Everything that grows with the guest is allocated here, once. */
 static int rmig__source_tables(struct rmig_source *s) {
-    uint64_t words = 0, chunks = 0, pieces = (s->chunk_size + s->piece_bytes - 1) / s->piece_bytes; // of a chunk
+    struct rmig__regions *rs = &s->regions;
+    uint64_t words = 0, chunks = 0, pieces = (s->chunk_size + rs->piece_bytes - 1) / rs->piece_bytes; // of a chunk
     uint32_t n = s->blocks.count;
     for (uint32_t i = 0; i < n; i++) {
         uint64_t length = s->blocks.block[i].length;
@@ -4017,14 +4221,14 @@ static int rmig__source_tables(struct rmig_source *s) {
     s->block = (struct rmig__source_block *)rmig__calloc(n, sizeof *s->block);
     s->bits = (uint64_t *)rmig__calloc(words, sizeof *s->bits);
     s->chunks = (uint32_t *)rmig__calloc(chunks, sizeof *s->chunks);
-    s->region = (struct rmig__region *)rmig__calloc(chunks, sizeof *s->region);
-    s->piece = (struct rmig_mr *)rmig__calloc(chunks * pieces, sizeof *s->piece);
+    rs->region = (struct rmig__region *)rmig__calloc(chunks, sizeof *rs->region);
+    rs->piece = (struct rmig_mr *)rmig__calloc(chunks * pieces, sizeof *rs->piece);
     s->outbox.bytes = (uint8_t *)RMIG_MALLOC(RMIG_PAYLOAD_MAX);
-    if (s->block == NULL || s->bits == NULL || s->chunks == NULL || s->region == NULL || s->piece == NULL ||
+    if (s->block == NULL || s->bits == NULL || s->chunks == NULL || rs->region == NULL || rs->piece == NULL ||
         s->outbox.bytes == NULL)
         return RMIG__NO(&s->ss, RMIG_ERR_NO_MEMORY, 0, "out of memory for the tables of %u blocks, %llu chunks", n,
                         (unsigned long long)chunks);
-    s->region_capacity = (uint32_t)chunks;
+    rs->capacity = (uint32_t)chunks;
     uint64_t *bits = s->bits;
     uint32_t *chunk = s->chunks;
     for (uint32_t i = 0; i < n; i++) {
@@ -4032,11 +4236,11 @@ static int rmig__source_tables(struct rmig_source *s) {
         uint64_t length = s->blocks.block[i].length;
         b->dirty.bits = bits;
         b->dirty.pages = length / s->page_size + (length % s->page_size != 0);
-        b->chunk = chunk;
-        b->chunks = b->unregistered = rmig_chunk_count(length, s->chunk_size);
+        b->chunks.region = chunk;
+        b->chunks.count = b->chunks.unregistered = rmig_chunk_count(length, s->chunk_size);
         s->ram += b->dirty.pages * s->page_size;
         bits += (b->dirty.pages + 63) / 64;
-        chunk += b->chunks;
+        chunk += b->chunks.count;
     }
     return RMIG_OK;
 }
@@ -4045,14 +4249,14 @@ static void rmig__source_free_tables(struct rmig_source *s) {
     rmig__release(s->block);
     rmig__release(s->bits);
     rmig__release(s->chunks);
-    rmig__release(s->region);
-    rmig__release(s->piece);
+    rmig__release(s->regions.region);
+    rmig__release(s->regions.piece);
     rmig__release(s->outbox.bytes);
     s->block = NULL;
     s->bits = NULL;
     s->chunks = NULL;
-    s->region = NULL;
-    s->piece = NULL;
+    s->regions.region = NULL;
+    s->regions.piece = NULL;
     s->outbox.bytes = NULL;
 }
 
@@ -4064,13 +4268,11 @@ static void rmig__source_parameters(struct rmig_source *s) {
     s->merge_max = rmig_get(cfg, RMIG_PARAM_MERGE_MAX) / s->page_size * s->page_size;
     s->zero_detect = rmig_get(cfg, RMIG_PARAM_ZERO_DETECT) != 0;
     s->pin_all = rmig_get(cfg, RMIG_PARAM_PIN_ALL) != 0;
-    s->lockstep = ahead == 0;
-    s->piece_bytes = s->lockstep ? RMIG_CHUNK_SIZE_MAX : RMIG__PIECE_MAX;
-    /* One half of what is registered ahead is on the wire while the other half is being registered. */
-    s->window_max = s->lockstep ? 1 : 2;
-    s->window_bytes = rmig__max(ahead / 2 / s->chunk_size, 1) * s->chunk_size;
-    if (s->lockstep)
-        s->window_bytes = s->chunk_size;
+    s->regions.chunk_size = s->chunk_size;
+    s->regions.piece_bytes = ahead == 0 ? RMIG_CHUNK_SIZE_MAX : RMIG__PIECE_MAX;
+    s->windows.max = ahead == 0 ? 1 : 2;
+    s->windows.bytes = rmig__max(ahead / 2 / s->chunk_size, 1) * s->chunk_size;
+    s->windows.page_size = s->page_size;
 }
 
 /* Each address has an equal share of what is left of the time, and of all of it where an embedder that was away, or a
@@ -4155,6 +4357,13 @@ static int rmig__source_next(struct rmig_source *s, int status) {
     return RMIG_OK;
 }
 
+/* Longest registration that suits both ends, in whole chunks. */
+static void rmig__source_longest(struct rmig_source *s) {
+    uint64_t both = rmig__min(s->ss.caps.registration_max, s->ss.peer_registration_max);
+    both = rmig__min(both, RMIG_CHUNK_SIZE_MAX); // bounds what one call may take; some adapters count 32 bits
+    s->windows.longest = rmig__max(both / s->chunk_size, 1) * s->chunk_size;
+}
+
 static int rmig__source_connect_step(struct rmig_source *s) {
     struct rmig__session *ss = &s->ss;
     if (!ss->established && ss->broken_here)
@@ -4203,8 +4412,10 @@ static int rmig__source_connect_step(struct rmig_source *s) {
     s->writes.depth = rmig__min(rmig_get(&ss->cfg, RMIG_PARAM_WRITE_DEPTH), ss->caps.write_depth);
     s->writes.signal_every = ss->caps.writes_in_order ? rmig_get(&ss->cfg, RMIG_PARAM_SIGNAL_EVERY) : 1;
     s->outbox.limit = RMIG_STREAM_MESSAGE_MAX;
-    s->window_regions = 1;
+    s->windows.version_1 = !ss->extended;
+    s->windows.regions = 1;
     ss->peer_registration_max = UINT64_MAX;
+    rmig__source_longest(s);
     s->state = RMIG__SOURCE_UP;
     if (!ss->extended)
         s->op = RMIG__OP_NONE;
@@ -4228,7 +4439,9 @@ static int rmig__source_on_hello_result(struct rmig_source *s, const uint8_t *p,
     if (!rmig__take_limits(ss, &h, s->chunk_size, why, sizeof why))
         return RMIG__END(ss, RMIG_ERR_SETUP, 0, "the sink's limits: %s", why);
     s->outbox.limit = (size_t)ss->peer_payload_max;
-    s->window_regions = s->lockstep ? 1 : rmig__min(ss->peer_batch_max, ss->peer_payload_max / RMIG_BATCH_SIZE);
+    if (s->windows.max > 1)
+        s->windows.regions = rmig__min(ss->peer_batch_max, ss->peer_payload_max / RMIG_BATCH_SIZE);
+    rmig__source_longest(s);
     if (s->op == RMIG__OP_CONNECT)
         s->op = RMIG__OP_NONE;
     return RMIG_OK;
@@ -4239,70 +4452,46 @@ static void rmig__source_blocks_agreed(struct rmig_source *s) {
     s->ss.stats.setup_ns = rmig__now(&s->ss) - s->connect_began;
 }
 
-static struct rmig__region *rmig__region_new(struct rmig_source *s, uint32_t block, uint64_t offset, uint64_t length) {
-    RMIG_ASSERT(s->region != NULL && s->region_count < s->region_capacity);
-    struct rmig__region *r = &s->region[s->region_count++];
-    r->block = block;
-    r->offset = offset;
-    r->length = length;
-    return r;
-}
-
-/* The chunks from the region's end back to `from` now belong to it. */
-static void rmig__region_claim(struct rmig_source *s, const struct rmig__region *r, uint64_t from) {
-    struct rmig__source_block *b = &s->block[r->block];
-    for (uint64_t at = from; at < r->offset + r->length; at += s->chunk_size) {
-        b->chunk[rmig_chunk_index(at, s->chunk_size)] = (uint32_t)(r - s->region) + 1;
-        b->unregistered--;
-    }
-}
-
 /* All of it is registered at this end, as far as it must be. */
 static bool rmig__region_local(const struct rmig_source *s, const struct rmig__region *r) {
-    return !s->ss.caps.local_mr || r->pieces * s->piece_bytes >= r->length;
+    return !s->ss.caps.local_mr || r->pieces * s->regions.piece_bytes >= r->length;
 }
 
 /* Registers the next piece of a region at this end; one region is done before the next begins. */
 static int rmig__piece_register(struct rmig_source *s, struct rmig__region *r) {
     uint64_t began = rmig__now(&s->ss);
-    r->piece = r->pieces == 0 ? s->piece_count : r->piece;
-    int status =
-        rmig__register(&s->ss, &s->blocks.block[r->block], r->offset + r->pieces * s->piece_bytes,
-                       rmig__piece_length(s, r, r->pieces), RMIG_ACCESS_LOCAL_READ, &s->piece[s->piece_count], "");
+    struct rmig__regions *rs = &s->regions;
+    r->piece = r->pieces == 0 ? rs->piece_count : r->piece;
+    int status = rmig__register(&s->ss, &s->blocks.block[r->block], r->offset + r->pieces * rs->piece_bytes,
+                                rmig__regions_piece_length(rs, r, r->pieces), RMIG_ACCESS_LOCAL_READ,
+                                &rs->piece[rs->piece_count], "");
     if (status != RMIG_OK)
         return status;
-    s->piece_count++;
+    rs->piece_count++;
     r->pieces++;
     uint64_t took = rmig__now(&s->ss) - began;
     rmig__flight_away(&s->flight, took + took / 8);
     return RMIG_OK;
 }
 
-/* Longest registration that suits both ends, in whole chunks. */
-static uint64_t rmig__registration_max(const struct rmig_source *s) {
-    uint64_t both = rmig__min(s->ss.caps.registration_max, s->ss.peer_registration_max);
-    both = rmig__min(both, RMIG_CHUNK_SIZE_MAX); // bounds what one call may take; some adapters count 32 bits
-    return rmig__max(both / s->chunk_size, 1) * s->chunk_size;
-}
-
 /* Version 1, pin-all: the reply has the keys of whole blocks; all regions are one window, used up as soon as this end
    has registered them too. */
 static int rmig__source_pin_v1(struct rmig_source *s, uint32_t i, const struct rmig_ram_block *remote) {
     uint64_t length = s->blocks.block[i].length;
-    struct rmig__window *w = &s->window[0];
+    struct rmig__regions *rs = &s->regions;
     if (remote->rkey == 0)
         return RMIG__END(&s->ss, RMIG_ERR_PROTOCOL, 0, "the sink granted pin-all but sent rkey 0 for block \"%.60s\"",
                          s->blocks.block[i].name);
     for (uint64_t at = 0; at < length;) {
-        struct rmig__region *r = rmig__region_new(s, i, at, rmig__min(length - at, rmig__registration_max(s)));
+        struct rmig__region *r = rmig__regions_add(rs, i, at, rmig__min(length - at, s->windows.longest));
         r->key = remote->rkey;
         r->address = remote->base + at;
-        rmig__region_claim(s, r, at);
+        rmig__regions_claim(rs, &s->block[i].chunks, r, at);
         at += r->length;
     }
-    s->windows = 1;
-    w->state = RMIG__WINDOW_ANSWERED;
-    w->count = s->region_count;
+    s->windows.count = 1;
+    s->windows.window[0].state = RMIG__WINDOW_ANSWERED;
+    s->windows.window[0].count = rs->count;
     return RMIG_OK;
 }
 
@@ -4329,18 +4518,11 @@ static int rmig__source_on_ram_blocks(struct rmig_source *s, const uint8_t *p, u
     return RMIG_OK;
 }
 
-static struct rmig__window *rmig__requested_window(struct rmig_source *s) {
-    unsigned i = 0;
-    while (i + 1 < s->windows && s->window[i].state != RMIG__WINDOW_REQUESTED)
-        i++;
-    RMIG_ASSERT(s->window[i].state == RMIG__WINDOW_REQUESTED); // a registration reply is awaited only then
-    return &s->window[i];
-}
-
 static int rmig__source_on_register_result(struct rmig_source *s, const uint8_t *p, uint32_t len) {
     struct rmig_register_result result;
-    struct rmig__window *w = rmig__requested_window(s);
-    struct rmig__region *r = &s->region[w->first];
+    struct rmig__window *w = rmig__windows_find(&s->windows, RMIG__WINDOW_REQUESTED);
+    RMIG_ASSERT(w != NULL); // a registration reply is awaited only then
+    struct rmig__region *r = &s->regions.region[w->first];
     if (len != RMIG_REGISTER_RESULT_SIZE || rmig_decode_register_result(p, len, &result) < 0 || result.rkey == 0)
         return RMIG__END(&s->ss, RMIG_ERR_PROTOCOL, 0,
                          "the sink's REGISTER_RESULT of %u bytes has no key; must be %d bytes and an rkey other than 0",
@@ -4352,7 +4534,8 @@ static int rmig__source_on_register_result(struct rmig_source *s, const uint8_t 
 }
 
 static int rmig__source_on_batch_result(struct rmig_source *s, const uint8_t *p, const struct rmig_header *h) {
-    struct rmig__window *w = rmig__requested_window(s);
+    struct rmig__window *w = rmig__windows_find(&s->windows, RMIG__WINDOW_REQUESTED);
+    RMIG_ASSERT(w != NULL);
     if (h->repeat != w->count || h->len != w->count * RMIG_BATCH_RESULT_SIZE)
         return RMIG__END(&s->ss, RMIG_ERR_PROTOCOL, 0,
                          "the sink's REGISTER_BATCH_RESULT has %u results in %u bytes; must be %u in %u", h->repeat,
@@ -4363,8 +4546,8 @@ static int rmig__source_on_batch_result(struct rmig_source *s, const uint8_t *p,
         if (result.key == 0)
             return RMIG__END(&s->ss, RMIG_ERR_PROTOCOL, 0, "the sink's REGISTER_BATCH_RESULT has key 0 as result %u",
                              i);
-        s->region[w->first + i].key = result.key;
-        s->region[w->first + i].address = result.address;
+        s->regions.region[w->first + i].key = result.key;
+        s->regions.region[w->first + i].address = result.address;
     }
     w->state = RMIG__WINDOW_ANSWERED;
     return RMIG_OK;
@@ -4432,43 +4615,6 @@ static uint64_t rmig__pages_offset(const struct rmig_source *s, uint32_t block, 
     return rmig__min(page * s->page_size, s->blocks.block[block].length);
 }
 
-static bool rmig__hole_known(const struct rmig_source *s, uint32_t block, uint64_t at) {
-    return s->hole.block == block && s->hole.from <= at && at < s->hole.end;
-}
-
-/* All zero? Never reads a hole, because reading would allocate it. *scanned: bytes read. */
-static bool rmig__range_is_zero(struct rmig_source *s, uint32_t block, uint64_t from, uint64_t to, uint64_t *scanned) {
-    const struct rmig_block *b = &s->blocks.block[block];
-    /* Most ranges that are not zero show it in the first page: look there before paying for the whole map of holes. */
-    uint64_t peek = rmig__min(from + s->page_size, to);
-    if (!rmig__hole_known(s, block, from)) {
-        uint64_t data, end;
-        rmig_holes_next_data(&s->ss.holes, b, from, peek, &data, &end);
-        if (data == from && !rmig_is_zero(b->host + from, (size_t)(peek - from))) {
-            *scanned += peek - from;
-            return false;
-        }
-    }
-    while (from < to) {
-        if (!rmig__hole_known(s, block, from)) {
-            uint64_t reach = rmig__min(b->length, rmig__after(from, RMIG__HOLE_LOOK));
-            rmig_holes_next_data(&s->ss.holes, b, from, reach, &s->hole.data, &s->hole.end);
-            *scanned += (s->hole.data - from) / RMIG__HOLE_SHARE;
-            s->hole.block = block;
-            s->hole.from = from;
-        }
-        from = rmig__min(rmig__max(from, s->hole.data), to);
-        uint64_t stop = rmig__min(s->hole.end, to);
-        if (from < stop) {
-            *scanned += stop - from;
-            if (!rmig_is_zero(b->host + from, (size_t)(stop - from)))
-                return false;
-        }
-        from = stop;
-    }
-    return true;
-}
-
 static void rmig__take_pages(struct rmig_source *s, uint32_t block, uint64_t page, uint64_t n) {
     rmig_merge_take(&s->block[block].dirty, page, n);
     s->pending -= n;
@@ -4478,53 +4624,6 @@ static void rmig__take_pages(struct rmig_source *s, uint32_t block, uint64_t pag
 static uint64_t rmig__request_unit(const struct rmig_source *s) {
     uint64_t peer = rmig_get(&s->ss.cfg, RMIG_PARAM_PEER_CHUNK_SIZE);
     return peer != 0 ? peer : RMIG_CHUNK_SIZE_MIN;
-}
-
-/* How far a request that begins at `start` may reach in its block. A version 1 sink answers a chunk that was asked for
-   before with the range of that time, whatever is asked now, and the size of its chunks is not on the wire. Where an
-   earlier request began in the same aligned range of some power of two, the sink's chunk may be that range, so this one
-   ends with it: either the sink's chunks are smaller and it registers anew, or the old range covers at least this
-   one. */
-static uint64_t rmig__request_reach(const struct rmig_source *s, uint32_t block, uint64_t start) {
-    const struct rmig__source_block *b = &s->block[block];
-    uint64_t near = start / RMIG_CHUNK_SIZE_MAX * RMIG_CHUNK_SIZE_MAX;
-    uint64_t last = rmig__min((near + RMIG_CHUNK_SIZE_MAX) / s->chunk_size, b->chunks);
-    uint64_t reach = UINT64_MAX;
-    for (uint64_t i = near / s->chunk_size; i < last; i++) {
-        uint64_t size = RMIG_CHUNK_SIZE_MIN;
-        if (b->chunk[i] == 0)
-            continue;
-        while (size <= RMIG_CHUNK_SIZE_MAX && s->region[b->chunk[i] - 1].offset / size != start / size)
-            size *= 2;
-        if (size <= RMIG_CHUNK_SIZE_MAX)
-            reach = rmig__min(reach, (start / size + 1) * size);
-    }
-    return reach;
-}
-
-/* The chunk at offset joins the window, in the region before it if that ends there. False if the window is full. */
-static bool rmig__window_add(struct rmig_source *s, struct rmig__window *w, uint32_t block, uint64_t offset) {
-    uint64_t index = rmig_chunk_index(offset, s->chunk_size);
-    uint64_t start = rmig_chunk_start(index, s->chunk_size);
-    uint64_t length = rmig_chunk_end(index, s->chunk_size, s->blocks.block[block].length) - start;
-    struct rmig__region *last = w->count > 0 ? &s->region[w->first + w->count - 1] : NULL;
-    if (w->bytes >= s->window_bytes)
-        return false;
-    if (last != NULL && last->block == block && last->offset + last->length == start &&
-        last->length + length <= rmig__registration_max(s) && start + length <= w->reach) {
-        last->length += length;
-    } else {
-        if (w->count == s->window_regions)
-            return false;
-        w->reach = s->ss.extended ? UINT64_MAX : rmig__request_reach(s, block, start);
-        last = rmig__region_new(s, block, start, length);
-        w->count++;
-    }
-    rmig__region_claim(s, last, start);
-    w->bytes += length;
-    w->end_block = block;
-    w->end_page = (start + length + s->page_size - 1) / s->page_size;
-    return true;
 }
 
 /* Sends the dirty pages [page, page + n), all in one chunk that has no region, to the zero list or gets the chunk a
@@ -4537,7 +4636,8 @@ static bool rmig__plan_range(struct rmig_source *s, struct rmig__window *w, uint
     while (look && from < to) {
         uint64_t stop = rmig__min(to, from / RMIG__ZERO_TEST * RMIG__ZERO_TEST + RMIG__ZERO_TEST);
         uint64_t scanned = 0;
-        bool zero = rmig__range_is_zero(s, block, from, stop, &scanned);
+        bool zero = rmig__hole_or_zero(&s->hole, &s->ss.holes, &s->blocks.block[block], block, s->page_size, from, stop,
+                                       &scanned);
         *budget -= rmig__min(*budget, scanned + s->page_size);
         if (!zero)
             break;
@@ -4556,7 +4656,8 @@ static bool rmig__plan_range(struct rmig_source *s, struct rmig__window *w, uint
     }
     if (from >= to)
         return true;
-    if (!rmig__window_add(s, w, block, from))
+    if (!rmig__windows_add(&s->windows, w, &s->regions, &s->block[block].chunks, block, from,
+                           s->blocks.block[block].length))
         return false;
     uint64_t chunk_pages = s->chunk_size / s->page_size;
     s->plan.page = (page / chunk_pages + 1) * chunk_pages;
@@ -4569,14 +4670,14 @@ static void rmig__plan_walk(struct rmig_source *s, struct rmig__window *w, uint6
     while (s->plan.block<s->blocks.count && * budget> 0) {
         struct rmig__source_block *b = &s->block[s->plan.block];
         uint64_t page, n;
-        if (b->dirty.pending == 0 || b->unregistered == 0 ||
+        if (b->dirty.pending == 0 || b->chunks.unregistered == 0 ||
             !rmig_merge_next(&b->dirty, s->plan.page, b->dirty.pages, chunk_pages, &page, &n)) {
             s->plan.block++;
             s->plan.page = 0;
             continue;
         }
         uint64_t chunk_end = (page / chunk_pages + 1) * chunk_pages;
-        if (b->chunk[page / chunk_pages] != 0) {
+        if (rmig__regions_of(&s->regions, &b->chunks, page / chunk_pages) != NULL) {
             s->plan.page = chunk_end;
             continue;
         }
@@ -4588,12 +4689,12 @@ static void rmig__plan_walk(struct rmig_source *s, struct rmig__window *w, uint6
 
 /* Pin-all: the next window is whole blocks. */
 static void rmig__plan_pin(struct rmig_source *s, struct rmig__window *w) {
-    uint64_t longest = rmig__registration_max(s);
-    while (s->pin.block < s->blocks.count && w->count < s->window_regions && w->bytes < s->window_bytes) {
+    const struct rmig__windows *ws = &s->windows;
+    while (s->pin.block < s->blocks.count && w->count < ws->regions && w->bytes < ws->bytes) {
         uint64_t length = s->blocks.block[s->pin.block].length;
         struct rmig__region *r =
-            rmig__region_new(s, s->pin.block, s->pin.offset, rmig__min(length - s->pin.offset, longest));
-        rmig__region_claim(s, r, r->offset);
+            rmig__regions_add(&s->regions, s->pin.block, s->pin.offset, rmig__min(length - s->pin.offset, ws->longest));
+        rmig__regions_claim(&s->regions, &s->block[s->pin.block].chunks, r, r->offset);
         w->count++;
         w->bytes += r->length;
         s->pin.offset += r->length;
@@ -4602,8 +4703,7 @@ static void rmig__plan_pin(struct rmig_source *s, struct rmig__window *w) {
             s->pin.offset = 0;
         }
     }
-    w->end_block = 0;
-    w->end_page = 0; // used up as soon as it is ready: the writer has not begun
+    memset(&w->end, 0, sizeof w->end); // used up as soon as it is ready: the writer has not begun
 }
 
 static bool rmig__pinned(const struct rmig_source *s) { return s->pin.block >= s->blocks.count; }
@@ -4612,15 +4712,12 @@ static bool rmig__pinned(const struct rmig_source *s) { return s->pin.block >= s
 static bool rmig__plan(struct rmig_source *s) {
     if (s->exchange != RMIG__BLOCKS_DONE || s->outbox.first || s->clears.fence)
         return false;
-    struct rmig__window *w = s->windows > 0 ? &s->window[s->windows - 1] : NULL;
-    if (w == NULL || w->state != RMIG__WINDOW_OPEN) {
-        bool nothing = rmig__pinned(s) && (s->pending == 0 || s->plan.block >= s->blocks.count);
-        if (s->windows == s->window_max || nothing)
-            return false;
-        w = &s->window[s->windows++];
-        memset(w, 0, sizeof *w);
-        w->first = s->region_count;
-    }
+    bool nothing = rmig__pinned(s) && (s->pending == 0 || s->plan.block >= s->blocks.count);
+    struct rmig__window *w = rmig__windows_find(&s->windows, RMIG__WINDOW_OPEN);
+    if (w == NULL && !nothing)
+        w = rmig__windows_open(&s->windows, s->regions.count);
+    if (w == NULL)
+        return false;
     struct rmig__cursor before = s->plan;
     uint64_t budget = RMIG__STEP_SCAN;
     if (!rmig__pinned(s))
@@ -4634,7 +4731,7 @@ static bool rmig__plan(struct rmig_source *s) {
     if (w->count > 0)
         w->state = RMIG__WINDOW_CLOSED;
     else
-        s->windows--;
+        s->windows.count--;
     return w->count > 0 || rmig__cursor_before(before, s->plan);
 }
 
@@ -4682,7 +4779,7 @@ static int rmig__say_blocks(struct rmig_source *s, uint8_t *payload) {
 static int rmig__say_register(struct rmig_source *s, struct rmig__window *w, uint8_t *payload) {
     w->state = RMIG__WINDOW_REQUESTED;
     if (!s->ss.extended) {
-        const struct rmig__region *r = &s->region[w->first];
+        const struct rmig__region *r = &s->regions.region[w->first];
         struct rmig_register request;
         request.key = s->block[r->block].sink_offset + r->offset;
         request.block = r->block;
@@ -4692,7 +4789,7 @@ static int rmig__say_register(struct rmig_source *s, struct rmig__window *w, uin
                          (size_t)rmig_encode_register(payload, RMIG_PAYLOAD_MAX, &request), RMIG_MSG_REGISTER_RESULT);
     }
     for (uint32_t i = 0; i < w->count; i++) {
-        const struct rmig__region *r = &s->region[w->first + i];
+        const struct rmig__region *r = &s->regions.region[w->first + i];
         struct rmig_batch entry;
         entry.block = r->block;
         entry.offset = r->offset;
@@ -4735,7 +4832,7 @@ static bool rmig__drained(const struct rmig_source *s) {
 
 /* All that was saved is in the sink's memory. */
 static bool rmig__settled(const struct rmig_source *s) {
-    return s->pending == 0 && s->clears.count == 0 && s->windows == 0 && rmig__drained(s);
+    return s->pending == 0 && s->clears.count == 0 && s->windows.count == 0 && rmig__drained(s);
 }
 
 /* Bytes written and not known to have arrived. */
@@ -4748,7 +4845,7 @@ static uint64_t rmig__arrived(const struct rmig_source *s) { return s->flight.by
 
 static void rmig__source_meter_look(struct rmig_source *s) {
     uint64_t now = rmig__now(&s->ss);
-    bool busy = rmig__outstanding(s) > 0 || s->windows > 0 || now < s->pacer.until;
+    bool busy = rmig__outstanding(s) > 0 || s->windows.count > 0 || now < s->pacer.until;
     rmig__meter_look(&s->meter, now, rmig__arrived(s), s->ss.stats.bytes_zero, busy, rmig__settled(s));
 }
 
@@ -4772,21 +4869,13 @@ static int rmig__round_over(struct rmig_source *s) {
     return rmig__ask(s, RMIG_MSG_REGISTER_FINISHED, 1, 0, RMIG_MSG_NONE);
 }
 
-/* The first window that waits to be asked for, or NULL. */
-static struct rmig__window *rmig__closed_window(struct rmig_source *s) {
-    for (unsigned i = 0; i < s->windows; i++)
-        if (s->window[i].state == RMIG__WINDOW_CLOSED)
-            return &s->window[i];
-    return NULL;
-}
-
 static bool rmig__stream_due(const struct rmig_source *s) {
     return rmig__outbox_due(&s->outbox, s->op == RMIG__OP_END_ROUND || s->op == RMIG__OP_FINISH);
 }
 
-static bool rmig__zero_due(const struct rmig_source *s) {
+static bool rmig__zero_due(struct rmig_source *s) {
     /* Not while the planner may still lengthen the last run. */
-    bool open = s->windows > 0 && s->window[s->windows - 1].state == RMIG__WINDOW_OPEN;
+    bool open = rmig__windows_find(&s->windows, RMIG__WINDOW_OPEN) != NULL;
     return s->clears.count > 0 && (!open || s->clears.fence);
 }
 
@@ -4809,7 +4898,7 @@ static int rmig__control_out(struct rmig_source *s, bool *moved) {
         status = rmig__say_stream(s, payload);
     else if (s->exchange == RMIG__BLOCKS_SENDING)
         status = rmig__say_blocks(s, payload);
-    else if ((w = rmig__closed_window(s)) != NULL && !s->clears.fence)
+    else if ((w = rmig__windows_find(&s->windows, RMIG__WINDOW_CLOSED)) != NULL && !s->clears.fence)
         status = rmig__say_register(s, w, payload);
     else if (rmig__zero_due(s))
         status = rmig__say_zero(s, payload);
@@ -4872,7 +4961,7 @@ static void rmig__queue_write(struct rmig_source *s, const struct rmig__region *
     struct rmig_write *w = rmig__writes_add(&s->writes, length, stride);
     uint64_t number = s->ss.stats.writes_posted + s->writes.queued;
     w->local = s->blocks.block[r->block].host + offset;
-    w->mr = r->pieces > 0 ? &s->piece[r->piece + (offset - r->offset) / s->piece_bytes] : NULL;
+    w->mr = r->pieces > 0 ? &s->regions.piece[r->piece + (offset - r->offset) / s->regions.piece_bytes] : NULL;
     w->remote_address = r->address + (offset - r->offset);
     w->key = r->key;
     w->id = RMIG__ID_WRITE | number;
@@ -4903,18 +4992,17 @@ static bool rmig__next_write(struct rmig_source *s, uint64_t allowed, uint64_t s
             continue;
         }
         uint64_t chunk_end = (page / chunk_pages + 1) * chunk_pages;
-        uint32_t index = b->chunk[page / chunk_pages];
-        if (index == 0) { // saved after the planner had passed: the next pass takes it
+        const struct rmig__region *r = rmig__regions_of(&s->regions, &b->chunks, page / chunk_pages);
+        if (r == NULL) { // saved after the planner had passed: the next pass takes it
             s->write.page = chunk_end;
             continue;
         }
         s->write.page = page;
-        const struct rmig__region *r = &s->region[index - 1];
         if (!r->ready)
             return false;
         uint64_t offset = page * s->page_size, into = offset - r->offset;
         uint64_t end = s->pin_all ? (r->offset + r->length + s->page_size - 1) / s->page_size : chunk_end;
-        end = rmig__min(end, (r->offset + (into / s->piece_bytes + 1) * s->piece_bytes) / s->page_size);
+        end = rmig__min(end, (r->offset + (into / s->regions.piece_bytes + 1) * s->regions.piece_bytes) / s->page_size);
         n = rmig__min(n, end - page);
         uint64_t length = rmig__pages_offset(s, block, page + n) - offset;
         rmig__queue_write(s, r, offset, length, stride);
@@ -4929,27 +5017,11 @@ static bool rmig__next_write(struct rmig_source *s, uint64_t allowed, uint64_t s
     return false;
 }
 
-/* A window is used up when the writer has passed it. */
-static bool rmig__retire_windows(struct rmig_source *s) {
-    bool any = false;
-    while (s->windows > 0 && s->window[0].state == RMIG__WINDOW_READY) {
-        struct rmig__cursor end;
-        end.block = s->window[0].end_block;
-        end.page = s->window[0].end_page;
-        if (rmig__cursor_before(s->write, end) && s->write.block < s->blocks.count)
-            break;
-        s->windows--;
-        memmove(s->window, s->window + 1, s->windows * sizeof s->window[0]);
-        any = true;
-    }
-    return any;
-}
-
 /* Pages saved behind the cursors need another pass. Within one pass a page is written once at most, so where writes may
    overtake each other the pass before must have landed. Zero runs go out first: a page may not be zero any more. */
 static bool rmig__next_pass(struct rmig_source *s) {
     bool at_end = s->plan.block >= s->blocks.count && !rmig__cursor_before(s->write, s->plan);
-    if (!at_end || s->pending == 0 || s->windows > 0 || s->clears.count > 0)
+    if (!at_end || s->pending == 0 || s->windows.count > 0 || s->clears.count > 0)
         return false;
     if (!s->ss.caps.writes_in_order && !rmig__drained(s))
         return false;
@@ -4970,8 +5042,9 @@ static int rmig__write_out(struct rmig_source *s, bool *moved) {
     rmig__flight_look(&s->flight, s->ss.writes_done, rmig__drained(s), rmig__now(&s->ss), s->ss.stats.message_rtt_ns);
     uint64_t limit = rmig__outstanding_max(s);
     uint64_t stride = rmig__min(rmig__max(limit / RMIG__STRIDES, RMIG__STRIDE_MIN), limit);
-    bool hold = !rmig__pinned(s) || s->clears.fence ||
-                (rmig__closed_window(s) != NULL && rmig__now(&s->ss) < rmig__hold_until(s));
+    bool hold =
+        !rmig__pinned(s) || s->clears.fence ||
+        (rmig__windows_find(&s->windows, RMIG__WINDOW_CLOSED) != NULL && rmig__now(&s->ss) < rmig__hold_until(s));
     int status = RMIG_OK;
     s->flight.full = false;
     while (!hold && status == RMIG_OK) {
@@ -4996,22 +5069,17 @@ static int rmig__write_out(struct rmig_source *s, bool *moved) {
     }
     if (s->pending == 0 && rmig__cursor_before(s->write, s->plan))
         s->write = s->plan;
-    *moved = rmig__retire_windows(s) || *moved;
+    *moved = rmig__windows_retire(&s->windows, s->write, s->write.block >= s->blocks.count) || *moved;
     *moved = rmig__next_pass(s) || *moved;
     return status;
 }
 
-/* This end registers its memory of a window while the sink registers its own; in lockstep afterwards. */
-static bool rmig__window_due(const struct rmig_source *s, const struct rmig__window *w) {
-    return w->state == RMIG__WINDOW_ANSWERED || (w->state == RMIG__WINDOW_REQUESTED && !s->lockstep);
-}
-
 /* Registers one piece, no more: between two the wire is looked after. */
 static int rmig__register_local(struct rmig_source *s) {
-    for (unsigned i = 0; i < s->windows; i++) {
-        struct rmig__window *w = &s->window[i];
-        while (rmig__window_due(s, w) && w->local < w->count) {
-            struct rmig__region *r = &s->region[w->first + w->local];
+    for (unsigned i = 0; i < s->windows.count; i++) {
+        struct rmig__window *w = &s->windows.window[i];
+        while (rmig__windows_due(&s->windows, w) && w->local < w->count) {
+            struct rmig__region *r = &s->regions.region[w->first + w->local];
             bool whole = rmig__region_local(s, r);
             int status = whole ? RMIG_OK : rmig__piece_register(s, r);
             if (status != RMIG_OK)
@@ -5023,19 +5091,6 @@ static int rmig__register_local(struct rmig_source *s) {
         }
     }
     return RMIG_OK;
-}
-
-/* Windows whose keys are here and whose memory is registered at this end may be written. */
-static void rmig__windows_ready(struct rmig_source *s, bool *moved) {
-    for (unsigned i = 0; i < s->windows; i++) {
-        struct rmig__window *w = &s->window[i];
-        if (w->state != RMIG__WINDOW_ANSWERED || w->local < w->count)
-            continue;
-        for (uint32_t k = 0; k < w->count; k++)
-            s->region[w->first + k].ready = true;
-        w->state = RMIG__WINDOW_READY;
-        *moved = true;
-    }
 }
 
 // --- the engine
@@ -5126,7 +5181,7 @@ static int rmig__source_turn(struct rmig_source *s, bool *moved) {
     status = rmig__control_out(s, moved);
     if (status == RMIG_OK)
         status = rmig__write_out(s, moved);
-    rmig__windows_ready(s, moved);
+    *moved = rmig__windows_ready(&s->windows, &s->regions) || *moved;
     return status;
 }
 
@@ -5207,7 +5262,7 @@ RMIG__DEF uint64_t rmig_source_next_deadline(struct rmig_source *s) {
         at = rmig__min(at, rmig__idle_at(&s->ss));
     if (s->pacer.until != 0)
         at = rmig__min(at, s->pacer.until);
-    if (rmig__closed_window(s) != NULL && rmig__hold_until(s) > rmig__now(&s->ss))
+    if (rmig__windows_find(&s->windows, RMIG__WINDOW_CLOSED) != NULL && rmig__hold_until(s) > rmig__now(&s->ss))
         at = rmig__min(at, rmig__hold_until(s));
     if (s->ss.no_fds)
         at = rmig__min(at, rmig__now(&s->ss) + RMIG__MS);
@@ -5299,9 +5354,7 @@ static int rmig__saved(struct rmig_source *s, uint32_t block, uint64_t first, ui
     s->pending += fresh;
     s->unstepped += fresh * s->page_size;
     s->ss.stats.round_saved += fresh * s->page_size;
-    /* The guest may have filled the hole since it was looked for. */
-    if (s->hole.block == block && first * s->page_size < s->hole.data && (first + n) * s->page_size > s->hole.from)
-        s->hole.block = UINT32_MAX;
+    rmig__hole_filled(&s->hole, block, first * s->page_size, (first + n) * s->page_size);
     rmig__clears_guard(&s->clears, block, first, n);
     return s->unstepped >= s->merge_max ? rmig__source_step(s) : RMIG_OK;
 }

@@ -224,7 +224,8 @@ RMIG_API int rmig_mapped_writer_end_round(struct rmig_mapped_writer *w);
 RMIG_API int rmig_mapped_writer_put(struct rmig_mapped_writer *w, const void *data, size_t n);
 /* Makes the file whole: bitmaps, stream, and last the magic. Blocks. RMIG_ERR_STATE, and nothing is changed, if a round
    is open or the device state does not end in a description, which readers look for (rmig_qemu_encode_end), or holds
-   what looks like the end of one before; or the status of a call that was refused before. RMIG_ERR_FILE: it could not be written, or not be brought to the disk. */
+   what looks like the end of one before; or the status of a call that was refused before. RMIG_ERR_FILE: it could not
+   be written, or not be brought to the disk. */
 RMIG_API int rmig_mapped_writer_finish(struct rmig_mapped_writer *w);
 /* What was refused so far shall be missing from the file: end_round and finish no longer return it. Nothing else. */
 RMIG_API void rmig_mapped_writer_forgive(struct rmig_mapped_writer *w);
@@ -824,14 +825,13 @@ static int rmig__mapped_run(struct rmig__mapped_crew *c, uint64_t bytes, struct 
 /* Where a block holds data, as last asked for; with the lock. */
 struct rmig__mapped_holes {
     struct rmig_holes holes;
-    uint32_t block; // UINT32_MAX: nothing is known
-    uint64_t from, data, end;
+    struct rmig__hole known;
     uint64_t step; // how far it was asked
 };
 
 static void rmig__mapped_forget(struct rmig__mapped_holes *h) {
     rmig_holes_forget(&h->holes);
-    h->block = UINT32_MAX;
+    h->known.block = UINT32_MAX;
 }
 
 /* The first byte at or behind `at` that may be something other than zero. Asked for in steps that grow as long as one
@@ -839,15 +839,13 @@ static void rmig__mapped_forget(struct rmig__mapped_holes *h) {
    `least`: what the caller wants to know at once, in bytes. */
 static uint64_t rmig__mapped_data_at(struct rmig__mapped_holes *h, const struct rmig_block *b, uint32_t index,
                                      uint64_t at, uint64_t least) {
-    if (h->block != index || at < h->from || at >= h->end) {
-        bool follows = h->block == index && at == h->end;
+    if (!rmig__hole_knows(&h->known, index, at)) {
+        bool follows = h->known.block == index && at == h->known.end;
         h->step = rmig__max(least, follows ? rmig__min(2 * h->step, RMIG_GIB) : (uint64_t)RMIG__MAPPED_UNIT);
         uint64_t reach = b->length - at > h->step ? at + h->step : b->length;
-        rmig_holes_next_data(&h->holes, b, at, reach, &h->data, &h->end);
-        h->block = index;
-        h->from = at;
+        rmig__hole_look(&h->known, &h->holes, b, index, at, reach);
     }
-    return rmig__max(at, h->data);
+    return rmig__max(at, h->known.data);
 }
 
 // >>mapped: writer, implementation
@@ -1378,7 +1376,7 @@ static bool rmig__writer_take(struct rmig_mapped_writer *w, struct rmig__mapped_
     if (rmig__writer_detects(w, b)) {
         uint64_t data = rmig__mapped_data_at(&w->holes, b, e->block, e->first * page, page);
         e->hole = data >= (e->first + 1) * page;
-        uint64_t stop = e->hole ? data / page : (w->holes.end - 1) / page + 1;
+        uint64_t stop = e->hole ? data / page : (w->holes.known.end - 1) / page + 1;
         e->n = rmig__min(e->n, stop - e->first);
     }
     rmig_merge_take(&w->place[e->block].dirty, e->first, e->n);
@@ -1700,7 +1698,8 @@ static int rmig__reader_read(struct rmig_mapped_reader *r, void *p, uint64_t n, 
     return status;
 }
 
-/* As rmig__reader_read, for opening: how much there is to read is for the file to say, so each piece may be the last. */
+/* As rmig__reader_read, for opening: how much there is to read is for the file to say, so each piece may be the last.
+ */
 static int rmig__reader_look(struct rmig_mapped_reader *r, void *p, uint64_t n, uint64_t at, const char *block) {
     if (r->opt.progress != NULL && r->opt.progress(r->opt.progress_user, &r->stats) != 0) {
         rmig_fail(&r->error, RMIG_ERR_CANCELLED, 0, "cancelled by the function progress");
@@ -2397,7 +2396,7 @@ static void rmig__reader_zero(struct rmig__mapped_crew *c, uint32_t target, uint
     while (from < to) {
         pthread_mutex_lock(&c->lock);
         from = rmig__min(rmig__mapped_data_at(&r->holes, b, target, from, page), to);
-        uint64_t stop = rmig__min(r->holes.end, to);
+        uint64_t stop = rmig__min(r->holes.known.end, to);
         pthread_mutex_unlock(&c->lock);
         for (uint64_t n; from < stop; from += n) {
             n = rmig__min(page, stop - from);

@@ -67,8 +67,8 @@ static void write_late(struct scene *s, struct rmig_ep *ep) {
     memset(late, 0xee, sizeof late);
     struct rmig_write w = {.local = late,
                            .length = LATE,
-                           .remote_address = s->source->region[0].address,
-                           .key = s->source->region[0].key,
+                           .remote_address = s->source->regions.region[0].address,
+                           .key = s->source->regions.region[0].key,
                            .id = RMIG__ID_WRITE | 1,
                            .signal = true};
     cr_assert_eq(spy.below->write(ep, &w, 1, &err), 1, "%s", err.text);

@@ -495,3 +495,166 @@ Test(writes, no_more_completions_are_asked_for_than_are_due) {
     for (unsigned i = 0; i < 64; i++)
         cr_expect_eq(w.queue[i].signal, i % 16 == 15);
 }
+
+// >> regions and windows
+
+enum { CHUNKS = 64 };
+
+/* Two blocks, the last chunk of each short, as the planner asks for keys chunk by chunk. */
+struct registered {
+    struct rmig__regions rs;
+    struct rmig__windows ws;
+    struct rmig__chunks chunks[2];
+    struct rmig__region region[2 * CHUNKS];
+    struct rmig_mr piece[2 * CHUNKS];
+    uint32_t map[2][CHUNKS];
+};
+
+static uint64_t length_of_blocks(uint64_t chunk) { return CHUNKS * chunk - PAGE; }
+
+static void registered(struct registered *r, uint64_t chunk, unsigned max) {
+    memset(r, 0, sizeof *r);
+    r->rs.region = r->region;
+    r->rs.piece = r->piece;
+    r->rs.capacity = 2 * CHUNKS;
+    r->rs.chunk_size = chunk;
+    r->rs.piece_bytes = 2 * chunk;
+    r->ws.max = max;
+    r->ws.page_size = PAGE;
+    r->ws.bytes = r->ws.longest = UINT64_MAX;
+    r->ws.regions = UINT64_MAX;
+    for (unsigned b = 0; b < 2; b++) {
+        r->chunks[b].region = r->map[b];
+        r->chunks[b].count = r->chunks[b].unregistered = CHUNKS;
+    }
+}
+
+static bool window_takes(struct registered *r, struct rmig__window *w, uint32_t block, uint64_t chunk) {
+    return rmig__windows_add(&r->ws, w, &r->rs, &r->chunks[block], block, chunk * r->rs.chunk_size,
+                             length_of_blocks(r->rs.chunk_size));
+}
+
+Test(regions, each_chunk_belongs_to_the_one_region_that_holds_it) {
+    static struct registered r;
+    for (unsigned run = 0; run < 200; run++) {
+        uint64_t chunk = RMIG_CHUNK_SIZE_MIN << below(4);
+        registered(&r, chunk, 2);
+        r.ws.longest = chunk * (1 + below(5));
+        r.ws.version_1 = run % 2 == 0;
+        struct rmig__window w = {0};
+        for (unsigned block = 0; block < 2; block++)
+            for (unsigned i = 0; i < 100; i++) {
+                uint64_t at = i < 50 ? below(CHUNKS) : i - 50;
+                if (rmig__regions_of(&r.rs, &r.chunks[block], at) == NULL)
+                    cr_assert(window_takes(&r, &w, block, at));
+            }
+        for (unsigned block = 0; block < 2; block++) {
+            uint64_t none = 0, held[CHUNKS] = {0};
+            for (unsigned i = 0; i < CHUNKS; i++) {
+                const struct rmig__region *of = rmig__regions_of(&r.rs, &r.chunks[block], i);
+                none += of == NULL;
+                cr_assert(of == NULL || (of->block == block && of->offset <= i * chunk &&
+                                         i * chunk < of->offset + of->length && of->length <= r.ws.longest));
+            }
+            cr_assert_eq(none, r.chunks[block].unregistered);
+            for (uint32_t i = 0; i < r.rs.count; i++) {
+                uint64_t pieces = 0;
+                for (uint32_t k = 0; k * r.rs.piece_bytes < r.region[i].length; k++)
+                    pieces += rmig__regions_piece_length(&r.rs, &r.region[i], k);
+                cr_assert_eq(pieces, r.region[i].length);
+                if (r.region[i].block == block)
+                    for (uint64_t at = r.region[i].offset; at < r.region[i].offset + r.region[i].length; at += chunk)
+                        cr_assert_eq(++held[at / chunk], 1, "two regions hold a chunk");
+            }
+        }
+    }
+}
+
+/* What stands in the reason: whatever size the sink's chunks have, no request that begins in a chunk asked for before
+   reaches beyond it. */
+Test(regions, a_request_of_version_1_stays_in_what_a_sink_may_have_registered) {
+    static struct registered r;
+    for (unsigned run = 0; run < 300; run++) {
+        uint64_t chunk = RMIG_CHUNK_SIZE_MIN, begun[2 * CHUNKS], n = 0;
+        registered(&r, chunk, 2);
+        r.ws.version_1 = true;
+        struct rmig__window w = {0};
+        for (unsigned i = 0; i < 40; i++) {
+            uint64_t first = below(CHUNKS), length = 1 + below(CHUNKS - first);
+            uint32_t before = r.rs.count;
+            for (uint64_t at = first; at < first + length && rmig__regions_of(&r.rs, &r.chunks[0], at) == NULL; at++)
+                window_takes(&r, &w, 0, at);
+            for (uint32_t k = before; k < r.rs.count; k++)
+                for (uint64_t size = chunk; size <= RMIG_CHUNK_SIZE_MAX; size *= 2)
+                    for (uint64_t j = 0; j < n; j++)
+                        if (begun[j] / size == r.region[k].offset / size) {
+                            uint64_t end = (r.region[k].offset / size + 1) * size;
+                            cr_assert_leq(r.region[k].offset + r.region[k].length, end);
+                        }
+            for (uint32_t k = before; k < r.rs.count; k++)
+                begun[n++] = r.region[k].offset;
+        }
+    }
+}
+
+Test(windows, one_is_filled_while_the_other_is_written) {
+    static struct registered r;
+    registered(&r, RMIG_MIB, 2);
+    struct rmig__window *w = rmig__windows_open(&r.ws, r.rs.count);
+    for (unsigned i = 0; i < 10; i++)
+        cr_assert(window_takes(&r, w, 0, i));
+    cr_expect_eq(w->count, 1, "chunks side by side are one region");
+    cr_expect_eq(w->bytes, 10 * RMIG_MIB);
+    w->state = RMIG__WINDOW_ANSWERED;
+    cr_expect_not(rmig__windows_ready(&r.ws, &r.rs), "this end has registered nothing yet");
+    w->local = w->count;
+    cr_expect(rmig__windows_ready(&r.ws, &r.rs));
+    cr_expect(r.region[0].ready && w->state == RMIG__WINDOW_READY);
+    struct rmig__window *next = rmig__windows_open(&r.ws, r.rs.count);
+    cr_expect(next != NULL && next->first == 1 && rmig__windows_find(&r.ws, RMIG__WINDOW_OPEN) == next);
+    cr_expect_eq(rmig__windows_open(&r.ws, r.rs.count), NULL);
+    cr_expect_not(rmig__windows_retire(&r.ws, (struct rmig__cursor){0, 10 * 256 - 1}, false));
+    cr_expect(rmig__windows_retire(&r.ws, (struct rmig__cursor){0, 10 * 256}, false));
+    cr_expect_eq(rmig__windows_find(&r.ws, RMIG__WINDOW_OPEN), &r.ws.window[0]);
+    cr_expect_not(rmig__windows_retire(&r.ws, (struct rmig__cursor){2, 0}, true), "an open one is not used up");
+}
+
+Test(windows, in_lockstep_this_end_registers_after_the_sink) {
+    for (unsigned max = 1; max <= 2; max++) {
+        struct rmig__windows ws = {.max = max};
+        struct rmig__window *w = rmig__windows_open(&ws, 0);
+        const bool due[] = {false, false, max == 2, true, false};
+        for (unsigned state = RMIG__WINDOW_OPEN; state <= RMIG__WINDOW_READY; state++) {
+            w->state = (enum rmig__window_state)state;
+            cr_expect_eq(rmig__windows_due(&ws, w), due[state], "state %u of %u windows", state, max);
+        }
+    }
+}
+
+Test(windows, a_full_one_takes_no_more) {
+    static struct registered r;
+    registered(&r, RMIG_MIB, 2);
+    r.ws.bytes = 3 * RMIG_MIB;
+    r.ws.regions = 2;
+    struct rmig__window *w = rmig__windows_open(&r.ws, 0);
+    cr_expect(window_takes(&r, w, 0, 1) && window_takes(&r, w, 0, 5));
+    cr_expect_not(window_takes(&r, w, 0, 9), "a third region");
+    cr_expect(window_takes(&r, w, 0, 6));
+    cr_expect_not(window_takes(&r, w, 0, 7), "a fourth chunk");
+    cr_expect_eq(r.chunks[0].unregistered, CHUNKS - 3);
+    cr_expect(w->end.block == 0 && w->end.page == 7 * 256);
+}
+
+// >> hole
+
+Test(hole, what_was_learned_is_forgotten_where_the_guest_may_have_written) {
+    struct rmig__hole h = {.block = 3, .from = 100, .data = 200, .end = 300};
+    cr_expect(rmig__hole_knows(&h, 3, 100) && rmig__hole_knows(&h, 3, 299));
+    cr_expect_not(rmig__hole_knows(&h, 3, 99) || rmig__hole_knows(&h, 3, 300) || rmig__hole_knows(&h, 2, 100));
+    rmig__hole_filled(&h, 2, 0, 1000);
+    rmig__hole_filled(&h, 3, 0, 100);
+    rmig__hole_filled(&h, 3, 200, 1000); // it counted as data already
+    cr_expect(rmig__hole_knows(&h, 3, 100));
+    rmig__hole_filled(&h, 3, 199, 200);
+    cr_expect_not(rmig__hole_knows(&h, 3, 100));
+}
