@@ -2772,6 +2772,87 @@ RMIG__DEF int rmig_split_address(const char *address, char *host, size_t host_si
 #define RMIG__ID_WRITE ((uint64_t)3 << 60)
 #define RMIG__ID_NUMBER (((uint64_t)1 << 60) - 1)
 
+/* The failure model: three questions, each with one answer.
+
+   What can the link still do? A connection goes through these in order; what is down stays down. What arrived before
+   still counts, it may say why: a session ends with its link when that has been handled. */
+enum rmig__link_state {
+    RMIG__LINK_OPENING,
+    RMIG__LINK_RESOLVED, // it has an address
+    RMIG__LINK_REJECTED, // down, and never was up: the peer said no,
+    RMIG__LINK_UNREACHED, // or could not be reached,
+    RMIG__LINK_UNREACHED_HERE, // for a reason for which no other address would do better
+    RMIG__LINK_UP,
+    RMIG__LINK_LEFT, // it was up, and has been disconnected
+    RMIG__LINK_LOST // it was up, and failed
+};
+
+struct rmig__link {
+    enum rmig__link_state state;
+    int code;
+    char text[320]; // why it is down
+};
+
+static bool rmig__link_was_up(const struct rmig__link *l) { return l->state >= RMIG__LINK_UP; }
+
+static bool rmig__link_is_down(const struct rmig__link *l) {
+    return l->state >= RMIG__LINK_REJECTED && l->state != RMIG__LINK_UP;
+}
+
+/* The link goes down: `lost` or left if it was up, else as `how`. If it is down, the first reason stands. */
+static void rmig__link_down(struct rmig__link *l, enum rmig__link_state how, bool lost, int code, const char *text) {
+    if (rmig__link_is_down(l))
+        return;
+    l->state = l->state != RMIG__LINK_UP ? how : lost ? RMIG__LINK_LOST : RMIG__LINK_LEFT;
+    l->code = code;
+    snprintf(l->text, sizeof l->text, "%.310s", text == NULL ? "" : text);
+}
+
+/* The peer's reason stands behind its private data; one that gives none is most often busy. */
+static void rmig__link_rejected(struct rmig__link *l, const struct rmig_fabric_event *e) {
+    char why[RMIG__REASON_MAX + 1] = "";
+    size_t n = e->private_data == NULL ? 0 : e->private_data_length, at = RMIG_PRIVATE_DATA_SIZE;
+    while (at < n && e->private_data[at] != '\0') // it may be padded
+        at++;
+    if (at > RMIG_PRIVATE_DATA_SIZE)
+        rmig__copy_text(why, sizeof why, e->private_data + RMIG_PRIVATE_DATA_SIZE, at - RMIG_PRIVATE_DATA_SIZE);
+    rmig__link_down(l, RMIG__LINK_REJECTED, true, e->provider_code, e->text);
+    size_t used = strlen(l->text);
+    if (n > 0)
+        snprintf(l->text + used, sizeof l->text - used, ": %s",
+                 why[0] == '\0' ? "it gave no reason; it may be busy with another source" : why);
+}
+
+/* An event of the fabric that concerns the link. */
+static void rmig__link_event(struct rmig__link *l, const struct rmig_fabric_event *e) {
+    bool down = rmig__link_is_down(l);
+    if (e->type == RMIG_FEV_RESOLVED && l->state == RMIG__LINK_OPENING)
+        l->state = RMIG__LINK_RESOLVED;
+    else if (e->type == RMIG_FEV_ESTABLISHED && !down)
+        l->state = RMIG__LINK_UP;
+    else if (e->type == RMIG_FEV_DISCONNECTED)
+        rmig__link_down(l, RMIG__LINK_UNREACHED, false, e->provider_code, e->text);
+    else if (e->type == RMIG_FEV_ERROR)
+        rmig__link_down(l, e->at_this_end ? RMIG__LINK_UNREACHED_HERE : RMIG__LINK_UNREACHED, true, e->provider_code,
+                        e->text);
+    else if (e->type == RMIG_FEV_REJECTED && !down)
+        rmig__link_rejected(l, e);
+}
+
+/* May the peer still be told why a session fails? It hears one reason, and says nothing that counts behind it. */
+enum rmig__peer {
+    RMIG__PEER_HEARS,
+    RMIG__PEER_TOLD, // its last words are on their way: an ERROR or a refusal
+    RMIG__PEER_OVER // there is nothing to say
+};
+
+/* Is it certain who owns the guest? Where it is not, every failure is RMIG_ERR_HANDOVER. */
+enum rmig__owner {
+    RMIG__OWNER_CERTAIN, // the source, until it hands over; then the sink
+    RMIG__OWNER_OPEN, // the last word is on its way: the sink has everything
+    RMIG__OWNER_OPEN_V1 // the last bytes are: the sink may have everything, and will not say
+};
+
 struct rmig__received {
     unsigned buffer;
     struct rmig_header header;
@@ -2802,12 +2883,11 @@ struct rmig__session {
     struct rmig__received inbox[RMIG__RECVS]; // received and not yet handled, oldest first
     unsigned inbox_count;
 
-    bool resolved, established, disconnected, broken, rejected;
-    bool broken_here; // for what no other address would do better
+    struct rmig__link link;
+    enum rmig__peer hearing;
+    enum rmig__owner owner;
     struct rmig_private_data peer;
     bool peer_data_short; // the peer's private data did not hold the 8 bytes
-    char link_text[320]; // why disconnected or broken
-    int link_code;
 
     bool extended;
     uint64_t peer_payload_max, peer_batch_max, peer_registration_max, peer_idle_max, peer_features;
@@ -2815,9 +2895,6 @@ struct rmig__session {
     uint64_t writes_done; // writes whose completion is known, out of stats.writes_posted
     uint64_t last_progress; // when the last event came, or what is waited for began
     uint64_t last_sent; // when the last control message went out
-    const char *handover; // not NULL: the last word is on its way, a failure now leaves open who owns the guest; the
-                          // sink "has" everything, or "may have" it
-    bool last_words; // an ERROR or a refusal is on its way
     bool ready; // poll has something: do not sleep
     bool no_fds; // the fabric has no descriptors: poll it now and then
     bool again; // more to do than one call should
@@ -2856,19 +2933,17 @@ static uint8_t *rmig__payload(const struct rmig__session *ss) {
 /* Ends the session with what stands in ss->error, and tells the peer if it can be told. */
 static int rmig__session_end(struct rmig__session *ss);
 
-/* The link is of no more use. What arrived before still counts, it may say why: so the session ends when that is
-   handled. */
 static void rmig__link_lost(struct rmig__session *ss, const struct rmig_error *why) {
-    if (!ss->broken && !ss->disconnected) {
-        ss->link_code = why->provider_code;
-        snprintf(ss->link_text, sizeof ss->link_text, "%.310s", why->text);
-    }
-    ss->broken = true;
+    rmig__link_down(&ss->link, RMIG__LINK_UNREACHED, true, why->provider_code, why->text);
+}
+
+static void rmig__link_left(struct rmig__session *ss) {
+    rmig__link_down(&ss->link, RMIG__LINK_UNREACHED, false, 0, "");
 }
 
 /* Hands messages to the fabric, in order; what finds the queue full stays for the next turn. */
 static void rmig__post_sends(struct rmig__session *ss) {
-    while (ss->unposted_count > 0 && !ss->broken && !ss->disconnected) {
+    while (ss->unposted_count > 0 && !rmig__link_is_down(&ss->link) && ss->hearing != RMIG__PEER_OVER) {
         unsigned slot = ss->unposted[0].slot;
         struct rmig_error err;
         memset(&err, 0, sizeof err);
@@ -2880,7 +2955,7 @@ static void rmig__post_sends(struct rmig__session *ss) {
             rmig__link_lost(ss, &err);
         uint32_t type = rmig__get_be32(rmig__control_buffer(ss, RMIG__RECVS + slot) + 4);
         if (status == RMIG_OK && (type == RMIG_MSG_FINISH_RESULT || type == RMIG_MSG_GOODBYE))
-            ss->handover = "has"; // from here on a failure leaves it open who owns the guest
+            ss->owner = RMIG__OWNER_OPEN;
         ss->unposted_count--;
         memmove(ss->unposted, ss->unposted + 1, ss->unposted_count * sizeof ss->unposted[0]);
     }
@@ -2912,22 +2987,24 @@ static int rmig__session_end(struct rmig__session *ss) {
         return ss->failed;
     if (ss->error.status > RMIG_SESSION_ERRORS) // a call's error has become the session's
         ss->error.status = ss->error.status == RMIG_ERR_NO_MEMORY ? RMIG_ERR_SETUP : RMIG_ERR_FABRIC;
-    if (ss->handover != NULL)
+    if (ss->owner != RMIG__OWNER_CERTAIN)
         rmig_fail(&ss->error, RMIG_ERR_HANDOVER, ss->error.provider_code,
-                  "the sink %s everything, but the handover was not confirmed: %.230s", ss->handover, ss->error.text);
+                  "the sink %s everything, but the handover was not confirmed: %.230s",
+                  ss->owner == RMIG__OWNER_OPEN ? "has" : "may have", ss->error.text);
     ss->failed = ss->error.status;
     RMIG_LOG(ss->error.text);
     rmig__trace(ss, "failed: %s: %s", rmig_status_name(ss->failed), ss->error.text);
-    uint8_t *payload = ss->established && !ss->disconnected && !ss->broken ? rmig__payload(ss) : NULL;
+    bool hears = ss->link.state == RMIG__LINK_UP && ss->hearing == RMIG__PEER_HEARS;
+    uint8_t *payload = hears ? rmig__payload(ss) : NULL;
     if (payload != NULL) {
         size_t len = ss->extended ? strlen(ss->error.text) : 0; // version 1: an ERROR is empty
         memcpy(payload, ss->error.text, len);
         struct rmig_error first = ss->error;
         rmig__send(ss, RMIG_MSG_ERROR, 1, len);
         ss->error = first;
-        ss->last_words = true;
+        ss->hearing = RMIG__PEER_TOLD;
     }
-    if (ss->ep != NULL && ss->established && !ss->disconnected)
+    if (ss->ep != NULL && rmig__link_was_up(&ss->link) && ss->link.state != RMIG__LINK_LEFT)
         ss->fabric->ops->disconnect(ss->ep);
     return ss->failed;
 }
@@ -3055,9 +3132,8 @@ static bool rmig__ep_ended(struct rmig_ep *ep, unsigned *sends) {
 
 /* The peer should learn why: gives the last message a moment to leave. */
 static void rmig__session_linger(struct rmig__session *ss) {
-    if (!ss->last_words || ss->ep == NULL)
+    if (ss->hearing != RMIG__PEER_TOLD || ss->ep == NULL)
         return;
-    ss->last_words = false;
     uint64_t until = rmig__after(rmig__now(ss), RMIG__LINGER);
     while (!rmig__all_sent(ss) && rmig__now(ss) < until) {
         rmig__post_sends(ss);
@@ -3072,13 +3148,14 @@ static void rmig__session_linger(struct rmig__session *ss) {
 static void rmig__session_cut(struct rmig__session *ss) {
     if (ss->ep != NULL)
         ss->fabric->ops->cut(ss->ep);
-    ss->disconnected = true;
+    rmig__link_left(ss);
+    ss->hearing = RMIG__PEER_OVER;
 }
 
 /* The peer is told what can be told, then the connection is cut. Guest memory may be deregistered behind it. */
 static void rmig__session_leave(struct rmig__session *ss) {
     rmig__session_linger(ss);
-    if (ss->ep != NULL && ss->established && !ss->disconnected && !ss->broken)
+    if (ss->ep != NULL && ss->link.state == RMIG__LINK_UP && ss->hearing == RMIG__PEER_HEARS)
         ss->fabric->ops->disconnect(ss->ep);
     rmig__session_cut(ss);
 }
@@ -3097,8 +3174,9 @@ static void rmig__session_drop(struct rmig__session *ss) {
         ss->fabric->ops->close(ss->ep);
     ss->ep = NULL;
     ss->inbox_count = ss->unposted_count = 0;
-    ss->resolved = ss->established = ss->disconnected = ss->broken = ss->rejected = ss->extended = ss->last_words =
-        false;
+    ss->link.state = RMIG__LINK_OPENING;
+    ss->hearing = RMIG__PEER_HEARS;
+    ss->extended = false;
 }
 
 static void rmig__session_close(struct rmig__session *ss) {
@@ -3126,65 +3204,19 @@ static int rmig__on_recv(struct rmig__session *ss, const struct rmig_fabric_even
     return RMIG_OK;
 }
 
-static void rmig__link_down(struct rmig__session *ss, const struct rmig_fabric_event *e) {
-    if (ss->disconnected || ss->broken)
-        return;
-    snprintf(ss->link_text, sizeof ss->link_text, "%s", e->text == NULL ? "" : e->text);
-    ss->link_code = e->provider_code;
-}
-
-/* The peer's reason stands behind its private data; one that gives none is most often busy. */
-static void rmig__on_rejected(struct rmig__session *ss, const struct rmig_fabric_event *e) {
-    char why[RMIG__REASON_MAX + 1] = "";
-    size_t n = e->private_data == NULL ? 0 : e->private_data_length, at = RMIG_PRIVATE_DATA_SIZE;
-    while (at < n && e->private_data[at] != '\0') // it may be padded
-        at++;
-    if (at > RMIG_PRIVATE_DATA_SIZE)
-        rmig__copy_text(why, sizeof why, e->private_data + RMIG_PRIVATE_DATA_SIZE, at - RMIG_PRIVATE_DATA_SIZE);
-    rmig__link_down(ss, e);
-    size_t used = strlen(ss->link_text);
-    if (n > 0)
-        snprintf(ss->link_text + used, sizeof ss->link_text - used, ": %s",
-                 why[0] == '\0' ? "it gave no reason; it may be busy with another source" : why);
-    ss->broken = ss->rejected = true;
-}
-
 static int rmig__on_event(struct rmig__session *ss, const struct rmig_fabric_event *e) {
-    switch (e->type) {
-    case RMIG_FEV_RESOLVED:
-        ss->resolved = true;
-        break;
-    case RMIG_FEV_ESTABLISHED:
-        ss->established = true;
-        ss->peer_data_short = rmig_decode_private_data(e->private_data, e->private_data_length, &ss->peer) < 0;
-        break;
-    case RMIG_FEV_SEND:
-        ss->sends_free |= 1u << (e->id & RMIG__ID_NUMBER);
-        break;
-    case RMIG_FEV_RECV:
+    rmig__link_event(&ss->link, e);
+    if (e->type == RMIG_FEV_RECV)
         return rmig__on_recv(ss, e);
-    case RMIG_FEV_WRITE:
-        /* In order, a completion covers all before it; otherwise every write has its own. */
-        if (!ss->caps.writes_in_order)
-            ss->writes_done++;
-        else if ((e->id & RMIG__ID_NUMBER) > ss->writes_done)
-            ss->writes_done = e->id & RMIG__ID_NUMBER;
-        break;
-    case RMIG_FEV_REJECTED:
-        rmig__on_rejected(ss, e);
-        break;
-    case RMIG_FEV_DISCONNECTED:
-        rmig__link_down(ss, e);
-        ss->disconnected = true;
-        break;
-    case RMIG_FEV_ERROR:
-        rmig__link_down(ss, e);
-        ss->broken = true;
-        ss->broken_here = e->at_this_end;
-        break;
-    case RMIG_FEV_REQUEST:
-        break;
-    }
+    if (e->type == RMIG_FEV_ESTABLISHED)
+        ss->peer_data_short = rmig_decode_private_data(e->private_data, e->private_data_length, &ss->peer) < 0;
+    if (e->type == RMIG_FEV_SEND)
+        ss->sends_free |= 1u << (e->id & RMIG__ID_NUMBER);
+    /* In order, a completion covers all before it; otherwise every write has its own. */
+    if (e->type == RMIG_FEV_WRITE && !ss->caps.writes_in_order)
+        ss->writes_done++;
+    else if (e->type == RMIG_FEV_WRITE)
+        ss->writes_done = rmig__max(ss->writes_done, e->id & RMIG__ID_NUMBER);
     return RMIG_OK;
 }
 
@@ -3198,11 +3230,11 @@ static int rmig__session_poll(struct rmig__session *ss) {
             ss->again = true;
             return RMIG_OK;
         }
-        if (!ss->established)
+        if (!rmig__link_was_up(&ss->link))
             memset(events, 0, sizeof events); // a fabric of before does not set at_this_end
         int n = ss->fabric->ops->poll(ss->ep, events, RMIG__EVENTS, &ss->error);
         if (n < 0) {
-            ss->broken = true;
+            rmig__link_lost(ss, &ss->error);
             return rmig__session_end(ss);
         }
         if (n > 0)
@@ -3222,7 +3254,7 @@ static void rmig__inbox_pop(struct rmig__session *ss) {
     unsigned buffer = ss->inbox[0].buffer;
     ss->inbox_count--;
     memmove(ss->inbox, ss->inbox + 1, ss->inbox_count * sizeof ss->inbox[0]);
-    if (!ss->disconnected && !ss->broken && rmig__post_recv(ss, buffer) != RMIG_OK)
+    if (!rmig__link_is_down(&ss->link) && rmig__post_recv(ss, buffer) != RMIG_OK)
         rmig__link_lost(ss, &ss->error);
 }
 
@@ -3230,18 +3262,18 @@ static void rmig__inbox_pop(struct rmig__session *ss) {
 static int rmig__peer_error(struct rmig__session *ss, const char *peer, const struct rmig__received *r) {
     char text[200];
     rmig__copy_text(text, sizeof text, rmig__control_buffer(ss, r->buffer) + RMIG_HEADER_SIZE, r->header.len);
-    ss->broken = true; // no ERROR in answer to an ERROR
+    ss->hearing = RMIG__PEER_OVER; // no ERROR in answer to an ERROR
     return RMIG__END(ss, RMIG_ERR_REFUSED, 0, "the %s gave up%s%s", peer, text[0] == '\0' ? "" : ": ", text);
 }
 
 /* Once all messages that came before it are handled, a link that went down ends the session. */
 static int rmig__check_link(struct rmig__session *ss, const char *peer) {
-    if (ss->broken)
-        return RMIG__END(ss, RMIG_ERR_FABRIC, ss->link_code,
-                         "the connection to the %s failed before the handover was over: %s", peer, ss->link_text);
-    if (ss->disconnected)
-        return RMIG__END(ss, RMIG_ERR_PEER_GONE, ss->link_code, "the %s went away before the handover was over%s%s",
-                         peer, ss->link_text[0] == '\0' ? "" : ": ", ss->link_text);
+    if (ss->link.state == RMIG__LINK_LOST)
+        return RMIG__END(ss, RMIG_ERR_FABRIC, ss->link.code,
+                         "the connection to the %s failed before the handover was over: %s", peer, ss->link.text);
+    if (ss->link.state == RMIG__LINK_LEFT)
+        return RMIG__END(ss, RMIG_ERR_PEER_GONE, ss->link.code, "the %s went away before the handover was over%s%s",
+                         peer, ss->link.text[0] == '\0' ? "" : ": ", ss->link.text);
     return RMIG_OK;
 }
 
@@ -4333,12 +4365,12 @@ RMIG__DEF int rmig_source_connect_start(struct rmig_source *s, const char *addre
 /* Why the address at hand did not do goes to what was tried before. */
 static void rmig__source_note_tried(struct rmig_source *s) {
     struct rmig__session *ss = &s->ss;
-    char address[RMIG__ADDRESS_MAX], text[RMIG__ADDRESS_MAX + 2 + sizeof ss->link_text];
+    char address[RMIG__ADDRESS_MAX], text[RMIG__ADDRESS_MAX + 2 + sizeof ss->link.text];
     bool named = s->addresses == 1 || ss->fabric->ops->address(ss->ep, address, sizeof address, NULL) != RMIG_OK ||
-                 strstr(ss->link_text, address) != NULL;
-    snprintf(text, sizeof text, "%s%s%s", named ? "" : address, named ? "" : ": ", ss->link_text);
+                 strstr(ss->link.text, address) != NULL;
+    snprintf(text, sizeof text, "%s%s%s", named ? "" : address, named ? "" : ": ", ss->link.text);
     rmig__list_add(&s->tried, text);
-    s->rejected = s->rejected || ss->rejected;
+    s->rejected = s->rejected || ss->link.state == RMIG__LINK_REJECTED;
 }
 
 /* The address at hand cannot be connected to: goes on with the next, or ends the session with what stands against each
@@ -4347,11 +4379,12 @@ static int rmig__source_next(struct rmig_source *s, int status) {
     struct rmig__session *ss = &s->ss;
     rmig__source_note_tried(s);
     if (ss->ep->others == 0)
-        return RMIG__END(ss, s->rejected ? RMIG_ERR_REFUSED : status, ss->link_code, "%s", s->tried.text);
-    rmig__trace(ss, "next address: %s", ss->link_text);
+        return RMIG__END(ss, s->rejected ? RMIG_ERR_REFUSED : status, ss->link.code, "%s", s->tried.text);
+    rmig__trace(ss, "next address: %s", ss->link.text);
     rmig__control_deregister(ss);
     ss->fabric->ops->next(ss->ep);
-    ss->resolved = ss->disconnected = ss->broken = ss->rejected = s->connect_posted = false;
+    ss->link.state = RMIG__LINK_OPENING;
+    s->connect_posted = false;
     ss->again = s->other_fds = true;
     rmig__source_attempt(s);
     return RMIG_OK;
@@ -4366,11 +4399,11 @@ static void rmig__source_longest(struct rmig_source *s) {
 
 static int rmig__source_connect_step(struct rmig_source *s) {
     struct rmig__session *ss = &s->ss;
-    if (!ss->established && ss->broken_here)
-        return RMIG__END(ss, RMIG_ERR_FABRIC, ss->link_code, "%s", ss->link_text);
-    if (!ss->established && (ss->broken || ss->disconnected))
+    if (ss->link.state == RMIG__LINK_UNREACHED_HERE)
+        return RMIG__END(ss, RMIG_ERR_FABRIC, ss->link.code, "%s", ss->link.text);
+    if (!rmig__link_was_up(&ss->link) && rmig__link_is_down(&ss->link))
         return rmig__source_next(s, RMIG_ERR_UNREACHABLE);
-    if (ss->resolved && !s->connect_posted) {
+    if (ss->link.state == RMIG__LINK_RESOLVED && !s->connect_posted) {
         int status = rmig__session_setup(ss);
         if (status != RMIG_OK)
             return status;
@@ -4391,7 +4424,7 @@ static int rmig__source_connect_step(struct rmig_source *s) {
         if (now >= s->attempt_until) // nobody called process meanwhile: its time begins here
             s->attempt_until = now + rmig_get(&ss->cfg, RMIG_PARAM_CONNECT_TIMEOUT) / s->addresses;
     }
-    if (!ss->established)
+    if (!rmig__link_was_up(&ss->link))
         return RMIG_OK;
     if (ss->peer_data_short)
         return RMIG__END(ss, RMIG_ERR_PROTOCOL, 0, "the sink's private data is short; must be %d bytes",
@@ -4816,7 +4849,7 @@ static int rmig__say_zero(struct rmig_source *s, uint8_t *payload) {
 /* Version 1 has no answer to finish: once the last bytes have left, nobody here can know. */
 static void rmig__last_bytes(struct rmig_source *s) {
     if (s->op == RMIG__OP_FINISH && s->outbox.fill == 0 && !s->ss.extended)
-        s->ss.handover = "may have";
+        s->ss.owner = RMIG__OWNER_OPEN_V1;
 }
 
 static int rmig__say_stream(struct rmig_source *s, uint8_t *payload) {
@@ -4931,7 +4964,7 @@ static int rmig__post_writes(struct rmig_source *s, bool *moved) {
     const struct rmig_write *queue = s->writes.queue;
     int taken = ss->fabric->ops->write(ss->ep, queue, s->writes.queued, &ss->error);
     if (taken < 0) {
-        ss->broken = true;
+        rmig__link_lost(ss, &ss->error);
         return rmig__session_end(ss);
     }
     RMIG_ASSERT((unsigned)taken <= s->writes.queued);
@@ -5097,7 +5130,7 @@ static int rmig__register_local(struct rmig_source *s) {
 
 static const char *rmig__source_waits_for(const struct rmig_source *s) {
     if (s->state == RMIG__SOURCE_CONNECTING)
-        return s->ss.resolved ? "the connection" : "the address to be resolved";
+        return s->ss.link.state == RMIG__LINK_RESOLVED ? "the connection" : "the address to be resolved";
     if (s->dialogue.await != 0)
         return rmig_message_name(s->dialogue.await);
     if (s->finish == RMIG__FINISH_SAID)
@@ -5130,14 +5163,14 @@ static int rmig__source_unanswered(struct rmig_source *s) {
         snprintf(address, sizeof address, "an address");
     rmig__param_text(&rmig__params[RMIG_PARAM_CONNECT_TIMEOUT],
                      (rmig__now(ss) - s->attempt_began) / RMIG__MS * RMIG__MS, span, sizeof span);
-    snprintf(ss->link_text, sizeof ss->link_text, "%s did not answer for %s, its share of connect-timeout", address,
+    snprintf(ss->link.text, sizeof ss->link.text, "%s did not answer for %s, its share of connect-timeout", address,
              span);
-    ss->link_code = 0;
+    ss->link.code = 0;
     return rmig__source_next(s, RMIG_ERR_TIMEOUT);
 }
 
 static int rmig__source_timers(struct rmig_source *s) {
-    if (s->state == RMIG__SOURCE_CONNECTING && !s->ss.established && rmig__now(&s->ss) >= s->attempt_until)
+    if (s->state == RMIG__SOURCE_CONNECTING && !rmig__link_was_up(&s->ss.link) && rmig__now(&s->ss) >= s->attempt_until)
         return rmig__source_unanswered(s);
     const char *what = rmig__source_waits_for(s);
     if (what == NULL || rmig__now(&s->ss) < rmig__after(s->ss.last_progress, rmig__source_timeout(s)))
@@ -5157,7 +5190,7 @@ static void rmig__source_complete(struct rmig_source *s) {
         s->op = RMIG__OP_NONE;
         s->state = RMIG__SOURCE_DONE;
         s->ss.fabric->ops->disconnect(s->ss.ep);
-        s->ss.disconnected = true;
+        rmig__link_left(&s->ss);
         rmig__trace(&s->ss, "finished");
     }
 }
@@ -5171,7 +5204,7 @@ static int rmig__source_turn(struct rmig_source *s, bool *moved) {
         rmig__source_complete(s);
     if (status != RMIG_OK || s->state == RMIG__SOURCE_DONE)
         return status;
-    if (s->state == RMIG__SOURCE_UP || s->ss.established)
+    if (s->state == RMIG__SOURCE_UP || rmig__link_was_up(&s->ss.link))
         status = rmig__check_link(&s->ss, "sink");
     if (status == RMIG_OK && s->state == RMIG__SOURCE_CONNECTING)
         status = rmig__source_connect_step(s);
@@ -5704,7 +5737,7 @@ static bool rmig__return_can_send(const struct rmig_sink *s) {
 /* With all of the last bytes on their way the source may take the migration for complete. */
 static void rmig__return_last_word(struct rmig_sink *s) {
     if (s->state == RMIG__SINK_RETURNING && s->ret.sent > 0 && s->ret.sent == s->ret.waiting)
-        s->ss.handover = "has";
+        s->ss.owner = RMIG__OWNER_OPEN;
 }
 
 static int rmig__return_send(struct rmig_sink *s) {
@@ -5837,7 +5870,7 @@ static void rmig__sink_linger(struct rmig_sink *s) {
     size_t n = 0;
     if (returned)
         eps[n++] = s->ret.ep;
-    if (!s->ss.disconnected && !s->ss.broken)
+    if (!rmig__link_is_down(&s->ss.link) && s->ss.hearing != RMIG__PEER_OVER)
         eps[n++] = s->ss.ep;
     uint64_t until = rmig__after(rmig__now(&s->ss), returned ? RMIG__LEAVE : RMIG__LINGER);
     while (rmig__now(&s->ss) < until) {
@@ -6031,11 +6064,12 @@ static void rmig__sink_spare(struct rmig_sink *s) {
     if (s->begun || ss->failed == RMIG_OK || ss->failed == RMIG_ERR_CANCELLED || ss->ep == NULL)
         return;
     ss->failed = RMIG_OK;
-    ss->broken = true; // it hears no more than its last words
+    bool telling = ss->hearing == RMIG__PEER_TOLD;
+    ss->hearing = telling ? RMIG__PEER_TOLD : RMIG__PEER_OVER; // it hears no more than its last words
     ss->again = true;
     bool parting = s->state == RMIG__SINK_PARTING;
     s->state = RMIG__SINK_PARTING;
-    s->part_until = ss->last_words && !parting ? rmig__after(rmig__now(ss), RMIG__LINGER) : 0;
+    s->part_until = telling && !parting ? rmig__after(rmig__now(ss), RMIG__LINGER) : 0;
     if (parting)
         return; // that was told before
     rmig__return_drop(s);
@@ -6206,21 +6240,21 @@ static void rmig__sink_begin(struct rmig_sink *s) {
    before RMIG_SINK_FINISHED. */
 static void rmig__sink_bar(struct rmig_sink *s) {
     struct rmig__session *ss = &s->ss;
-    if (ss->caps.revokes && !ss->disconnected && !ss->broken)
+    if (ss->caps.revokes && !rmig__link_is_down(&ss->link))
         s->barred = ss->fabric->ops->revoke(ss->ep, NULL) == RMIG_OK;
 }
 
 /* The guest is this end's. Where the source may still write it is given a moment to leave by itself: if it were cut off
    at once, the acknowledgement of its last message might not get out, and it would take that for a failure. */
 static void rmig__sink_leave(struct rmig_sink *s) {
-    s->ss.handover = NULL;
+    s->ss.owner = RMIG__OWNER_CERTAIN;
     s->state = RMIG__SINK_LEAVING;
     s->part_until = rmig__after(rmig__now(&s->ss), RMIG__LEAVE);
 }
 
 static void rmig__sink_left(struct rmig_sink *s) {
     struct rmig__session *ss = &s->ss;
-    bool gone = ss->disconnected || ss->broken;
+    bool gone = rmig__link_is_down(&ss->link);
     if (!s->barred && !gone && rmig__now(ss) < s->part_until && !rmig__ep_ended(ss->ep, &ss->sends_free))
         return;
     if (!s->barred)
@@ -6263,7 +6297,7 @@ static int rmig__sink_on_hello(struct rmig_sink *s, const uint8_t *p, const stru
     int status =
         rmig__send(&s->ss, RMIG_MSG_HELLO_RESULT, 1, (size_t)rmig_encode_hello(out, RMIG_PAYLOAD_MAX, &answer));
     if (status == RMIG_OK && answer.status != 0) {
-        ss->broken = ss->last_words = true; // the reason is on its way: no ERROR behind it
+        ss->hearing = RMIG__PEER_TOLD; // the reason is on its way: no ERROR behind it
         return RMIG__END(ss, valid ? RMIG_ERR_SETUP : RMIG_ERR_PROTOCOL, 0, "refused the source: %s", answer.reason);
     }
     s->chunk_size = asked;
@@ -6792,7 +6826,7 @@ static int rmig__sink_on_message(struct rmig_sink *s, bool *moved) {
                                                                 : "two messages for one READY");
     } else if (h->type == RMIG_MSG_QEMU_FILE && h->len > 0) {
         /* Told again while bytes are left and some were taken, and when nothing else can come. */
-        bool link_down = s->ss.disconnected || s->ss.broken;
+        bool link_down = rmig__link_is_down(&s->ss.link);
         if (!s->ss.extended)
             rmig__sink_begin(s);
         if (!s->stream_told || s->stream_taken || link_down) {
@@ -6988,8 +7022,8 @@ static void rmig__sink_returned(struct rmig_sink *s) {
     if (s->ret.waiting == 0) {
         rmig__sink_leave(s);
         rmig__sink_left(s);
-    } else if (!ss->disconnected && !ss->broken) {
-        ss->disconnected = rmig__ep_ended(ss->ep, &ss->sends_free);
+    } else if (!rmig__link_is_down(&ss->link) && rmig__ep_ended(ss->ep, &ss->sends_free)) {
+        rmig__link_left(ss);
     }
 }
 
@@ -7005,7 +7039,7 @@ RMIG__DEF int rmig_sink_complete(struct rmig_sink *s) {
     if (rmig__untainted(&s->ss) != RMIG_OK)
         return rmig__untainted(&s->ss);
     if (s->disconnect_told || s->ret.sent > 0 || s->ret.spoke) // the source may take it for complete already
-        s->ss.handover = "has";
+        s->ss.owner = RMIG__OWNER_OPEN;
     rmig__sink_bar(s);
     s->state = RMIG__SINK_RETURNING;
     rmig__return_last_word(s);
@@ -7054,15 +7088,15 @@ static int rmig__sink_link(struct rmig_sink *s) {
     struct rmig__session *ss = &s->ss;
     /* What came before comes first; but an extended session cannot end well any more. */
     bool more = ss->inbox_count > 0 && (s->stream_told ? !ss->extended : rmig__payload(ss) != NULL);
-    if ((!ss->broken && !ss->disconnected) || more || s->disconnect_told)
+    if (!rmig__link_is_down(&ss->link) || more || s->disconnect_told)
         return RMIG_OK;
     if (!ss->extended && s->block != NULL) {
         s->disconnect_told = true; // only the reader of the stream knows whether this is the end
         s->event = RMIG_SINK_DISCONNECTED;
         return RMIG_OK;
     }
-    if (!ss->established)
-        return RMIG__END(ss, RMIG_ERR_FABRIC, ss->link_code, "%s", ss->link_text);
+    if (!rmig__link_was_up(&ss->link))
+        return RMIG__END(ss, RMIG_ERR_FABRIC, ss->link.code, "%s", ss->link.text);
     return rmig__check_link(ss, "source");
 }
 
@@ -7078,7 +7112,7 @@ static int rmig__sink_connection(struct rmig_sink *s, bool *moved) {
     int status = rmig__session_poll(ss);
     if (status != RMIG_OK)
         return status;
-    if (s->state == RMIG__SINK_ACCEPTING && ss->established) {
+    if (s->state == RMIG__SINK_ACCEPTING && rmig__link_was_up(&ss->link)) {
         s->state = ss->extended ? RMIG__SINK_HELLO : RMIG__SINK_UP;
         s->event = RMIG_SINK_CONNECTED;
         rmig__trace(ss, "connected, %s", ss->extended ? "extended" : "version 1");
@@ -7088,7 +7122,7 @@ static int rmig__sink_connection(struct rmig_sink *s, bool *moved) {
                        ss->inbox[0].header.type == RMIG_MSG_GOODBYE; // nothing behind it counts
     for (unsigned i = 0; i < ss->inbox_count && !handed_over; i++) // also behind what the embedder has not taken yet
         if (ss->inbox[i].header.type == RMIG_MSG_ERROR) {
-            ss->handover = NULL; // a source that gives up before GOODBYE keeps the guest
+            ss->owner = RMIG__OWNER_CERTAIN; // a source that gives up before GOODBYE keeps the guest
             return rmig__peer_error(ss, "source", &ss->inbox[i]);
         }
     if (ss->inbox_count > 0 && s->state != RMIG__SINK_ACCEPTING)
@@ -7103,7 +7137,7 @@ static int rmig__sink_connection(struct rmig_sink *s, bool *moved) {
         status = rmig__sink_on_table(s, moved);
     if (status != RMIG_OK || s->event != RMIG_SINK_NONE || s->state != RMIG__SINK_UP)
         return status;
-    if (!s->ready_out && ss->inbox_count == 0 && !ss->disconnected && rmig__payload(ss) != NULL) {
+    if (!s->ready_out && ss->inbox_count == 0 && ss->link.state != RMIG__LINK_LEFT && rmig__payload(ss) != NULL) {
         s->ready_out = true;
         *moved = true;
         return rmig__send(ss, RMIG_MSG_READY, 1, 0);
@@ -7181,7 +7215,7 @@ RMIG__DEF int rmig_sink_process(struct rmig_sink *s, struct rmig_sink_event *ev)
 static size_t rmig__sink_eps(const struct rmig_sink *s, struct rmig_ep **eps) {
     size_t n = 0;
     bool leaving = s->state == RMIG__SINK_LEAVING;
-    bool ended = s->state >= RMIG__SINK_RETURNING && (s->ss.disconnected || s->ss.broken); // and polled no more
+    bool ended = s->state >= RMIG__SINK_RETURNING && rmig__link_is_down(&s->ss.link); // and polled no more
     if (rmig__sink_listens(s))
         eps[n++] = s->listener;
     if (s->ss.ep != NULL && !ended)

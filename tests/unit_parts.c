@@ -658,3 +658,73 @@ Test(hole, what_was_learned_is_forgotten_where_the_guest_may_have_written) {
     rmig__hole_filled(&h, 3, 199, 200);
     cr_expect_not(rmig__hole_knows(&h, 3, 100));
 }
+
+// >> link
+
+static const enum rmig_fabric_event_type link_events[] = {RMIG_FEV_RESOLVED,     RMIG_FEV_ESTABLISHED, RMIG_FEV_REJECTED,
+                                                          RMIG_FEV_DISCONNECTED, RMIG_FEV_ERROR,       RMIG_FEV_RECV};
+
+static void tell(struct rmig__link *l, enum rmig_fabric_event_type type, bool at_this_end, const char *text) {
+    struct rmig_fabric_event e = {.type = type, .at_this_end = at_this_end, .text = text, .provider_code = (int)strlen(text)};
+    rmig__link_event(l, &e);
+}
+
+/* What each event makes of each state that is not down, by hand. */
+Test(link, each_event_has_its_state) {
+    const enum rmig__link_state from[] = {RMIG__LINK_OPENING, RMIG__LINK_RESOLVED, RMIG__LINK_UP};
+    const enum rmig__link_state to[3][6] = {
+        {RMIG__LINK_RESOLVED, RMIG__LINK_UP, RMIG__LINK_REJECTED, RMIG__LINK_UNREACHED, RMIG__LINK_UNREACHED,
+         RMIG__LINK_OPENING},
+        {RMIG__LINK_RESOLVED, RMIG__LINK_UP, RMIG__LINK_REJECTED, RMIG__LINK_UNREACHED, RMIG__LINK_UNREACHED,
+         RMIG__LINK_RESOLVED},
+        {RMIG__LINK_UP, RMIG__LINK_UP, RMIG__LINK_LOST, RMIG__LINK_LEFT, RMIG__LINK_LOST, RMIG__LINK_UP}};
+    for (unsigned i = 0; i < 3; i++)
+        for (unsigned k = 0; k < 6; k++) {
+            struct rmig__link l = {.state = from[i]};
+            tell(&l, link_events[k], false, "why");
+            cr_expect_eq(l.state, to[i][k], "state %u, event %u: %u", (unsigned)from[i], (unsigned)link_events[k],
+                         (unsigned)l.state);
+            cr_expect_str_eq(l.text, rmig__link_is_down(&l) ? "why" : "");
+            l.state = from[i];
+            tell(&l, RMIG_FEV_ERROR, true, "");
+            cr_expect_eq(l.state, from[i] == RMIG__LINK_UP ? RMIG__LINK_LOST : RMIG__LINK_UNREACHED_HERE);
+        }
+}
+
+Test(link, what_is_down_stays_down_and_says_why_it_went_down_first) {
+    for (unsigned run = 0; run < 1000; run++) {
+        struct rmig__link l = {RMIG__LINK_OPENING, 0, ""};
+        bool was_down = false, was_up = false;
+        char first[8] = "";
+        for (unsigned i = 0; i < 20; i++) {
+            enum rmig_fabric_event_type type = link_events[below(6)];
+            char text[8];
+            snprintf(text, sizeof text, "%u", i);
+            was_up = was_up || (type == RMIG_FEV_ESTABLISHED && !was_down);
+            tell(&l, type, below(2) == 0, text);
+            cr_assert(!was_down || rmig__link_is_down(&l));
+            if (rmig__link_is_down(&l) && !was_down)
+                memcpy(first, text, sizeof first);
+            was_down = rmig__link_is_down(&l);
+            cr_assert_eq(rmig__link_was_up(&l), was_up);
+            cr_assert_str_eq(l.text, first);
+        }
+    }
+}
+
+Test(link, a_rejection_gives_its_reason_behind_the_private_data) {
+    uint8_t data[64] = {0, 0, 0, 1, 0, 0, 0, 0};
+    memcpy(data + RMIG_PRIVATE_DATA_SIZE, "no room\nhere", 12);
+    struct rmig_fabric_event e = {.type = RMIG_FEV_REJECTED, .text = "rejected", .private_data = data};
+    struct rmig__link l = {RMIG__LINK_RESOLVED, 0, ""};
+    rmig__link_event(&l, &e);
+    cr_expect_str_eq(l.text, "rejected", "it came without private data");
+    e.private_data_length = sizeof data;
+    l.state = RMIG__LINK_RESOLVED;
+    rmig__link_event(&l, &e);
+    cr_expect(strstr(l.text, "rejected: no room") == l.text && strchr(l.text, '\n') == NULL, "%s", l.text);
+    e.private_data_length = RMIG_PRIVATE_DATA_SIZE;
+    l.state = RMIG__LINK_RESOLVED;
+    rmig__link_event(&l, &e);
+    cr_expect_str_eq(l.text, "rejected: it gave no reason; it may be busy with another source");
+}
