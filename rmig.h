@@ -3205,18 +3205,25 @@ static int rmig__on_recv(struct rmig__session *ss, const struct rmig_fabric_even
 }
 
 static int rmig__on_event(struct rmig__session *ss, const struct rmig_fabric_event *e) {
-    rmig__link_event(&ss->link, e);
-    if (e->type == RMIG_FEV_RECV)
-        return rmig__on_recv(ss, e);
-    if (e->type == RMIG_FEV_ESTABLISHED)
-        ss->peer_data_short = rmig_decode_private_data(e->private_data, e->private_data_length, &ss->peer) < 0;
-    if (e->type == RMIG_FEV_SEND)
+    switch (e->type) {
+    case RMIG_FEV_SEND:
         ss->sends_free |= 1u << (e->id & RMIG__ID_NUMBER);
-    /* In order, a completion covers all before it; otherwise every write has its own. */
-    if (e->type == RMIG_FEV_WRITE && !ss->caps.writes_in_order)
-        ss->writes_done++;
-    else if (e->type == RMIG_FEV_WRITE)
-        ss->writes_done = rmig__max(ss->writes_done, e->id & RMIG__ID_NUMBER);
+        break;
+    case RMIG_FEV_RECV:
+        return rmig__on_recv(ss, e);
+    case RMIG_FEV_WRITE:
+        /* In order, a completion covers all before it; otherwise every write has its own. */
+        if (!ss->caps.writes_in_order)
+            ss->writes_done++;
+        else if ((e->id & RMIG__ID_NUMBER) > ss->writes_done)
+            ss->writes_done = e->id & RMIG__ID_NUMBER;
+        break;
+    case RMIG_FEV_ESTABLISHED:
+        ss->peer_data_short = rmig_decode_private_data(e->private_data, e->private_data_length, &ss->peer) < 0;
+        // fall through
+    default:
+        rmig__link_event(&ss->link, e);
+    }
     return RMIG_OK;
 }
 
@@ -3277,12 +3284,39 @@ static int rmig__check_link(struct rmig__session *ss, const char *peer) {
     return RMIG_OK;
 }
 
-static int rmig__silent(struct rmig__session *ss, const char *peer, uint64_t limit, const char *parameter,
-                        const char *what) {
+/* What an end waits for, and until when: rmig__source_wait, rmig__sink_wait. Beside each stands what wakes this end,
+   whatever comes: rmig__source_wake, rmig__sink_wake. Whatever is new to wait for is told there; timeouts and deadlines
+   read it. */
+struct rmig__wait {
+    const char *what; // that the peer, or the fabric, is to do; NULL: nothing is waited for
+    enum rmig_param limit; // which parameter bounds that
+    uint64_t span; // how long it may take
+    uint64_t until; // when it has taken too long, RMIG_FOREVER: never
+};
+
+static struct rmig__wait rmig__wait_for(const struct rmig__session *ss, const char *what, enum rmig_param limit,
+                                        uint64_t more) {
+    struct rmig__wait w = {what, limit, 0, RMIG_FOREVER};
+    if (what != NULL) {
+        w.span = rmig__after(rmig_get(&ss->cfg, limit), more);
+        w.until = rmig__after(ss->last_progress, w.span);
+    }
+    return w;
+}
+
+/* What no event tells is looked for now and then. */
+static uint64_t rmig__session_wake(const struct rmig__session *ss) {
+    return ss->no_fds || ss->unposted_count > 0 ? rmig__now(ss) + RMIG__MS : RMIG_FOREVER;
+}
+
+/* Ends the session if the wait is over. */
+static int rmig__wait_check(struct rmig__session *ss, const char *peer, const struct rmig__wait *w) {
     char span[32];
-    rmig__param_text(&rmig__params[RMIG_PARAM_IO_TIMEOUT], limit, span, sizeof span);
+    if (w->until == RMIG_FOREVER || rmig__now(ss) < w->until)
+        return RMIG_OK;
+    rmig__param_text(&rmig__params[RMIG_PARAM_IO_TIMEOUT], w->span, span, sizeof span);
     return RMIG__END(ss, RMIG_ERR_TIMEOUT, 0, "nothing from the %s for %s (%s) while waiting for %s", peer, span,
-                     parameter, what);
+                     rmig__params[w->limit].name, w->what);
 }
 
 static int rmig__session_fds(struct rmig__session *ss, struct rmig_ep *ep, struct rmig_fd *fds, size_t n) {
@@ -3617,14 +3651,17 @@ static uint64_t rmig__flight_limit(const struct rmig__flight *f, uint64_t idle, 
     return rmig__min(rmig__max(wanted, RMIG__FLIGHT_MIN), rmig__min(slow, rmig__bytes_in(f->rate, patience)));
 }
 
-/* Looks at what has completed, the write `number` and all before it, and takes a sample of the rate when there is
-   enough to tell it. dry: nothing is left on the wire. */
-static void rmig__flight_look(struct rmig__flight *f, uint64_t number, bool dry, uint64_t now, uint64_t rtt) {
+/* The write `number` is complete, and all before it; dry: nothing is left on the wire. True if that is news, for
+   rmig__flight_sample. */
+static bool rmig__flight_done(struct rmig__flight *f, uint64_t number, bool dry) {
     for (; f->first < f->last && f->mark[f->first % RMIG__MARKS].number <= number; f->first++)
         f->done = f->mark[f->first % RMIG__MARKS].bytes;
     f->done = dry ? f->bytes : f->done;
-    if (f->done == f->from)
-        return;
+    return f->done != f->from;
+}
+
+/* Takes a sample of the rate when enough has completed to tell it. */
+static void rmig__flight_sample(struct rmig__flight *f, bool dry, uint64_t now, uint64_t rtt) {
     uint64_t elapsed = now - f->since, span = rmig__max(f->away, rtt);
     bool first = f->rate == 0 && f->from == 0; // its time is that of a round trip more than of the wire
     bool enough = f->rate == 0 ? f->done - f->from >= RMIG__FLIGHT_MIN / 2 : elapsed >= span;
@@ -4087,9 +4124,11 @@ static bool rmig__windows_retire(struct rmig__windows *ws, struct rmig__cursor w
     while (n < ws->count && ws->window[n].state == RMIG__WINDOW_READY &&
            (at_end || !rmig__cursor_before(write, ws->window[n].end)))
         n++;
+    if (n == 0)
+        return false;
     ws->count -= n;
     memmove(ws->window, ws->window + n, ws->count * sizeof ws->window[0]);
-    return n > 0;
+    return true;
 }
 
 /* This end registers its memory of a window while the sink registers its own; in lockstep afterwards. */
@@ -4912,6 +4951,11 @@ static bool rmig__zero_due(struct rmig_source *s) {
     return s->clears.count > 0 && (!open || s->clears.fence);
 }
 
+/* When a KEEPALIVE is due, which takes a credit. */
+static uint64_t rmig__source_keepalive_at(const struct rmig_source *s) {
+    return s->dialogue.credit ? rmig__idle_at(&s->ss) : RMIG_FOREVER;
+}
+
 /* At most one message goes out for a READY. The order of the cases is the order of importance. */
 static int rmig__control_out(struct rmig_source *s, bool *moved) {
     uint8_t *payload = rmig__payload(&s->ss);
@@ -4941,8 +4985,7 @@ static int rmig__control_out(struct rmig_source *s, bool *moved) {
         s->finish = RMIG__FINISH_ASKED;
         status = rmig__ask(s, RMIG_MSG_FINISH, 1, 0, RMIG_MSG_FINISH_RESULT);
     }
-    if (status == RMIG_OK && s->ss.stats.control_sent == before && s->dialogue.credit &&
-        rmig__now(&s->ss) >= rmig__idle_at(&s->ss))
+    if (status == RMIG_OK && s->ss.stats.control_sent == before && rmig__now(&s->ss) >= rmig__source_keepalive_at(s))
         status = rmig__ask(s, RMIG_MSG_KEEPALIVE, 1, 0, RMIG_MSG_NONE);
     *moved = *moved || s->ss.stats.control_sent != before;
     return status;
@@ -5063,21 +5106,25 @@ static bool rmig__next_pass(struct rmig_source *s) {
     return true;
 }
 
-/* A request for the next keys whose READY follows on the heels of the reply must not queue behind the writes: the sink
+/* A request for the next keys whose READY comes right after the reply must not queue behind the writes: the sink
    would begin to register when the wire runs idle. */
 static uint64_t rmig__hold_until(const struct rmig_source *s) {
     return rmig__dialogue_hold_until(&s->dialogue, s->ss.stats.message_rtt_ns);
 }
 
+static bool rmig__source_holds(struct rmig_source *s) {
+    return rmig__windows_find(&s->windows, RMIG__WINDOW_CLOSED) != NULL && rmig__now(&s->ss) < rmig__hold_until(s);
+}
+
 static int rmig__write_out(struct rmig_source *s, bool *moved) {
     if (s->exchange != RMIG__BLOCKS_DONE || s->outbox.first)
         return RMIG_OK;
-    rmig__flight_look(&s->flight, s->ss.writes_done, rmig__drained(s), rmig__now(&s->ss), s->ss.stats.message_rtt_ns);
+    bool dry = rmig__drained(s);
+    if (rmig__flight_done(&s->flight, s->ss.writes_done, dry))
+        rmig__flight_sample(&s->flight, dry, rmig__now(&s->ss), s->ss.stats.message_rtt_ns);
     uint64_t limit = rmig__outstanding_max(s);
     uint64_t stride = rmig__min(rmig__max(limit / RMIG__STRIDES, RMIG__STRIDE_MIN), limit);
-    bool hold =
-        !rmig__pinned(s) || s->clears.fence ||
-        (rmig__windows_find(&s->windows, RMIG__WINDOW_CLOSED) != NULL && rmig__now(&s->ss) < rmig__hold_until(s));
+    bool hold = !rmig__pinned(s) || s->clears.fence || rmig__source_holds(s);
     int status = RMIG_OK;
     s->flight.full = false;
     while (!hold && status == RMIG_OK) {
@@ -5143,16 +5190,23 @@ static const char *rmig__source_waits_for(const struct rmig_source *s) {
     return wants && !s->dialogue.credit ? "READY" : NULL;
 }
 
-/* Which parameter bounds the wait. A sink that does not know FINISH_PENDING is granted io-timeout for its answer. */
-static enum rmig_param rmig__source_limit(const struct rmig_source *s) {
+static struct rmig__wait rmig__source_wait(const struct rmig_source *s) {
+    const struct rmig__session *ss = &s->ss;
+    enum rmig_param limit = RMIG_PARAM_IO_TIMEOUT;
     if (s->state == RMIG__SOURCE_CONNECTING || s->op == RMIG__OP_CONNECT)
-        return RMIG_PARAM_CONNECT_TIMEOUT;
-    bool pending = (s->ss.peer_features & RMIG_FEATURE_FINISH_PENDING) != 0;
-    return s->dialogue.await == RMIG_MSG_FINISH_RESULT && pending ? RMIG_PARAM_HANDOVER_TIMEOUT : RMIG_PARAM_IO_TIMEOUT;
+        limit = RMIG_PARAM_CONNECT_TIMEOUT;
+    else if (s->dialogue.await == RMIG_MSG_FINISH_RESULT && (ss->peer_features & RMIG_FEATURE_FINISH_PENDING) != 0)
+        limit = RMIG_PARAM_HANDOVER_TIMEOUT; // another sink is granted io-timeout for its answer
+    return rmig__wait_for(ss, rmig__source_waits_for(s), limit, 0);
 }
 
-static uint64_t rmig__source_timeout(const struct rmig_source *s) {
-    return rmig_get(&s->ss.cfg, rmig__source_limit(s));
+static uint64_t rmig__source_wake(struct rmig_source *s) {
+    uint64_t at = rmig__min(rmig__session_wake(&s->ss), rmig__source_keepalive_at(s));
+    if (s->state == RMIG__SOURCE_CONNECTING)
+        at = rmig__min(at, s->attempt_until);
+    if (s->pacer.until != 0)
+        at = rmig__min(at, s->pacer.until);
+    return rmig__source_holds(s) ? rmig__min(at, rmig__hold_until(s)) : at;
 }
 
 /* One of a name's addresses has had its share of the time. */
@@ -5170,12 +5224,11 @@ static int rmig__source_unanswered(struct rmig_source *s) {
 }
 
 static int rmig__source_timers(struct rmig_source *s) {
-    if (s->state == RMIG__SOURCE_CONNECTING && !rmig__link_was_up(&s->ss.link) && rmig__now(&s->ss) >= s->attempt_until)
+    struct rmig__session *ss = &s->ss;
+    if (s->state == RMIG__SOURCE_CONNECTING && !rmig__link_was_up(&ss->link) && rmig__now(ss) >= s->attempt_until)
         return rmig__source_unanswered(s);
-    const char *what = rmig__source_waits_for(s);
-    if (what == NULL || rmig__now(&s->ss) < rmig__after(s->ss.last_progress, rmig__source_timeout(s)))
-        return RMIG_OK;
-    return rmig__silent(&s->ss, "sink", rmig__source_timeout(s), rmig__params[rmig__source_limit(s)].name, what);
+    struct rmig__wait w = rmig__source_wait(s);
+    return rmig__wait_check(ss, "sink", &w);
 }
 
 /* Is the operation under way done? */
@@ -5286,20 +5339,7 @@ RMIG__DEF uint64_t rmig_source_next_deadline(struct rmig_source *s) {
         return RMIG_FOREVER;
     if (s->ss.ready || s->ss.again)
         return 0;
-    uint64_t at = s->ss.unposted_count > 0 ? rmig__now(&s->ss) + RMIG__MS : RMIG_FOREVER;
-    if (rmig__source_waits_for(s) != NULL)
-        at = rmig__min(at, rmig__after(s->ss.last_progress, rmig__source_timeout(s)));
-    if (s->state == RMIG__SOURCE_CONNECTING)
-        at = rmig__min(at, s->attempt_until);
-    if (s->dialogue.credit)
-        at = rmig__min(at, rmig__idle_at(&s->ss));
-    if (s->pacer.until != 0)
-        at = rmig__min(at, s->pacer.until);
-    if (rmig__windows_find(&s->windows, RMIG__WINDOW_CLOSED) != NULL && rmig__hold_until(s) > rmig__now(&s->ss))
-        at = rmig__min(at, rmig__hold_until(s));
-    if (s->ss.no_fds)
-        at = rmig__min(at, rmig__now(&s->ss) + RMIG__MS);
-    return at;
+    return rmig__min(rmig__source_wait(s).until, rmig__source_wake(s));
 }
 
 /* Waits for an operation that was begun with this status. What a waiting call was refused with its caller has; process
@@ -7068,20 +7108,28 @@ static const char *rmig__sink_waits_for(const struct rmig_sink *s) {
     }
 }
 
-/* A version 1 source says nothing while it writes to chunks that it has keys for, and no end sees the other's writes.
-   So it is granted, beyond io-timeout, the time that a round over all of RAM takes on a slow link. */
-static uint64_t rmig__sink_timeout(const struct rmig_sink *s) {
-    bool connecting = s->state == RMIG__SINK_ACCEPTING || s->state == RMIG__SINK_HELLO;
-    uint64_t limit = rmig_get(&s->ss.cfg, connecting ? RMIG_PARAM_CONNECT_TIMEOUT : RMIG_PARAM_IO_TIMEOUT);
-    return connecting || s->ss.extended ? limit : rmig__after(limit, s->ram_bytes / RMIG__V1_BYTES_PER_US * 1000);
+static struct rmig__wait rmig__sink_wait(const struct rmig_sink *s) {
+    bool connecting = s->state <= RMIG__SINK_HELLO;
+    /* A version 1 source says nothing while it writes to chunks that it has keys for, and no end sees the other's
+       writes. So it is granted, beyond io-timeout, the time that a round over all of RAM takes on a slow link. */
+    uint64_t more = connecting || s->ss.extended ? 0 : s->ram_bytes / RMIG__V1_BYTES_PER_US * 1000;
+    return rmig__wait_for(&s->ss, rmig__sink_waits_for(s),
+                          connecting ? RMIG_PARAM_CONNECT_TIMEOUT : RMIG_PARAM_IO_TIMEOUT, more);
+}
+
+static uint64_t rmig__sink_wake(const struct rmig_sink *s) {
+    uint64_t at = rmig__min(rmig__session_wake(&s->ss), rmig__return_deadline(s));
+    if (s->listener != NULL && !rmig__sink_listens(s))
+        at = rmig__min(at, rmig__sink_unsure_until(s));
+    if (rmig__payload(&s->ss) != NULL)
+        at = rmig__min(at, rmig__pending_at(s));
+    return rmig__return_can_send(s) ? rmig__min(at, rmig__now(&s->ss) + RMIG__MS) : at;
 }
 
 static int rmig__sink_timers(struct rmig_sink *s) {
-    const char *what = rmig__sink_waits_for(s);
-    if (what == NULL || rmig__now(&s->ss) < rmig__after(s->ss.last_progress, rmig__sink_timeout(s)))
-        return rmig__return_timers(s);
-    return rmig__silent(&s->ss, "source", rmig__sink_timeout(s),
-                        s->state <= RMIG__SINK_HELLO ? "connect-timeout" : "io-timeout", what);
+    struct rmig__wait w = rmig__sink_wait(s);
+    int status = rmig__wait_check(&s->ss, "source", &w);
+    return status == RMIG_OK ? rmig__return_timers(s) : status;
 }
 
 static int rmig__sink_link(struct rmig_sink *s) {
@@ -7256,14 +7304,7 @@ RMIG__DEF uint64_t rmig_sink_next_deadline(struct rmig_sink *s) {
         return 0;
     if (s->state == RMIG__SINK_PARTING || s->state == RMIG__SINK_LEAVING)
         return s->ss.no_fds ? rmig__min(s->part_until, rmig__now(&s->ss) + RMIG__MS) : s->part_until;
-    uint64_t at =
-        rmig__sink_waits_for(s) == NULL ? RMIG_FOREVER : rmig__after(s->ss.last_progress, rmig__sink_timeout(s));
-    at = rmig__min(at, rmig__return_deadline(s));
-    if (s->listener != NULL && !rmig__sink_listens(s))
-        at = rmig__min(at, rmig__sink_unsure_until(s));
-    at = rmig__min(at, rmig__payload(&s->ss) != NULL ? rmig__pending_at(s) : RMIG_FOREVER);
-    bool poll = s->ss.no_fds || s->ss.unposted_count > 0 || rmig__return_can_send(s);
-    return poll ? rmig__min(at, rmig__now(&s->ss) + RMIG__MS) : at;
+    return rmig__min(rmig__sink_wait(s).until, rmig__sink_wake(s));
 }
 
 RMIG__DEF int rmig_sink_wait(struct rmig_sink *s, struct rmig_sink_event *ev, uint64_t timeout_ns) {

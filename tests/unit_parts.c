@@ -393,7 +393,9 @@ static uint64_t fly(struct wire *w, uint64_t ns, uint64_t turn, uint64_t idle) {
     for (; w->now < until; w->now += turn) {
         complete(w);
         uint64_t through = w->completed == 0 ? 0 : w->sum[(w->completed - 1) % 4096];
-        rmig__flight_look(f, w->completed, w->completed == w->posted, w->now, w->rtt);
+        bool dry = w->completed == w->posted;
+        if (rmig__flight_done(f, w->completed, dry))
+            rmig__flight_sample(f, dry, w->now, w->rtt);
         uint64_t limit = rmig__flight_limit(f, idle, w->rtt);
         uint64_t stride = limit / RMIG__STRIDES > RMIG__STRIDE_MIN ? limit / RMIG__STRIDES : RMIG__STRIDE_MIN;
         stride = stride < limit ? stride : limit;
