@@ -193,7 +193,7 @@ RDMA_LINES = $(if $(RDMA_DEV),$(call rdma_line,here conformance ofi session migr
 ARCH_LINES := 'tap arch 2400 tests/arch.sh $(B) $(ARCH_SUITES)'
 LINT_LINES := 'tap lint 2400 tests/lint.sh'
 FUZZ_LINES = 'tap fuzz 86400 tests/fuzz.sh $(1) $(FUZZ_BINARIES)'
-CHECK_LINES = $(LINT_LINES) 'tap headers 2400 tests/headers.sh' $(VM_LINES) $(INTEGRATION_LINES) \
+CHECK_LINES = $(LINT_LINES) 'tap headers 2400 tests/headers.sh' 'tap layers 600 tests/layers.sh' $(VM_LINES) $(INTEGRATION_LINES) \
 	$(call program_lines,asan/,-asan) $(call suite_lines,asan,$(SUITES)) $(call suite_lines,plain,$(WITHOUT_ASAN)) \
 	$(call suite_lines,tsan,$(TSAN_SUITES)) $(foreach s,$(SWITCHES),$(call suite_lines,$(s),$(UNIT))) \
 	'tap costs 1200 bench/costs.sh $(B)' \
