@@ -4151,6 +4151,49 @@ static bool rmig__windows_ready(struct rmig__windows *ws, struct rmig__regions *
 
 // >>source: implementation
 
+/* How a source works.
+
+   The embedder saves pages; the source sets bits (rmig_merge, one set for each block) and does nothing else until there
+   is enough for a write. Then it runs its engine: rmig__source_step takes turns until nothing moves, and every public
+   call that may do work ends there. Nothing blocks in a turn, and a turn is bounded: it scans RMIG__STEP_SCAN bytes and
+   registers one piece of memory at most, so that the wire is looked after in between.
+
+   A turn takes in what the fabric has to say, handles the messages of the sink, plans, says one thing to the sink, and
+   writes.
+
+   Planning. A pass goes over all dirty pages once, from the first block to the last, with two cursors: the planner goes
+   ahead, the writer follows. The planner looks at pages whose chunk has no keys. If they are zero, they go to the
+   clears; the page is not dirty any longer, and no key is needed. If not, the chunk joins the open window. A window
+   that is full is closed, asked for in one message, answered with keys, and ready when this end has registered its
+   memory too. There are two windows: while one is written, the other is registered at both ends. In lockstep, as with
+   register-ahead 0, there is one, of one chunk. Regions and keys stay to the end, so later rounds find most chunks
+   registered and plan nothing.
+
+   Writing. The writer takes the next run of dirty pages that lie in one region, up to merge-max, prepares a write, and
+   takes the pages out of the set. It stops in front of a region that is not ready, where the pacer lets nothing leave,
+   and where as much is outstanding as the flight allows. Pages that are saved again behind the cursors stay dirty: the
+   next pass takes them. Within a pass a page is written once at most. So where the fabric does not keep the order of
+   writes, a pass begins only when the writes of the pass before have arrived.
+
+   Clearing. The sink's processor clears memory, its adapter writes it, and neither waits for the other. A page that was
+   found zero and is saved again before the sink is known to have cleared it must not be written: the clear could come
+   last. Then the fence goes up, and no write leaves until the READY has come that follows the clears.
+
+   Talking. The sink sends a READY for each message that it has handled; a READY is the credit for one message. If the
+   message was a request, the reply comes first. A READY behind clears means that they are done, and a READY behind
+   stream bytes that the embedder at the sink has taken them. rmig__control_out says which of the things that are due
+   goes first.
+
+   Rounds and the end. A round ends when all that was saved in it has arrived: no dirty pages, no clears, no window, and
+   every write complete. Only then the message goes out that says so. finish asks the sink to take the guest. Its answer
+   makes it the owner; GOODBYE says that the source knows. From the moment at which one of these two is posted to the
+   moment at which it is known to have arrived, a failure leaves open who owns the guest (RMIG_ERR_HANDOVER). Version 1
+   has no such messages: there it is open once the last bytes have left.
+
+   Failing. Whatever goes wrong ends in rmig__session_end: the first reason stands, the sink is told if it still hears,
+   and every later call returns the same. Memory is deregistered in close, after the connection has been cut, since a
+   write that is under way may still read it. */
+
 #define RMIG__PIECE_MAX (64 * RMIG_MIB) // registered in one call at this end: 5 ms at 80 us/MiB
 #define RMIG__ZERO_TEST RMIG_MIB // longest range tested in one piece
 #define RMIG__STEP_SCAN (64 * RMIG_MIB) // bytes tested for zero before the wire is looked after again
@@ -5603,6 +5646,45 @@ RMIG__DEF void rmig_source_stats(const struct rmig_source *s, struct rmig_stats 
 }
 
 // >>sink: implementation
+
+/* How a sink works.
+
+   A sink listens, and has one source at a time. Its embedder calls rmig_sink_process until it returns an event, acts on
+   it, and calls again. An event that the embedder must answer (blocks to accept, a guest to take) holds everything else
+   back until it has. The state (RMIG__SINK_*) says how far the source has come; nothing is believed that does not fit
+   it.
+
+   Sources come and go. Until a migration has begun, whatever a source does wrong costs the source its connection and
+   not the sink: it is told why, has a moment to hear it (PARTING), and is forgotten; the sink listens on. The migration
+   begins with the first thing that changes memory or reaches the embedder's stream. From there on a failure is for
+   good, because half of a guest is here.
+
+   What comes in. Control messages lie in the inbox until they are handled, oldest first; READY goes out when one has
+   been, and when there is room for the reply to the next. Writes to memory come without a word: the adapter makes them,
+   with the keys that the source was given. So the sink never knows which pages have come, and nothing in it depends on
+   that; it knows that a round is over because the source says so, behind its writes.
+
+   Registering. A request names a range of a block. What covers it already answers it. An extended source asks for
+   nothing twice in part; a version 1 source may, and its old registration stays. The table has its size from the start,
+   so no peer can make it grow, and what is registered for one request in one call has a bound. With pin-all the blocks
+   are registered whole. Registrations last until the source can no longer write.
+
+   Clearing. Runs of zeros are cleared in steps, with a budget for each call, and without touching what reads as zero
+   already, so that holes in the guest's memory stay holes. READY follows when all are cleared: the source's fence waits
+   for it.
+
+   Stream bytes are the embedder's. They are handed out in order, and the READY that follows them is held back until
+   they are taken; a source cannot fill the sink with them.
+
+   Handing over. FINISH says that everything has been sent. The embedder is asked whether it takes the guest, and may
+   take its time; FINISH_PENDING tells the source that it is alive. Yes goes out as FINISH_RESULT, GOODBYE is the
+   answer, and between the two it is open who owns the guest. Then the source's right to write is taken away, by
+   revoking its keys where the fabric can and by cutting the connection where it cannot, before RMIG_SINK_FINISHED is
+   returned: whatever the source still sends, it cannot change the memory of a guest that runs here. A version 1 source
+   says none of this: the embedder reads the end in the stream and says rmig_sink_complete.
+
+   The return path is a second connection, which a version 1 source opens. The stream's bytes go back on it, a message
+   for each READY. It is not needed for memory: if it breaks before there are bytes for it, nothing is lost. */
 
 #define RMIG__BLOCKS_MAX 131072 // blocks that a source may name
 #define RMIG__V1_UNIT RMIG_CHUNK_SIZE_MAX // safe whatever chunk size a version 1 source uses: it is not on the wire

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # rmig.h is made of layers, each under a banner: none needs what comes after it. The parts of the engines stand by
 # themselves: they know no source, no sink and no session, and none has more fields than can be kept in mind.
+# shellcheck disable=SC2317 # functions that check calls
 set -u
 cd "$(dirname "$0")/.." || exit 1
 . tests/tap.sh
@@ -27,7 +28,6 @@ above() { # NAME
         awk '/^#if/ { open++ } /^#endif/ { open-- } END { while (open-- > 0) print "#endif" }'
 }
 
-# shellcheck disable=SC2317 # called by check
 # As C: in C++ an extern "C" would be open as well. What is not used yet may be there.
 compiles() { # FILE FLAGS...
     local file=$1
@@ -85,7 +85,7 @@ fields() {
 }
 
 small() { # NAME FIELDS
-    [ "$2" -le $fields_max ] || { echo "struct $1 has $2 fields; must be at most $fields_max: make it two"; return 1; }
+    [ "$2" -le "$fields_max" ] || { echo "struct $1 has $2 fields; must be at most $fields_max: make it two"; return 1; }
 }
 
 while IFS= read -r banner; do
