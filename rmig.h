@@ -4999,7 +4999,11 @@ static uint64_t rmig__source_keepalive_at(const struct rmig_source *s) {
     return s->dialogue.credit ? rmig__idle_at(&s->ss) : RMIG_FOREVER;
 }
 
-/* At most one message goes out for a READY. The order of the cases is the order of importance. */
+/* At most one message goes out for a READY. Why the cases stand in this order: HELLO opens an extended session, and
+   GOODBYE ends one, and neither needs a READY. Stream bytes from before the round go before anything of it, and what is
+   put later goes when all that was saved has arrived. Blocks are agreed on before keys are asked for. Keys go before
+   clears, because the sink registers while this end writes; but behind the fence only clears help, since it is their
+   READY that takes it down. A round ends when nothing is left, and the guest is handed over after that. */
 static int rmig__control_out(struct rmig_source *s, bool *moved) {
     uint8_t *payload = rmig__payload(&s->ss);
     if (s->state != RMIG__SOURCE_UP || payload == NULL)
