@@ -5649,6 +5649,118 @@ RMIG__DEF void rmig_source_stats(const struct rmig_source *s, struct rmig_stats 
     out->dirty_rate = rmig__round_dirty_rate(&s->round, out->round_saved, s->ram);
 }
 
+// >>grants: implementation
+
+/* What the source may write: memory registered for it, one or more units of a block. */
+struct rmig__grant {
+    bool used;
+    uint64_t offset, length; // in the block
+    struct rmig_mr mr;
+};
+
+/* All of them, in a table whose size is fixed before the first, so that no source can make it grow. A slot that is
+   given back is used again, the lowest first.
+
+   Holds always: no slot below `free` is free, and none from `count` on is used; a unit names no grant, or one in use
+   that covers it. Grants of a block overlap only if they are added so: then a unit names one that reaches furthest, and
+   none at all once that one is removed. */
+struct rmig__grants {
+    struct rmig__grant *grant;
+    uint32_t count, capacity, free;
+    uint32_t *units; // of all blocks
+    uint64_t unit; // bytes
+};
+
+/* The units of a block. */
+struct rmig__units {
+    uint32_t *grant; // per unit: 1 + index of the grant that covers it and reaches furthest, 0: none
+    uint64_t granted; // bytes of all its grants; where they overlap, more than the block has
+};
+
+/* Empty, with room for the units and twice as many grants, and one for each whole block: windows of a version 1 source
+   may overlap what it asked for before. False: out of memory. */
+static bool rmig__grants_begin(struct rmig__grants *gs, uint64_t units, uint32_t blocks) {
+    gs->capacity = (uint32_t)rmig__min(2 * units + blocks, UINT32_MAX - 1);
+    gs->units = (uint32_t *)rmig__calloc(units, sizeof *gs->units);
+    gs->grant = (struct rmig__grant *)rmig__calloc(gs->capacity, sizeof *gs->grant);
+    return gs->units != NULL && gs->grant != NULL;
+}
+
+static void rmig__grants_end(struct rmig__grants *gs) {
+    rmig__release(gs->units);
+    rmig__release(gs->grant);
+    gs->units = NULL;
+    gs->grant = NULL;
+    gs->count = gs->capacity = gs->free = 0;
+}
+
+/* The grant that the unit at offset names, or NULL. */
+static struct rmig__grant *rmig__grants_of(const struct rmig__grants *gs, const struct rmig__units *u,
+                                           uint64_t offset) {
+    uint32_t known = u->grant[offset / gs->unit];
+    return known == 0 ? NULL : &gs->grant[known - 1];
+}
+
+/* The grant that covers [from, to) of a block, or NULL. */
+static struct rmig__grant *rmig__grants_covering(const struct rmig__grants *gs, const struct rmig__units *u,
+                                                 uint64_t from, uint64_t to) {
+    struct rmig__grant *g = rmig__grants_of(gs, u, from);
+    return g != NULL && to <= g->offset + g->length ? g : NULL; // it begins no later than the unit
+}
+
+/* The first that a unit of [from, to) names, or NULL. */
+static struct rmig__grant *rmig__grants_overlapping(const struct rmig__grants *gs, const struct rmig__units *u,
+                                                    uint64_t from, uint64_t to) {
+    for (uint64_t at = from; at < to; at += gs->unit)
+        if (u->grant[at / gs->unit] != 0)
+            return rmig__grants_of(gs, u, at);
+    return NULL;
+}
+
+/* The slot that the next one gets, or NULL: there are as many as may be. */
+static struct rmig__grant *rmig__grants_slot(struct rmig__grants *gs) {
+    while (gs->free < gs->count && gs->grant[gs->free].used)
+        gs->free++;
+    return gs->free == gs->capacity ? NULL : &gs->grant[gs->free];
+}
+
+/* [from, to) of a block is registered as the slot's mr says. */
+static void rmig__grants_add(struct rmig__grants *gs, struct rmig__units *u, struct rmig__grant *slot, uint64_t from,
+                             uint64_t to) {
+    uint32_t index = (uint32_t)(slot - gs->grant);
+    slot->used = true;
+    slot->offset = from;
+    slot->length = to - from;
+    u->granted += slot->length;
+    gs->count = (uint32_t)rmig__max(gs->count, index + 1);
+    for (uint64_t at = from; at < to; at += gs->unit) {
+        const struct rmig__grant *g = rmig__grants_of(gs, u, at);
+        if (g == NULL || g->offset + g->length < to)
+            u->grant[at / gs->unit] = index + 1;
+    }
+}
+
+static void rmig__grants_remove(struct rmig__grants *gs, struct rmig__units *u, struct rmig__grant *g) {
+    uint32_t index = (uint32_t)(g - gs->grant);
+    for (uint64_t at = g->offset; at < g->offset + g->length; at += gs->unit)
+        if (u->grant[at / gs->unit] == index + 1)
+            u->grant[at / gs->unit] = 0;
+    g->used = false;
+    u->granted -= g->length;
+    gs->free = (uint32_t)rmig__min(gs->free, index);
+}
+
+/* Takes the last one away, or gives NULL. The source may write no more: nobody asks the units again. */
+static struct rmig__grant *rmig__grants_pop(struct rmig__grants *gs) {
+    struct rmig__grant *g = NULL;
+    while (g == NULL && gs->count > 0)
+        g = gs->grant[--gs->count].used ? &gs->grant[gs->count] : NULL;
+    if (g != NULL)
+        g->used = false;
+    gs->free = (uint32_t)rmig__min(gs->free, gs->count);
+    return g;
+}
+
 // >>sink: implementation
 
 /* How a sink works.
@@ -5702,16 +5814,7 @@ RMIG__DEF void rmig_source_stats(const struct rmig_source *s, struct rmig_stats 
 
 struct rmig__sink_block {
     uint32_t local; // index in the table of blocks
-    uint32_t *unit; // per unit of registration: 1 + index of the region that covers it and reaches furthest, 0: none
-    uint64_t units;
-    uint64_t registered; // bytes of all its regions; where they overlap, more than the block has
-};
-
-struct rmig__sink_region {
-    bool used;
-    uint32_t block; // as the source counts
-    uint64_t offset, length;
-    struct rmig_mr mr;
+    struct rmig__units units;
 };
 
 struct rmig__peer_block { // what the source said: the name stands in an arena
@@ -5776,7 +5879,7 @@ struct rmig_sink {
     struct rmig__return ret;
     bool ready_out; // a READY has gone out and no message has come for it
     bool pin_all;
-    uint64_t chunk_size, unit, ram_bytes;
+    uint64_t chunk_size, ram_bytes;
 
     struct rmig__peer_block *peer;
     uint32_t peer_count, peer_capacity, peer_total;
@@ -5785,9 +5888,7 @@ struct rmig_sink {
 
     struct rmig__sink_block *block; // as the source counts
     uint32_t block_count;
-    uint32_t *units;
-    struct rmig__sink_region *region;
-    uint32_t region_count, region_capacity, region_free; // free: no slot below it is free
+    struct rmig__grants grants;
 
     uint32_t entry; // next of the message (or table) that is carried out in steps
     uint64_t clear_done, clear_data; // of that entry: bytes cleared; where the data ends that was found last
@@ -5809,16 +5910,14 @@ RMIG__DEF int rmig_sink_open(struct rmig_fabric *fabric, const struct rmig_confi
 /* Deregisters about so many bytes, newest regions first. The source's right to write is gone before: what fails here is
    memory that stays pinned until the fabric is closed, no danger. */
 static void rmig__sink_release(struct rmig_sink *s, uint64_t budget) {
-    while (s->region_count > 0 && budget > 0) {
-        struct rmig__sink_region *r = &s->region[--s->region_count];
+    struct rmig__grant *g;
+    while (budget > 0 && (g = rmig__grants_pop(&s->grants)) != NULL) {
         struct rmig_error err;
         memset(&err, 0, sizeof err);
-        if (r->used && rmig__deregister(&s->ss, &r->mr, r->length, &err) != RMIG_OK)
+        if (rmig__deregister(&s->ss, &g->mr, g->length, &err) != RMIG_OK)
             rmig__trace(&s->ss, "guest memory cannot be deregistered: %s", err.text);
-        budget -= r->used ? rmig__min(budget, rmig__max(r->length, RMIG_MIB)) : 0;
-        r->used = false;
+        budget -= rmig__min(budget, rmig__max(g->length, RMIG_MIB));
     }
-    s->region_free = (uint32_t)rmig__min(s->region_free, s->region_count);
 }
 
 // --- the return path
@@ -6062,8 +6161,7 @@ RMIG__DEF void rmig_sink_close(struct rmig_sink *s) {
     rmig__release(s->peer);
     rmig__release(s->names);
     rmig__release(s->block);
-    rmig__release(s->units);
-    rmig__release(s->region);
+    rmig__grants_end(&s->grants);
     RMIG_FREE(s);
 }
 
@@ -6158,16 +6256,13 @@ static void rmig__sink_forget_tables(struct rmig_sink *s) {
     rmig__release(s->peer);
     rmig__release(s->names);
     rmig__release(s->block);
-    rmig__release(s->units);
-    rmig__release(s->region);
+    rmig__grants_end(&s->grants);
     s->peer = NULL;
     s->names = NULL;
     s->block = NULL;
-    s->units = NULL;
-    s->region = NULL;
     s->peer_count = s->peer_capacity = s->peer_total = 0;
     s->names_size = s->names_capacity = 0;
-    s->block_count = s->region_count = s->region_capacity = s->region_free = 0;
+    s->block_count = 0;
     s->ram_bytes = s->ss.stats.stream_bytes = 0;
     s->stream_at = 0;
     s->entry = 0;
@@ -6427,7 +6522,7 @@ static int rmig__sink_on_hello(struct rmig_sink *s, const uint8_t *p, const stru
         return RMIG__END(ss, valid ? RMIG_ERR_SETUP : RMIG_ERR_PROTOCOL, 0, "refused the source: %s", answer.reason);
     }
     s->chunk_size = asked;
-    s->unit = asked;
+    s->grants.unit = asked;
     s->state = RMIG__SINK_UP;
     return status;
 }
@@ -6580,13 +6675,6 @@ static int rmig__sink_on_clear(struct rmig_sink *s, const uint8_t *p, const stru
    allows, while the message stays in the inbox (RMIG_PENDING); once the last one is there the reply is made by looking
    all of them up. */
 
-/* The registration that covers [from, to) of a block, or NULL. */
-static struct rmig__sink_region *rmig__sink_covering(struct rmig_sink *s, uint32_t index, uint64_t from, uint64_t to) {
-    uint32_t known = s->block[index].unit[from / s->unit];
-    struct rmig__sink_region *r = known == 0 ? NULL : &s->region[known - 1];
-    return r != NULL && r->offset <= from && to <= r->offset + r->length ? r : NULL;
-}
-
 /* This call has registered or deregistered as much as one should; before: the counters at its beginning. */
 static bool rmig__sink_spent(const struct rmig_sink *s, const struct rmig_stats *before) {
     const struct rmig_stats *now = &s->ss.stats;
@@ -6597,21 +6685,16 @@ static bool rmig__sink_spent(const struct rmig_sink *s, const struct rmig_stats 
 }
 
 /* May [from, to) be registered beside what is? A version 1 range may be widened to the whole block. */
-static int rmig__sink_admit(struct rmig_sink *s, uint32_t index, uint64_t *from, uint64_t *to) {
-    struct rmig__sink_block *b = &s->block[index];
+static int rmig__sink_admit(struct rmig_sink *s, const struct rmig__sink_block *b, uint64_t *from, uint64_t *to) {
     const struct rmig_block *local = rmig__sink_local(s, b);
-    for (uint64_t at = *from; s->ss.extended && at < *to; at += s->unit) {
-        uint32_t known = b->unit[at / s->unit];
-        if (known != 0)
-            return RMIG__END(
-                &s->ss, RMIG_ERR_PROTOCOL, 0,
-                "the source asked to register [0x%llx, 0x%llx) of block \"%.60s\", which overlaps [0x%llx, "
-                "0x%llx), registered before: must lie inside it or outside",
-                (unsigned long long)*from, (unsigned long long)*to, local->name,
-                (unsigned long long)s->region[known - 1].offset,
-                (unsigned long long)(s->region[known - 1].offset + s->region[known - 1].length));
-    }
-    if (b->registered + (*to - *from) > local->length && local->length <= s->ss.caps.registration_max) {
+    const struct rmig__grant *g = s->ss.extended ? rmig__grants_overlapping(&s->grants, &b->units, *from, *to) : NULL;
+    if (g != NULL)
+        return RMIG__END(&s->ss, RMIG_ERR_PROTOCOL, 0,
+                         "the source asked to register [0x%llx, 0x%llx) of block \"%.60s\", which overlaps [0x%llx, "
+                         "0x%llx), registered before: must lie inside it or outside",
+                         (unsigned long long)*from, (unsigned long long)*to, local->name, (unsigned long long)g->offset,
+                         (unsigned long long)(g->offset + g->length));
+    if (b->units.granted + (*to - *from) > local->length && local->length <= s->ss.caps.registration_max) {
         *from = 0;
         *to = local->length;
     }
@@ -6620,49 +6703,35 @@ static int rmig__sink_admit(struct rmig_sink *s, uint32_t index, uint64_t *from,
                          "block \"%.60s\": %llu bytes are asked for in one registration; fabric %s takes at most %llu",
                          local->name, (unsigned long long)(*to - *from), s->ss.fabric->ops->name,
                          (unsigned long long)s->ss.caps.registration_max);
-    if (s->region_free == s->region_capacity)
+    if (rmig__grants_slot(&s->grants) == NULL)
         return RMIG__END(&s->ss, RMIG_ERR_PROTOCOL, 0, "the source asked for more than %u registrations",
-                         s->region_capacity);
-    if (b->registered + (*to - *from) > 2 * local->length)
+                         s->grants.capacity);
+    if (b->units.granted + (*to - *from) > 2 * local->length)
         return RMIG__END(&s->ss, RMIG_ERR_PROTOCOL, 0,
                          "the source asked to register [0x%llx, 0x%llx) of block \"%.60s\": with %llu bytes registered "
                          "of it that is more than twice its length, %llu",
                          (unsigned long long)*from, (unsigned long long)*to, local->name,
-                         (unsigned long long)b->registered, (unsigned long long)local->length);
+                         (unsigned long long)b->units.granted, (unsigned long long)local->length);
     return RMIG_OK;
 }
 
 /* Makes sure that a registration covers [from, to) of a block. */
 static int rmig__sink_register(struct rmig_sink *s, uint32_t index, uint64_t from, uint64_t to) {
     struct rmig__sink_block *b = &s->block[index];
-    if (rmig__sink_covering(s, index, from, to) != NULL)
+    if (rmig__grants_covering(&s->grants, &b->units, from, to) != NULL)
         return RMIG_OK;
-    while (s->region_free < s->region_count && s->region[s->region_free].used)
-        s->region_free++;
-    int status = rmig__sink_admit(s, index, &from, &to);
+    int status = rmig__sink_admit(s, b, &from, &to);
     if (status != RMIG_OK)
         return status;
-    struct rmig__sink_region *r = &s->region[s->region_free];
+    struct rmig__grant *slot = rmig__grants_slot(&s->grants);
     bool unit_unknown = !s->ss.extended && !s->pin_all && !s->ss.caps.offset_addressing &&
                         rmig_get(&s->ss.cfg, RMIG_PARAM_PEER_CHUNK_SIZE) == 0;
     status = rmig__register(
-        &s->ss, rmig__sink_local(s, b), from, to - from, RMIG_ACCESS_LOCAL_WRITE | RMIG_ACCESS_REMOTE_WRITE, &r->mr,
+        &s->ss, rmig__sink_local(s, b), from, to - from, RMIG_ACCESS_LOCAL_WRITE | RMIG_ACCESS_REMOTE_WRITE, &slot->mr,
         unit_unknown ? "; to register less at once, set peer-chunk-size to the source's (stock QEMU: 1M)" : "");
-    if (status != RMIG_OK)
-        return status;
-    r->used = true;
-    r->block = index;
-    r->offset = from;
-    r->length = to - from;
-    b->registered += r->length;
-    if (s->region_free == s->region_count)
-        s->region_count++;
-    for (uint64_t at = from; at < to; at += s->unit) {
-        uint32_t known = b->unit[at / s->unit];
-        if (known == 0 || s->region[known - 1].offset + s->region[known - 1].length < to)
-            b->unit[at / s->unit] = s->region_free + 1;
-    }
-    return RMIG_OK;
+    if (status == RMIG_OK)
+        rmig__grants_add(&s->grants, &b->units, slot, from, to);
+    return status;
 }
 
 /* What a REGISTER_REQUEST covers. With a version 1 source neither end knows the other's chunk size, so a request is
@@ -6670,20 +6739,20 @@ static int rmig__sink_register(struct rmig_sink *s, uint32_t index, uint64_t fro
    because a version 1 source keeps one base address a block. */
 static void rmig__sink_request_range(const struct rmig_sink *s, uint64_t length, const struct rmig_register *q,
                                      uint64_t *from, uint64_t *to) {
-    *from = q->key / s->unit * s->unit;
+    *from = q->key / s->grants.unit * s->grants.unit;
     *to = length;
     if (!s->ss.extended && s->ss.caps.offset_addressing)
         *from = 0;
-    else if (q->chunks < (length - *from) / s->unit)
-        *to = *from + (q->chunks + 1) * s->unit;
+    else if (q->chunks < (length - *from) / s->grants.unit)
+        *to = *from + (q->chunks + 1) * s->grants.unit;
 }
 
 /* Version 1 has 32 bits for a key. */
-static int rmig__sink_check_key(struct rmig_sink *s, const struct rmig__sink_region *r) {
-    if (r->mr.key != 0 && r->mr.key <= UINT32_MAX)
+static int rmig__sink_check_key(struct rmig_sink *s, const struct rmig__grant *g) {
+    if (g->mr.key != 0 && g->mr.key <= UINT32_MAX)
         return RMIG_OK;
     return RMIG__END(&s->ss, RMIG_ERR_SETUP, 0, "fabric %s: key 0x%llx does not fit the 32 bits of version 1",
-                     s->ss.fabric->ops->name, (unsigned long long)r->mr.key);
+                     s->ss.fabric->ops->name, (unsigned long long)g->mr.key);
 }
 
 /* Entry i of a REGISTER_REQUEST, and what of the block it covers. */
@@ -6725,11 +6794,11 @@ static int rmig__sink_on_register(struct rmig_sink *s, const uint8_t *p, const s
     s->entry = 0;
     for (uint32_t i = 0; status == RMIG_OK && i < h->repeat; i++) {
         rmig__sink_request(s, p, i, &q, &from, &to);
-        const struct rmig__sink_region *r = rmig__sink_covering(s, q.block, from, to);
+        const struct rmig__grant *g = rmig__grants_covering(&s->grants, &s->block[q.block].units, from, to);
         struct rmig_register_result result;
-        result.rkey = (uint32_t)r->mr.key;
-        result.base = r->mr.remote_address - r->offset; // wraps on purpose: base + offset in the block is what counts
-        status = rmig__sink_check_key(s, r);
+        result.rkey = (uint32_t)g->mr.key;
+        result.base = g->mr.remote_address - g->offset; // wraps on purpose: base + offset in the block is what counts
+        status = rmig__sink_check_key(s, g);
         rmig_encode_register_result(out + (size_t)i * RMIG_REGISTER_RESULT_SIZE, RMIG_REGISTER_RESULT_SIZE, &result);
     }
     if (status != RMIG_OK)
@@ -6772,10 +6841,11 @@ static int rmig__sink_on_batch(struct rmig_sink *s, const uint8_t *p, const stru
         return status;
     for (uint32_t i = 0; i < h->repeat; i++) {
         rmig_decode_batch(p + (size_t)i * RMIG_BATCH_SIZE, RMIG_BATCH_SIZE, &q);
-        const struct rmig__sink_region *r = rmig__sink_covering(s, q.block, q.offset, q.offset + q.length);
+        const struct rmig__grant *g =
+            rmig__grants_covering(&s->grants, &s->block[q.block].units, q.offset, q.offset + q.length);
         struct rmig_batch_result result;
-        result.key = r->mr.key;
-        result.address = r->mr.remote_address + (q.offset - r->offset);
+        result.key = g->mr.key;
+        result.address = g->mr.remote_address + (q.offset - g->offset);
         rmig_encode_batch_result(out + (size_t)i * RMIG_BATCH_RESULT_SIZE, RMIG_BATCH_RESULT_SIZE, &result);
     }
     return rmig__send(&s->ss, RMIG_MSG_REGISTER_BATCH_RESULT, h->repeat, (size_t)h->repeat * RMIG_BATCH_RESULT_SIZE);
@@ -6798,23 +6868,18 @@ static int rmig__sink_on_unregister(struct rmig_sink *s, const uint8_t *p, const
         rmig_decode_register(p + (size_t)s->entry * RMIG_REGISTER_SIZE, RMIG_REGISTER_SIZE, &q);
         struct rmig__sink_block *b = rmig__sink_find(s, q.block);
         uint64_t chunks = b == NULL ? 0 : rmig_chunk_count(rmig__sink_local(s, b)->length, rmig__sink_chunk(s));
-        uint32_t known = q.key < chunks ? b->unit[q.key * rmig__sink_chunk(s) / s->unit] : 0;
-        struct rmig__sink_region *r = known == 0 ? NULL : &s->region[known - 1];
-        bool whole_block = r != NULL && !s->ss.extended && r->length > s->unit &&
-                           r->length == rmig__sink_local(s, b)->length; // perhaps more than was asked for
-        if (r != NULL && (whole_block || s->unit != rmig__sink_chunk(s)))
+        struct rmig__grant *g =
+            q.key < chunks ? rmig__grants_of(&s->grants, &b->units, q.key * rmig__sink_chunk(s)) : NULL;
+        bool whole_block = g != NULL && !s->ss.extended && g->length > s->grants.unit &&
+                           g->length == rmig__sink_local(s, b)->length; // perhaps more than was asked for
+        if (g != NULL && (whole_block || s->grants.unit != rmig__sink_chunk(s)))
             continue; // its registration serves other chunks too, so it stays
-        if (r == NULL || r->offset != q.key * s->unit)
+        if (g == NULL || g->offset != q.key * s->grants.unit)
             return RMIG__END(&s->ss, RMIG_ERR_PROTOCOL, 0,
                              "the source asked to unregister chunk %llu of block %u, where no registration begins",
                              (unsigned long long)q.key, q.block);
-        for (uint64_t at = r->offset; at < r->offset + r->length; at += s->unit)
-            if (b->unit[at / s->unit] == known)
-                b->unit[at / s->unit] = 0;
-        r->used = false;
-        b->registered -= r->length;
-        s->region_free = (uint32_t)rmig__min(s->region_free, known - 1);
-        if (rmig__deregister(&s->ss, &r->mr, r->length, &s->ss.error) != RMIG_OK)
+        rmig__grants_remove(&s->grants, &b->units, g);
+        if (rmig__deregister(&s->ss, &g->mr, g->length, &s->ss.error) != RMIG_OK)
             return rmig__session_end(&s->ss);
     }
     s->entry = 0;
@@ -6838,10 +6903,10 @@ static int rmig__sink_say_ram_blocks(struct rmig_sink *s, uint8_t *out) {
         memset(&entry, 0, sizeof entry);
         entry.length = b->length; // offset 0: keys and starts then count from the block's beginning
         if (s->pin_all) {
-            const struct rmig__sink_region *r = rmig__sink_covering(s, i, 0, b->length);
-            entry.base = r->mr.remote_address;
-            entry.rkey = (uint32_t)r->mr.key;
-            status = rmig__sink_check_key(s, r);
+            const struct rmig__grant *g = rmig__grants_covering(&s->grants, &s->block[i].units, 0, b->length);
+            entry.base = g->mr.remote_address;
+            entry.rkey = (uint32_t)g->mr.key;
+            status = rmig__sink_check_key(s, g);
         } else if (!s->ss.caps.offset_addressing) {
             entry.base = (uint64_t)(uintptr_t)b->host;
         }
@@ -7050,9 +7115,9 @@ static int rmig__sink_tables(struct rmig_sink *s, uint32_t count) {
     struct rmig__session *ss = &s->ss;
     if (!ss->extended) {
         uint64_t peer = rmig_get(&ss->cfg, RMIG_PARAM_PEER_CHUNK_SIZE);
-        s->unit = peer != 0 ? peer : RMIG__V1_UNIT;
-        while (s->unit > RMIG_CHUNK_SIZE_MIN && s->unit > ss->caps.registration_max)
-            s->unit /= 2;
+        s->grants.unit = peer != 0 ? peer : RMIG__V1_UNIT;
+        while (s->grants.unit > RMIG_CHUNK_SIZE_MIN && s->grants.unit > ss->caps.registration_max)
+            s->grants.unit /= 2;
     }
     s->block = (struct rmig__sink_block *)rmig__calloc(count, sizeof *s->block);
     if (s->block == NULL)
@@ -7062,22 +7127,16 @@ static int rmig__sink_tables(struct rmig_sink *s, uint32_t count) {
         return status;
     uint64_t units = 0;
     for (uint32_t i = 0; i < count; i++) {
-        s->block[i].units = rmig_chunk_count(rmig__sink_local(s, &s->block[i])->length, s->unit);
-        units += s->block[i].units;
+        units += rmig_chunk_count(rmig__sink_local(s, &s->block[i])->length, s->grants.unit);
         s->ram_bytes += rmig__sink_local(s, &s->block[i])->length;
     }
-    /* Twice the units: windows of a version 1 source may overlap what it asked for before. */
-    uint64_t regions = rmig__min(2 * units + count, UINT32_MAX - 1);
-    s->units = (uint32_t *)rmig__calloc(units, sizeof *s->units);
-    s->region = (struct rmig__sink_region *)rmig__calloc(regions, sizeof *s->region);
-    if (s->units == NULL || s->region == NULL)
+    if (!rmig__grants_begin(&s->grants, units, count))
         return RMIG__END(ss, RMIG_ERR_SETUP, 0, "out of memory for the tables of %llu chunks",
                          (unsigned long long)units);
-    s->region_capacity = (uint32_t)regions;
-    uint32_t *unit = s->units;
+    uint32_t *unit = s->grants.units;
     for (uint32_t i = 0; i < count; i++) {
-        s->block[i].unit = unit;
-        unit += s->block[i].units;
+        s->block[i].units.grant = unit;
+        unit += rmig_chunk_count(rmig__sink_local(s, &s->block[i])->length, s->grants.unit);
     }
     s->block_count = count;
     return RMIG_OK;
@@ -7100,7 +7159,8 @@ RMIG__DEF int rmig_sink_accept_blocks(struct rmig_sink *s) {
         return RMIG__END(ss, RMIG_ERR_FABRIC, 0, "no send buffer is free although at most two are in use");
     int status = rmig__sink_tables(s, count);
     if (status == RMIG_OK)
-        status = rmig__check_lockable(ss, &s->blocks, (s->asked.flags & RMIG_FLAG_PIN_ALL) != 0 ? UINT64_MAX : s->unit);
+        status = rmig__check_lockable(ss, &s->blocks,
+                                      (s->asked.flags & RMIG_FLAG_PIN_ALL) != 0 ? UINT64_MAX : s->grants.unit);
     if (status != RMIG_OK) {
         rmig__sink_spare(s);
         return s->begun ? status : RMIG_ERR_FORGOTTEN;
@@ -7385,7 +7445,7 @@ RMIG__DEF uint64_t rmig_sink_next_deadline(struct rmig_sink *s) {
     if (s->ss.failed)
         return s->ss.failure_told ? RMIG_FOREVER : 0;
     if (s->state == RMIG__SINK_OVER)
-        return s->event != RMIG_SINK_NONE || s->region_count > 0 ? 0 : RMIG_FOREVER;
+        return s->event != RMIG_SINK_NONE || s->grants.count > 0 ? 0 : RMIG_FOREVER;
     if (s->ss.ready || s->ss.again)
         return 0;
     if (s->state == RMIG__SINK_PARTING || s->state == RMIG__SINK_LEAVING)

@@ -730,3 +730,162 @@ Test(link, a_rejection_gives_its_reason_behind_the_private_data) {
     rmig__link_event(&l, &e);
     cr_expect_str_eq(l.text, "rejected: it gave no reason; it may be busy with another source");
 }
+
+// >> grants
+
+#define UNITS 48u
+#define GRANTS (2 * 2 * UNITS + 2)
+
+/* Two blocks of UNITS units each; which grants there are is known a second time: by slot. */
+struct granted {
+    struct rmig__grants gs;
+    struct rmig__units units[2];
+    struct {
+        bool used;
+        unsigned block;
+        uint64_t from, to;
+    } model[GRANTS];
+};
+
+static void granted(struct granted *t) {
+    memset(t, 0, sizeof *t);
+    t->gs.unit = 4 * PAGE;
+    cr_assert(rmig__grants_begin(&t->gs, UNITS + UNITS, 2));
+    cr_assert_eq(t->gs.capacity, GRANTS);
+    t->units[0].grant = t->gs.units;
+    t->units[1].grant = t->gs.units + UNITS;
+}
+
+/* What is added has its number for a key; the lowest slot that is free by the model must get it. */
+static bool grant(struct granted *t, unsigned block, uint64_t from, uint64_t to) {
+    uint32_t lowest = 0;
+    while (lowest < GRANTS && t->model[lowest].used)
+        lowest++;
+    struct rmig__grant *slot = rmig__grants_slot(&t->gs);
+    if (slot == NULL) {
+        cr_assert_eq(lowest, GRANTS, "slot %u is free", lowest);
+        return false;
+    }
+    cr_assert_eq(slot - t->gs.grant, lowest);
+    slot->mr.key = lowest + 1;
+    rmig__grants_add(&t->gs, &t->units[block], slot, from, to);
+    t->model[lowest].used = true;
+    t->model[lowest].block = block;
+    t->model[lowest].from = from;
+    t->model[lowest].to = to;
+    return true;
+}
+
+static void withdraw(struct granted *t, struct rmig__grant *g) {
+    uint32_t i = (uint32_t)(g - t->gs.grant);
+    cr_assert(t->model[i].used && g->offset == t->model[i].from && g->offset + g->length == t->model[i].to);
+    rmig__grants_remove(&t->gs, &t->units[t->model[i].block], g);
+    t->model[i].used = false;
+}
+
+/* Each unit against the model, and the bytes. With `apart` no grants overlap. */
+static void check_granted(const struct granted *t, bool apart) {
+    for (unsigned b = 0; b < 2; b++) {
+        uint64_t bytes = 0;
+        for (uint32_t i = 0; i < GRANTS; i++)
+            bytes += t->model[i].used && t->model[i].block == b ? t->model[i].to - t->model[i].from : 0;
+        cr_assert_eq(t->units[b].granted, bytes);
+        for (uint64_t at = 0; at < UNITS * t->gs.unit; at += t->gs.unit) {
+            const struct rmig__grant *g = rmig__grants_of(&t->gs, &t->units[b], at);
+            bool covered = false;
+            for (uint32_t i = 0; i < GRANTS; i++)
+                covered = covered || (t->model[i].used && t->model[i].block == b && t->model[i].from <= at &&
+                                      at < t->model[i].to);
+            cr_assert(g != NULL ? covered : !covered || !apart);
+            if (g == NULL)
+                continue;
+            uint32_t i = (uint32_t)(g - t->gs.grant);
+            cr_assert(t->model[i].used && t->model[i].block == b && t->model[i].from <= at && at < t->model[i].to);
+            cr_assert_eq(g->mr.key, i + 1);
+        }
+    }
+}
+
+Test(grants, what_does_not_overlap_is_found_by_each_unit_and_its_slot_is_used_again) {
+    for (unsigned run = 0; run < 50; run++) {
+        static struct granted t;
+        granted(&t);
+        for (unsigned i = 0; i < 400; i++) {
+            unsigned b = (unsigned)below(2);
+            uint64_t from = below(UNITS), to = from + 1 + below(rmig__min(UNITS - from, 5));
+            from *= t.gs.unit;
+            to *= t.gs.unit;
+            struct rmig__grant *first = NULL;
+            for (uint64_t at = from; at < to && first == NULL; at += t.gs.unit)
+                for (uint32_t k = 0; k < GRANTS; k++)
+                    if (t.model[k].used && t.model[k].block == b && t.model[k].from <= at && at < t.model[k].to)
+                        first = &t.gs.grant[k];
+            cr_assert_eq(rmig__grants_overlapping(&t.gs, &t.units[b], from, to), first);
+            bool inside = first != NULL && t.model[first - t.gs.grant].from <= from &&
+                          to <= t.model[first - t.gs.grant].to;
+            cr_assert_eq(rmig__grants_covering(&t.gs, &t.units[b], from, to), inside ? first : NULL);
+            if (first == NULL)
+                cr_assert(grant(&t, b, from, to));
+            else if (below(2) == 0)
+                withdraw(&t, first);
+            check_granted(&t, true);
+        }
+        rmig__grants_end(&t.gs);
+    }
+}
+
+/* As those of a version 1 source: they are only added, from anywhere to anywhere. */
+Test(grants, of_those_that_overlap_a_unit_names_one_that_reaches_furthest) {
+    for (unsigned run = 0; run < 50; run++) {
+        static struct granted t;
+        granted(&t);
+        unsigned added = 0;
+        for (;; added++) {
+            unsigned b = (unsigned)below(2);
+            uint64_t from = below(UNITS), to = from + 1 + below(UNITS - from);
+            if (!grant(&t, b, from * t.gs.unit, to * t.gs.unit))
+                break;
+            cr_assert_not_null(rmig__grants_covering(&t.gs, &t.units[b], from * t.gs.unit, to * t.gs.unit));
+            check_granted(&t, true);
+            for (uint64_t at = 0; at < UNITS * t.gs.unit; at += t.gs.unit) {
+                uint64_t furthest = 0;
+                for (uint32_t k = 0; k < GRANTS; k++)
+                    if (t.model[k].used && t.model[k].block == b && t.model[k].from <= at && at < t.model[k].to)
+                        furthest = rmig__max(furthest, t.model[k].to);
+                const struct rmig__grant *g = rmig__grants_of(&t.gs, &t.units[b], at);
+                cr_assert_eq(g == NULL ? 0 : g->offset + g->length, furthest);
+            }
+        }
+        cr_expect_eq(added, GRANTS);
+        uint32_t gone = (uint32_t)below(GRANTS), before[2 * UNITS];
+        memcpy(before, t.gs.units, sizeof before);
+        withdraw(&t, &t.gs.grant[gone]);
+        check_granted(&t, false);
+        for (unsigned i = 0; i < 2 * UNITS; i++)
+            cr_assert_eq(t.gs.units[i], before[i] == gone + 1 ? 0 : before[i], "what another covers stays its own");
+        cr_expect(grant(&t, 0, 0, t.gs.unit), "the slot is free again");
+        cr_expect_null(rmig__grants_slot(&t.gs));
+        rmig__grants_end(&t.gs);
+    }
+}
+
+Test(grants, the_newest_go_first_each_once) {
+    static struct granted t;
+    granted(&t);
+    for (unsigned i = 0; i < UNITS; i++)
+        cr_assert(grant(&t, i % 2, i * t.gs.unit, (i + 1) * t.gs.unit));
+    for (unsigned i = 0; i < UNITS; i++)
+        if (i % 3 == 2)
+            withdraw(&t, &t.gs.grant[i]);
+    for (unsigned i = UNITS; i-- > 0;)
+        if (i % 3 != 2) {
+            cr_expect_gt(t.gs.count, i);
+            const struct rmig__grant *g = rmig__grants_pop(&t.gs);
+            cr_assert(g == &t.gs.grant[i] && g->length == t.gs.unit && !g->used);
+        }
+    cr_expect_null(rmig__grants_pop(&t.gs));
+    cr_expect_eq(t.gs.count, 0);
+    cr_expect_eq(rmig__grants_slot(&t.gs), &t.gs.grant[0]);
+    rmig__grants_end(&t.gs);
+    cr_expect_eq(t.gs.capacity, 0, "there is no room before it begins");
+}
