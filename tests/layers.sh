@@ -7,8 +7,8 @@ cd "$(dirname "$0")/.." || exit 1
 . tests/tap.sh
 tmp=$(mktemp -d)
 trap 'rm -rf "$tmp"' EXIT
-first_part='pacer: implementation'
-engine='source: implementation'
+# The parts of each engine: from this banner to that.
+engines=('pacer: implementation,source: implementation' 'grants: implementation,sink: implementation')
 fields_max=16
 
 # The line of a banner; more than one of a name, or none, is an error.
@@ -42,18 +42,18 @@ layer() { # NAME
 }
 
 # The parts with the names of the engines taken away.
-parts_alone() {
+parts_alone() { # FIRST ENGINE
     local line
-    line=$(line_of "$first_part") || return 1
-    above "$engine" | sed "${line}a #pragma GCC poison rmig_source rmig_sink rmig__session" >"$tmp/parts.h"
+    line=$(line_of "$1") || return 1
+    above "$2" | sed "${line}a #pragma GCC poison rmig_source rmig_sink rmig__session" >"$tmp/parts.h"
     compiles "$tmp/parts.h"
 }
 
 # struct and number of fields of each part, nested ones counted, those of an array once.
-fields() {
+fields() { # FIRST ENGINE
     local first
-    first=$(line_of "$first_part") || return 1
-    above "$engine" >"$tmp/parts.h" || return 1
+    first=$(line_of "$1") || return 1
+    above "$2" >"$tmp/parts.h" || return 1
     sed -n "$first,\$s/^struct \(rmig__[a-z_0-9]*\) {\$/\1/p" "$tmp/parts.h" >"$tmp/names"
     clang -x c -std=c11 -DRMIG_IMPLEMENTATION -I. -fsyntax-only -w -Xclang -fdump-record-layouts-complete \
         "$tmp/parts.h" >"$tmp/layouts" || return 1
@@ -91,14 +91,17 @@ small() { # NAME FIELDS
 while IFS= read -r banner; do
     check "what stands above >>$banner compiles" layer "$banner"
 done < <(sed -n 's,^// >>,,p' rmig.h)
-check 'the parts of the engines know no source, sink or session' parts_alone
-if ! command -v clang >/dev/null; then
-    skip 'fields of the parts' 'not installed: clang'
-    done_testing
-fi
-counts=$(fields 2>&1) || { not_ok 'the fields of the parts are counted' "$counts"; done_testing; }
-check 'the parts are found' test "$(wc -l <<<"$counts")" -ge 10
-while read -r name n; do
-    check "$name has at most $fields_max fields" small "$name" "$n"
-done <<<"$counts"
+for engine in "${engines[@]}"; do
+    first=${engine%,*} engine=${engine#*,}
+    check "the parts before >>$engine know no source, sink or session" parts_alone "$first" "$engine"
+    if ! command -v clang >/dev/null; then
+        skip "fields of the parts before >>$engine" 'not installed: clang'
+        continue
+    fi
+    counts=$(fields "$first" "$engine" 2>&1) || { not_ok "the fields of the parts before >>$engine are counted" "$counts"; continue; }
+    check "there are parts before >>$engine" test -n "$counts"
+    while read -r name n; do
+        check "$name has at most $fields_max fields" small "$name" "$n"
+    done <<<"$counts"
+done
 done_testing
