@@ -539,7 +539,7 @@ static bool window_takes(struct registered *r, struct rmig__window *w, uint32_t 
 Test(regions, each_chunk_belongs_to_the_one_region_that_holds_it) {
     static struct registered r;
     for (unsigned run = 0; run < 200; run++) {
-        uint64_t chunk = RMIG_CHUNK_SIZE_MIN << below(4);
+        uint64_t chunk = (uint64_t)RMIG_CHUNK_SIZE_MIN << below(4);
         registered(&r, chunk, 2);
         r.ws.longest = chunk * (1 + below(5));
         r.ws.version_1 = run % 2 == 0;
