@@ -139,6 +139,7 @@ make_initrd() {
     install -m 755 "$here/init" "$root/init"
     (cd "$root" && find . | sort | ./bin/busybox cpio -o -H newc -R 0:0 2>/dev/null) >"$vm/new.initrd"
     rm -rf "$root"
+    rm -f "$vm/vmlinuz" "$vm/initrd.gz" # of before
     ln -sfn kernel/vmlinux "$vm/vmlinux"
     mv "$vm/new.initrd" "$vm/initrd"
 }
