@@ -2774,13 +2774,14 @@ RMIG__DEF int rmig_split_address(const char *address, char *host, size_t host_si
 
 /* The failure model: three questions, each with one answer.
 
-   What can the link still do? A connection goes through these in order; what is down stays down. What arrived before
-   still counts, it may say why: a session ends with its link when that has been handled. */
+   What can the link still do? What is down stays down, as long as it is the same connection. What arrived before still
+   counts, it may say why: a session ends with its link when that has been handled. rmig__link_was_up and
+   rmig__link_is_down rest on the order. */
 enum rmig__link_state {
     RMIG__LINK_OPENING,
     RMIG__LINK_RESOLVED, // it has an address
     RMIG__LINK_REJECTED, // down, and never was up: the peer said no,
-    RMIG__LINK_UNREACHED, // or could not be reached,
+    RMIG__LINK_UNREACHED, // or could not be reached, or this end cut it first,
     RMIG__LINK_UNREACHED_HERE, // for a reason for which no other address would do better
     RMIG__LINK_UP,
     RMIG__LINK_LEFT, // it was up, and has been disconnected
@@ -2839,18 +2840,19 @@ static void rmig__link_event(struct rmig__link *l, const struct rmig_fabric_even
         rmig__link_rejected(l, e);
 }
 
-/* May the peer still be told why a session fails? It hears one reason, and says nothing that counts behind it. */
-enum rmig__peer {
+/* May the peer still be told why a session fails? It is told one reason. */
+enum rmig__hearing {
     RMIG__PEER_HEARS,
-    RMIG__PEER_TOLD, // its last words are on their way: an ERROR or a refusal
+    RMIG__PEER_TOLD, // the last words to it are on their way: an ERROR or a refusal
     RMIG__PEER_OVER // there is nothing to say
 };
 
 /* Is it certain who owns the guest? Where it is not, every failure is RMIG_ERR_HANDOVER. */
 enum rmig__owner {
-    RMIG__OWNER_CERTAIN, // the source, until it hands over; then the sink
-    RMIG__OWNER_OPEN, // the last word is on its way: the sink has everything
-    RMIG__OWNER_OPEN_V1 // the last bytes are: the sink may have everything, and will not say
+    RMIG__OWNER_CERTAIN, // the source, until its GOODBYE has come; then the sink
+    RMIG__OWNER_OPEN, // the sink has everything: at the sink from FINISH_RESULT to GOODBYE, at the source from GOODBYE
+                      // on
+    RMIG__OWNER_OPEN_V1 // the last bytes are handed over for sending: the sink may have everything, and will not say
 };
 
 struct rmig__received {
@@ -2884,7 +2886,7 @@ struct rmig__session {
     unsigned inbox_count;
 
     struct rmig__link link;
-    enum rmig__peer hearing;
+    enum rmig__hearing hearing;
     enum rmig__owner owner;
     struct rmig_private_data peer;
     bool peer_data_short; // the peer's private data did not hold the 8 bytes
@@ -2933,11 +2935,11 @@ static uint8_t *rmig__payload(const struct rmig__session *ss) {
 /* Ends the session with what stands in ss->error, and tells the peer if it can be told. */
 static int rmig__session_end(struct rmig__session *ss);
 
-static void rmig__link_lost(struct rmig__session *ss, const struct rmig_error *why) {
+static void rmig__session_lost(struct rmig__session *ss, const struct rmig_error *why) {
     rmig__link_down(&ss->link, RMIG__LINK_UNREACHED, true, why->provider_code, why->text);
 }
 
-static void rmig__link_left(struct rmig__session *ss) {
+static void rmig__session_left(struct rmig__session *ss) {
     rmig__link_down(&ss->link, RMIG__LINK_UNREACHED, false, 0, "");
 }
 
@@ -2952,7 +2954,7 @@ static void rmig__post_sends(struct rmig__session *ss) {
         if (status == RMIG_ERR_FULL)
             return;
         if (status != RMIG_OK)
-            rmig__link_lost(ss, &err);
+            rmig__session_lost(ss, &err);
         uint32_t type = rmig__get_be32(rmig__control_buffer(ss, RMIG__RECVS + slot) + 4);
         if (status == RMIG_OK && (type == RMIG_MSG_FINISH_RESULT || type == RMIG_MSG_GOODBYE))
             ss->owner = RMIG__OWNER_OPEN;
@@ -3148,7 +3150,9 @@ static void rmig__session_linger(struct rmig__session *ss) {
 static void rmig__session_cut(struct rmig__session *ss) {
     if (ss->ep != NULL)
         ss->fabric->ops->cut(ss->ep);
-    rmig__link_left(ss);
+    rmig__session_left(ss);
+    if (ss->link.state == RMIG__LINK_LOST)
+        ss->link.state = RMIG__LINK_LEFT; // nobody disconnects what is cut
     ss->hearing = RMIG__PEER_OVER;
 }
 
@@ -3241,7 +3245,7 @@ static int rmig__session_poll(struct rmig__session *ss) {
             memset(events, 0, sizeof events); // a fabric of before does not set at_this_end
         int n = ss->fabric->ops->poll(ss->ep, events, RMIG__EVENTS, &ss->error);
         if (n < 0) {
-            rmig__link_lost(ss, &ss->error);
+            rmig__session_lost(ss, &ss->error);
             return rmig__session_end(ss);
         }
         if (n > 0)
@@ -3262,7 +3266,7 @@ static void rmig__inbox_pop(struct rmig__session *ss) {
     ss->inbox_count--;
     memmove(ss->inbox, ss->inbox + 1, ss->inbox_count * sizeof ss->inbox[0]);
     if (!rmig__link_is_down(&ss->link) && rmig__post_recv(ss, buffer) != RMIG_OK)
-        rmig__link_lost(ss, &ss->error);
+        rmig__session_lost(ss, &ss->error);
 }
 
 /* The peer's ERROR message, in its own words if it has some. */
@@ -3284,9 +3288,9 @@ static int rmig__check_link(struct rmig__session *ss, const char *peer) {
     return RMIG_OK;
 }
 
-/* What an end waits for, and until when: rmig__source_wait, rmig__sink_wait. Beside each stands what wakes this end,
-   whatever comes: rmig__source_wake, rmig__sink_wake. Whatever is new to wait for is told there; timeouts and deadlines
-   read it. */
+/* What an end waits for of its peer, and until when: rmig__source_wait, rmig__sink_wait. Beside each stands what wakes
+   this end, whatever comes: rmig__source_wake, rmig__sink_wake. These only wake; what is done then is done where it is
+   due. Timeouts and deadlines read both. */
 struct rmig__wait {
     const char *what; // that the peer, or the fabric, is to do; NULL: nothing is waited for
     enum rmig_param limit; // which parameter bounds that
@@ -3306,7 +3310,8 @@ static struct rmig__wait rmig__wait_for(const struct rmig__session *ss, const ch
 
 /* What no event tells is looked for now and then. */
 static uint64_t rmig__session_wake(const struct rmig__session *ss) {
-    return ss->no_fds || ss->unposted_count > 0 ? rmig__now(ss) + RMIG__MS : RMIG_FOREVER;
+    bool unposted = ss->unposted_count > 0 && !rmig__link_is_down(&ss->link);
+    return ss->no_fds || unposted ? rmig__now(ss) + RMIG__MS : RMIG_FOREVER;
 }
 
 /* Ends the session if the wait is over. */
@@ -3793,7 +3798,7 @@ static uint64_t rmig__meter_rate(const struct rmig__meter *m, const struct rmig_
 
 // >>round: implementation
 
-/* A pass over the guest's memory: pages are saved from its begin on, and at its end all of them are in the sink's
+/* What the embedder saves at once: pages are saved from its begin on, and at its end all of them are in the sink's
    memory. The guest dirties pages in one round that are saved in the next, so what was saved until now, in the time
    from the begin of the round before to the last page saved, tells how fast it dirties them.
 
@@ -4155,8 +4160,8 @@ static bool rmig__windows_ready(struct rmig__windows *ws, struct rmig__regions *
 
    The embedder saves pages; the source sets bits (rmig_merge, one set for each block) and does nothing else until there
    is enough for a write. Then it runs its engine: rmig__source_step takes turns until nothing moves, and every public
-   call that may do work ends there. Nothing blocks in a turn, and a turn is bounded: it scans RMIG__STEP_SCAN bytes and
-   registers one piece of memory at most, so that the wire is looked after in between.
+   call that may do work ends there. Nothing blocks in a turn, and a turn is bounded: it scans RMIG__STEP_SCAN bytes at
+   most. At the end of a step one piece of memory is registered, so that the wire is looked after between two.
 
    A turn takes in what the fabric has to say, handles the messages of the sink, plans, says one thing to the sink, and
    writes.
@@ -4185,10 +4190,11 @@ static bool rmig__windows_ready(struct rmig__windows *ws, struct rmig__regions *
    goes first.
 
    Rounds and the end. A round ends when all that was saved in it has arrived: no dirty pages, no clears, no window, and
-   every write complete. Only then the message goes out that says so. finish asks the sink to take the guest. Its answer
-   makes it the owner; GOODBYE says that the source knows. From the moment at which one of these two is posted to the
-   moment at which it is known to have arrived, a failure leaves open who owns the guest (RMIG_ERR_HANDOVER). Version 1
-   has no such messages: there it is open once the last bytes have left.
+   every write complete. Only then the message goes out that says so. finish asks the sink to take the guest.
+   FINISH_RESULT says that it will; GOODBYE lets go, and makes it the owner. A source that fails before it has posted
+   GOODBYE keeps the guest. From there until GOODBYE is known to have arrived a failure leaves open who owns it
+   (RMIG_ERR_HANDOVER). Version 1 has no such messages: there it is open once the last bytes are handed over for
+   sending.
 
    Failing. Whatever goes wrong ends in rmig__session_end: the first reason stands, the sink is told if it still hears,
    and every later call returns the same. Memory is deregistered in close, after the connection has been cut, since a
@@ -4741,7 +4747,7 @@ static uint64_t rmig__request_unit(const struct rmig_source *s) {
     return peer != 0 ? peer : RMIG_CHUNK_SIZE_MIN;
 }
 
-/* Sends the dirty pages [page, page + n), all in one chunk that has no region, to the zero list or gets the chunk a
+/* Sends the dirty pages [page, page + n), all in one chunk that has no region, to the clears or gets the chunk a
    region. Moves the planner on. False: no room for now. */
 static bool rmig__plan_range(struct rmig_source *s, struct rmig__window *w, uint64_t page, uint64_t n,
                              uint64_t *budget) {
@@ -4915,7 +4921,7 @@ static int rmig__say_register(struct rmig_source *s, struct rmig__window *w, uin
                      RMIG_MSG_REGISTER_BATCH_RESULT);
 }
 
-static int rmig__say_zero(struct rmig_source *s, uint8_t *payload) {
+static int rmig__say_clears(struct rmig_source *s, uint8_t *payload) {
     uint64_t fits = s->ss.extended ? rmig__min(s->ss.peer_batch_max, s->ss.peer_payload_max / RMIG_COMPRESS_SIZE) : 1;
     uint32_t n = (uint32_t)rmig__min(fits, s->clears.count);
     for (uint32_t i = 0; i < n; i++) {
@@ -4988,7 +4994,7 @@ static bool rmig__stream_due(const struct rmig_source *s) {
     return rmig__outbox_due(&s->outbox, s->op == RMIG__OP_END_ROUND || s->op == RMIG__OP_FINISH);
 }
 
-static bool rmig__zero_due(struct rmig_source *s) {
+static bool rmig__source_clears_due(struct rmig_source *s) {
     /* Not while the planner may still lengthen the last run. */
     bool open = rmig__windows_find(&s->windows, RMIG__WINDOW_OPEN) != NULL;
     return s->clears.count > 0 && (!open || s->clears.fence);
@@ -5024,8 +5030,8 @@ static int rmig__control_out(struct rmig_source *s, bool *moved) {
         status = rmig__say_blocks(s, payload);
     else if ((w = rmig__windows_find(&s->windows, RMIG__WINDOW_CLOSED)) != NULL && !s->clears.fence)
         status = rmig__say_register(s, w, payload);
-    else if (rmig__zero_due(s))
-        status = rmig__say_zero(s, payload);
+    else if (rmig__source_clears_due(s))
+        status = rmig__say_clears(s, payload);
     else if (rmig__settled(s) && s->op == RMIG__OP_END_ROUND && s->round.open && rmig__pinned(s))
         status = rmig__round_over(s);
     else if (s->op == RMIG__OP_FINISH && rmig__settled(s) && s->ss.extended && s->finish == RMIG__FINISH_NONE) {
@@ -5054,7 +5060,7 @@ static int rmig__post_writes(struct rmig_source *s, bool *moved) {
     const struct rmig_write *queue = s->writes.queue;
     int taken = ss->fabric->ops->write(ss->ep, queue, s->writes.queued, &ss->error);
     if (taken < 0) {
-        rmig__link_lost(ss, &ss->error);
+        rmig__session_lost(ss, &ss->error);
         return rmig__session_end(ss);
     }
     RMIG_ASSERT((unsigned)taken <= s->writes.queued);
@@ -5290,7 +5296,7 @@ static void rmig__source_complete(struct rmig_source *s) {
         s->op = RMIG__OP_NONE;
         s->state = RMIG__SOURCE_DONE;
         s->ss.fabric->ops->disconnect(s->ss.ep);
-        rmig__link_left(&s->ss);
+        rmig__session_left(&s->ss);
         rmig__trace(&s->ss, "finished");
     }
 }
@@ -5661,9 +5667,9 @@ struct rmig__grant {
 /* All of them, in a table whose size is fixed before the first, so that no source can make it grow. A slot that is
    given back is used again, the lowest first.
 
-   Holds always: no slot below `free` is free, and none from `count` on is used; a unit names no grant, or one in use
-   that covers it. Grants of a block overlap only if they are added so: then a unit names one that reaches furthest, and
-   none at all once that one is removed. */
+   Holds always, until the first is taken away by pop: no slot below `free` is free, and none from `count` on is used; a
+   grant begins at a unit; a unit names no grant, or one in use that covers it. Grants of a block overlap only if they
+   are added so: then a unit names one that reaches furthest, and none at all once that one is removed. */
 struct rmig__grants {
     struct rmig__grant *grant;
     uint32_t count, capacity, free;
@@ -5728,6 +5734,7 @@ static struct rmig__grant *rmig__grants_slot(struct rmig__grants *gs) {
 static void rmig__grants_add(struct rmig__grants *gs, struct rmig__units *u, struct rmig__grant *slot, uint64_t from,
                              uint64_t to) {
     uint32_t index = (uint32_t)(slot - gs->grant);
+    RMIG_ASSERT(from % gs->unit == 0);
     slot->used = true;
     slot->offset = from;
     slot->length = to - from;
@@ -5772,8 +5779,8 @@ static struct rmig__grant *rmig__grants_pop(struct rmig__grants *gs) {
 
    Sources come and go. Until a migration has begun, whatever a source does wrong costs the source its connection and
    not the sink: it is told why, has a moment to hear it (PARTING), and is forgotten; the sink listens on. The migration
-   begins with the first thing that changes memory or reaches the embedder's stream. From there on a failure is for
-   good, because half of a guest is here.
+   begins when the embedder has accepted the blocks; with a version 1 source at its first stream bytes or request. From
+   there on a failure is for good, because half of a guest may be here.
 
    What comes in. Control messages lie in the inbox until they are handled, oldest first; READY goes out when one has
    been, and when there is room for the reply to the next. Writes to memory come without a word: the adapter makes them,
@@ -5793,8 +5800,8 @@ static struct rmig__grant *rmig__grants_pop(struct rmig__grants *gs) {
    they are taken; a source cannot fill the sink with them.
 
    Handing over. FINISH says that everything has been sent. The embedder is asked whether it takes the guest, and may
-   take its time; FINISH_PENDING tells the source that it is alive. Yes goes out as FINISH_RESULT, GOODBYE is the
-   answer, and between the two it is open who owns the guest. Then the source's right to write is taken away, by
+   take its time; FINISH_PENDING tells the source that it is alive. Yes goes out as FINISH_RESULT. Until GOODBYE comes
+   it is open who owns the guest; with it the guest is this end's. Then the source's right to write is taken away, by
    revoking its keys where the fabric can and by cutting the connection where it cannot, before RMIG_SINK_FINISHED is
    returned: whatever the source still sends, it cannot change the memory of a guest that runs here. A version 1 source
    says none of this: the embedder reads the end in the stream and says rmig_sink_complete.
@@ -6286,7 +6293,8 @@ static void rmig__sink_spare(struct rmig_sink *s) {
         return;
     ss->failed = RMIG_OK;
     bool telling = ss->hearing == RMIG__PEER_TOLD;
-    ss->hearing = telling ? RMIG__PEER_TOLD : RMIG__PEER_OVER; // it hears no more than its last words
+    if (!telling)
+        ss->hearing = RMIG__PEER_OVER;
     ss->again = true;
     bool parting = s->state == RMIG__SINK_PARTING;
     s->state = RMIG__SINK_PARTING;
@@ -7209,7 +7217,7 @@ static void rmig__sink_returned(struct rmig_sink *s) {
         rmig__sink_leave(s);
         rmig__sink_left(s);
     } else if (!rmig__link_is_down(&ss->link) && rmig__ep_ended(ss->ep, &ss->sends_free)) {
-        rmig__link_left(ss);
+        rmig__session_left(ss);
     }
 }
 
@@ -7331,7 +7339,7 @@ static int rmig__sink_connection(struct rmig_sink *s, bool *moved) {
         status = rmig__sink_on_table(s, moved);
     if (status != RMIG_OK || s->event != RMIG_SINK_NONE || s->state != RMIG__SINK_UP)
         return status;
-    if (!s->ready_out && ss->inbox_count == 0 && ss->link.state != RMIG__LINK_LEFT && rmig__payload(ss) != NULL) {
+    if (!s->ready_out && ss->inbox_count == 0 && !rmig__link_is_down(&ss->link) && rmig__payload(ss) != NULL) {
         s->ready_out = true;
         *moved = true;
         return rmig__send(ss, RMIG_MSG_READY, 1, 0);

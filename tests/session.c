@@ -2663,6 +2663,37 @@ Test(session, without_max_bandwidth_a_round_takes_what_the_link_takes) {
 
 /* Two version 1 ends that do not know each other's chunks: what the sink registers is at most twice the RAM, however
    much that is beyond the 64 GiB that one request may mean. */
+static void nothing_is_said(struct world *w, const struct rmig_sink_event *ev) {
+    struct rmig_sink_event none;
+    if (ev->type != RMIG_SINK_DISCONNECTED)
+        return;
+    uint64_t sent = sink_stats(w).control_sent;
+    for (unsigned i = 0; i < 3; i++)
+        cr_assert_eq(rmig_sink_process(w->sink, &none), RMIG_OK);
+    cr_expect_eq(sink_stats(w).control_sent, sent, "to whom?");
+    cr_expect_gt(rmig_sink_next_deadline(w->sink), world_now(w, 1) + SIM_SECOND, "there is nothing to look for");
+}
+
+/* The embedder may take its time with what it has of the stream. */
+Test(session, a_version_1_sink_is_quiet_when_its_link_has_failed) {
+    bool seen = false;
+    for (uint64_t nth = 5; nth < 16; nth++) { // the first four receives are those of the beginning
+        struct world w;
+        small_world(&w);
+        version_1(&w);
+        w.watch = nothing_is_said;
+        w.cfg.faults[0] = (struct sim_fault){SIM_FAULT_ERROR, SIM_RECV, 1, nth};
+        open_world(&w);
+        if (rmig_source_connect(w.source, w.address) == RMIG_OK && rmig_source_begin_round(w.source) == RMIG_OK &&
+            rmig_source_save_range(w.source, 0, 0, w.ram[0].from.length) == RMIG_OK)
+            rmig_source_end_round(w.source);
+        be_away(&w, SIM_SECOND);
+        seen = seen || (w.events & 1u << RMIG_SINK_DISCONNECTED) != 0;
+        close_world(&w);
+    }
+    cr_expect(seen);
+}
+
 Test(session, a_version_1_sink_of_unknown_chunks_registers_ram_twice_at_most) {
     struct world w;
     plan_world(&w, SIM_ORDERED);
