@@ -3997,7 +3997,7 @@ struct rmig__chunks {
 
 static struct rmig__region *rmig__regions_add(struct rmig__regions *rs, uint32_t block, uint64_t offset,
                                               uint64_t length) {
-    RMIG_ASSERT(rs->count < rs->capacity);
+    RMIG_ASSERT(rs->region != NULL && rs->count < rs->capacity);
     struct rmig__region *r = &rs->region[rs->count++];
     r->block = block;
     r->offset = offset;
